@@ -1,0 +1,20 @@
+// The catalogue of policies: an explicit list, one line each. Help, sweeps, pickers and conformance follow from it.
+#pragma once
+
+#include <memory>
+#include <span>
+
+#include "core/policy/policy.h"
+
+namespace kvlapse {
+
+struct PolicyEntry {
+  // Catalogue entry with default parameters. Entries of one name stand together, the bare name's meaning first.
+  PolicyInfo (*info)();
+  // `info` comes with resolved parameters and rule.
+  std::unique_ptr<Policy> (*make)(PolicyInfo info);
+};
+
+std::span<const PolicyEntry> policy_registry();
+
+}  // namespace kvlapse
