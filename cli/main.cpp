@@ -1,1 +1,78 @@
-int main() { return 0; }
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include <cstdio>
+#include <iostream>
+
+#include "cli/command.h"
+#include "cli/interrupt.h"
+#include "core/base/error.h"
+
+namespace kvlapse::cli {
+namespace {
+
+constexpr int kExitFailed = 2, kExitUsage = 64;
+
+void add_commands(CLI::App& app, Context& context) {
+  add_policies(app, context);
+}
+
+void set_up_log(const Context& context) {
+  auto log = spdlog::stderr_color_mt("kvlapse");
+  log->set_pattern("%^%l%$: %v");
+  log->set_level(context.verbose ? spdlog::level::debug
+                 : context.quiet ? spdlog::level::err
+                                 : spdlog::level::info);
+  spdlog::set_default_logger(log);
+}
+
+int run(int argc, char** argv) {
+  CLI::App app{"kvlapse: a time-lapse camera for the KV cache of reasoning models"};
+  app.set_version_flag("--version", std::string("kvlapse ") + KVLAPSE_VERSION);
+  app.require_subcommand(1);
+  app.footer(
+      "Start with: kvlapse record -o run.kvl && kvlapse replay run.kvl --policy longflow,rkv --budget 25% -o "
+      "run.kvr");
+  Context context;
+  add_commands(app, context);
+  // Options are parsed before any callback runs, so the log knows -q and -v.
+  app.parse_complete_callback([&] { set_up_log(context); });
+  install_interrupt_handler();
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& request) {  // --help, --version
+    return app.exit(request);
+  } catch (const CLI::ParseError& error) {
+    fmt::print(stderr, "kvlapse: {} (see kvlapse --help)\n", error.what());
+    return kExitUsage;
+  } catch (const UsageError& error) {
+    fmt::print(stderr, "kvlapse: {}\n", error.what());
+    return kExitUsage;
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "kvlapse: {}\n", error.what());
+    return kExitFailed;
+  }
+  return context.exit_code;
+}
+
+}  // namespace
+
+CLI::App* add_command(CLI::App& app, Context& context, const std::string& name, const std::string& summary,
+                      const std::string& examples, bool has_json) {
+  CLI::App* command = app.add_subcommand(name, summary);
+  if (has_json) command->add_flag("--json", context.json, "print one JSON document on stdout");
+  command->add_flag("-q,--quiet", context.quiet, "no progress, no remarks");
+  command->add_flag("-v,--verbose", context.verbose, "say what is done");
+  command->footer("Examples:\n" + examples);
+  return command;
+}
+
+void print_json(const Json& document) {
+  std::cout << document.dump(2) << std::endl;
+}
+
+}  // namespace kvlapse::cli
+
+int main(int argc, char** argv) {
+  return kvlapse::cli::run(argc, argv);
+}

@@ -16,9 +16,12 @@ constexpr double kNearTie = 1e-6;  // relative
 
 float cast_score(float score, ScoreCast cast) {
   switch (cast) {
-    case ScoreCast::fp32: return score;
-    case ScoreCast::fp16: return f16_to_f32(f32_to_f16(score));
-    case ScoreCast::bf16: return bf16_to_f32(f32_to_bf16(score));
+    case ScoreCast::fp32:
+      return score;
+    case ScoreCast::fp16:
+      return f16_to_f32(f32_to_f16(score));
+    case ScoreCast::bf16:
+      return bf16_to_f32(f32_to_bf16(score));
   }
   return score;
 }
@@ -48,10 +51,12 @@ void check_budget(const Policy& policy, int budget, int n_prompt) {
   int recent = rule.recent_slots(budget);
   int pinned = std::max(rule.sinks, rule.pin_prompt ? n_prompt : 0);
   if (target < 1 || pinned + recent > target)
-    fail("policy {}: budget {} cannot hold its protected set: expected at least {} slots ({} {}, {} recent, {} for the "
-         "next token)",
-         info.name, budget, std::max(1, pinned + recent) + rule.headroom, pinned,
-         rule.pin_prompt ? "pinned prompt" : "sinks", recent, rule.headroom);
+    fail(
+        "policy {}: budget {} cannot hold its protected set: expected at least {} slots ({} {}, {} recent, "
+        "{} for the "
+        "next token)",
+        info.name, budget, std::max(1, pinned + recent) + rule.headroom, pinned,
+        rule.pin_prompt ? "pinned prompt" : "sinks", recent, rule.headroom);
 }
 
 std::optional<EvictionPlan> Evictor::decide(const Policy& policy, const LayerContext& at, LayerInputs& inputs,
@@ -97,12 +102,13 @@ std::optional<EvictionPlan> Evictor::decide(const Policy& policy, const LayerCon
     for (int s = 0; s < counts[r]; ++s) {
       if (is_protected(positions[s], at, rule, recent)) continue;
       if (std::isnan(row[s]))
-        fail("policy {}: score is NaN at step {}, layer {}, kv head {}, slot {} (position {})", info.name, raw(at.step),
-             at.layer, r, s, raw(positions[s]));
+        fail("policy {}: score is NaN at step {}, layer {}, kv head {}, slot {} (position {})", info.name,
+             raw(at.step), at.layer, r, s, raw(positions[s]));
       candidates[r].push_back({cast_score(row[s], rule.cast), r, Slot{s}});
     }
   }
-  // Dropped first: the lowest score; among equals the lowest slot (torch.argmin's first minimum), or the highest.
+  // Dropped first: the lowest score; among equals the lowest slot (torch.argmin's first minimum), or the
+  // highest.
   auto dropped_first = [&](const Candidate& a, const Candidate& b) {
     if (a.score != b.score) return a.score < b.score;
     if (a.row != b.row) return rule.ties == TieOrder::first ? a.row < b.row : a.row > b.row;
@@ -111,7 +117,8 @@ std::optional<EvictionPlan> Evictor::decide(const Policy& policy, const LayerCon
 
   std::vector<int> n_drops(n_rows);
   if (rule.ragged) {
-    // One ranking over all heads of the layer; each keeps at least its floor. Order of removal decides who stops.
+    // One ranking over all heads of the layer; each keeps at least its floor. Order of removal decides who
+    // stops.
     const int floor_slots = static_cast<int>(rule.ragged_floor * at.budget);
     std::vector<Candidate> all;
     int held = 0;
@@ -135,8 +142,8 @@ std::optional<EvictionPlan> Evictor::decide(const Policy& policy, const LayerCon
     std::vector<Candidate>& row = candidates[r];
     const int drops = n_drops[r];
     if (drops > static_cast<int>(row.size()))
-      fail("policy {}: step {}, layer {}: must drop {} tokens, only {} of {} are unprotected", info.name, raw(at.step),
-           at.layer, drops, row.size(), counts[r]);
+      fail("policy {}: step {}, layer {}: must drop {} tokens, only {} of {} are unprotected", info.name,
+           raw(at.step), at.layer, drops, row.size(), counts[r]);
     if (rule.reclaim == Reclaim::fill && drops == 1)
       std::iter_swap(row.begin(), std::min_element(row.begin(), row.end(), dropped_first));
     else
@@ -147,14 +154,17 @@ std::optional<EvictionPlan> Evictor::decide(const Policy& policy, const LayerCon
     plan.threshold[r] = kept_low;
     for (int i = 0; i < drops; ++i) {
       const Candidate& c = row[i];
-      Drop drop{shared ? kWholeLayer : r, c.slot, at.positions(r)[raw(c.slot)], scores_.row(r)[raw(c.slot)], {}};
+      Drop drop{
+          shared ? kWholeLayer : r, c.slot, at.positions(r)[raw(c.slot)], scores_.row(r)[raw(c.slot)], {}};
       for (int p = 0; p < scores_.n_parts(); ++p) drop.parts[p] = scores_.part(p, r)[raw(c.slot)];
       plan.near_ties += near_tie(c.score, kept_low);
       plan.drops.push_back(drop);
     }
 
     if (rule.reclaim == Reclaim::fill) {
-      if (drops > 1) fail("policy {}: step {}: hole filling drops one token a step, found {}", info.name, raw(at.step), drops);
+      if (drops > 1)
+        fail("policy {}: step {}: hole filling drops one token a step, found {}", info.name, raw(at.step),
+             drops);
       continue;
     }
     std::vector<char> gone(counts[r], 0);

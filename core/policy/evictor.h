@@ -1,5 +1,5 @@
-// Evictor: the one driver of every policy: is an eviction due, score, choose, validate, plan. Pure in its inputs;
-// an instance only holds scratch memory, so one per thread of work.
+// Evictor: the one driver of every policy: is an eviction due, score, choose, validate, plan. Pure in its
+// inputs; an instance only holds scratch memory, so one per thread of work.
 #pragma once
 
 #include <optional>

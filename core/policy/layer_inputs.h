@@ -1,6 +1,6 @@
-// What a policy may read about one layer of one sequence at one step. Implemented by whoever holds K and V (the
-// live cache, or a trace under replay), so that a policy cannot tell the two apart. All values fp32, in slot
-// order, n = SlotTable::count of the kv head. Spans stay valid until the next call on the same object.
+// What a policy may read about one layer of one sequence at one step. Implemented by whoever holds K and V
+// (the live cache, or a trace under replay), so that a policy cannot tell the two apart. All values fp32, in
+// slot order, n = SlotTable::count of the kv head. Spans stay valid until the next call on the same object.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,15 @@ enum class Signal : uint32_t {
 };
 
 using SignalSet = uint32_t;
-constexpr SignalSet operator|(Signal a, Signal b) { return static_cast<SignalSet>(a) | static_cast<SignalSet>(b); }
-constexpr SignalSet operator|(SignalSet a, Signal b) { return a | static_cast<SignalSet>(b); }
-constexpr bool contains(SignalSet set, Signal signal) { return (set & static_cast<SignalSet>(signal)) != 0; }
+constexpr SignalSet operator|(Signal a, Signal b) {
+  return static_cast<SignalSet>(a) | static_cast<SignalSet>(b);
+}
+constexpr SignalSet operator|(SignalSet a, Signal b) {
+  return a | static_cast<SignalSet>(b);
+}
+constexpr bool contains(SignalSet set, Signal signal) {
+  return (set & static_cast<SignalSet>(signal)) != 0;
+}
 
 class LayerInputs {
  public:

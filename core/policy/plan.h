@@ -28,8 +28,8 @@ struct EvictionPlan {
   std::vector<Drop> drops;  // sorted by (kv_head, slot)
   // Survivors of each kv head in their new slot order; empty when reclaim is fill.
   std::vector<std::vector<Slot>> keep;
-  // Per score row: the lowest score that was kept, and how many of the drops lie within 1e-6 (relative) of it, so
-  // that another order of summation could have chosen otherwise.
+  // Per score row: the lowest score that was kept, and how many of the drops lie within 1e-6 (relative) of
+  // it, so that another order of summation could have chosen otherwise.
   std::vector<float> threshold;
   int near_ties = 0;
 };

@@ -1,6 +1,6 @@
-// Policy: a pure rule that scores the tokens of one layer; the Evictor turns scores into an EvictionPlan. A policy
-// has no device, no I/O and no hidden state: what it remembers per slot lives in SlotState columns that move with
-// the slot. The same object serves live decode and replay, from any number of threads at once.
+// Policy: a pure rule that scores the tokens of one layer; the Evictor turns scores into an EvictionPlan. A
+// policy has no device, no I/O and no hidden state: what it remembers per slot lives in SlotState columns
+// that move with the slot. The same object serves live decode and replay, from any number of threads at once.
 #pragma once
 
 #include <array>
@@ -37,9 +37,9 @@ struct EvictionRule {
   ScoreCast cast = ScoreCast::fp32;
   TieOrder ties = TieOrder::first;
   bool pin_prompt = false;
-  int sinks = 0;        // first positions that are never evicted
-  double recent = 0;    // newest tokens that are never evicted; below 1: that share of the budget
-  bool ragged = false;  // one ranking over the layer's heads: counts may differ (Ada-KV)
+  int sinks = 0;            // first positions that are never evicted
+  double recent = 0;        // newest tokens that are never evicted; below 1: that share of the budget
+  bool ragged = false;      // one ranking over the layer's heads: counts may differ (Ada-KV)
   double ragged_floor = 0;  // share of the budget that every head keeps when ragged
 
   // Most tokens that attention sees at once, prompt aside.
@@ -68,11 +68,11 @@ struct PolicyInfo {
   std::vector<ParameterInfo> parameters;
   EvictionRule rule;
   SignalSet signals = 0;
-  int query_window = 0;     // most rows that window_* will be asked for
-  int state_columns = 0;    // SlotState columns
-  int workspace_floats_per_slot = 0;  // beyond state columns, for memory accounting
+  int query_window = 0;                       // most rows that window_* will be asked for
+  int state_columns = 0;                      // SlotState columns
+  int workspace_floats_per_slot = 0;          // beyond state columns, for memory accounting
   std::vector<std::string_view> score_parts;  // named parts of the score, at most 2
-  bool evicts = true;       // false: full
+  bool evicts = true;                         // false: full
 };
 
 // Where and when a policy is asked.
@@ -103,7 +103,8 @@ class SlotState {
   std::vector<float> values_, scratch_;
 };
 
-// Scores of one decision: one row per kv head, or a single row when the layer shares its victims. Higher is kept.
+// Scores of one decision: one row per kv head, or a single row when the layer shares its victims. Higher is
+// kept.
 class Scores {
  public:
   void reset(int n_rows, int n_parts, std::span<const int> counts);
@@ -112,7 +113,9 @@ class Scores {
   std::span<float> row(int row) { return {values_.data() + offsets_[row], size(row)}; }
   std::span<const float> row(int row) const { return {values_.data() + offsets_[row], size(row)}; }
   std::span<float> part(int part, int row) { return {parts_[part].data() + offsets_[row], size(row)}; }
-  std::span<const float> part(int part, int row) const { return {parts_[part].data() + offsets_[row], size(row)}; }
+  std::span<const float> part(int part, int row) const {
+    return {parts_[part].data() + offsets_[row], size(row)};
+  }
 
  private:
   size_t size(int row) const { return offsets_[row + 1] - offsets_[row]; }
@@ -128,12 +131,14 @@ class Policy {
   const PolicyInfo& info() const { return info_; }
   double parameter(std::string_view name) const;
 
-  // After every token's attention, prompt tokens included, before any eviction. Only called when state_columns > 0.
+  // After every token's attention, prompt tokens included, before any eviction. Only called when
+  // state_columns > 0.
   virtual void observe(const LayerContext&, LayerInputs&, SlotState&) const {}
   // Fills scores.row(r) for every slot, protected ones too (their values are ignored).
   virtual void score(const LayerContext&, LayerInputs&, const SlotState&, Scores&) const = 0;
   // The cut of a prompt longer than the budget; scored as any other unless the reference does otherwise.
-  virtual void score_prompt(const LayerContext& at, LayerInputs& inputs, const SlotState& state, Scores& out) const {
+  virtual void score_prompt(const LayerContext& at, LayerInputs& inputs, const SlotState& state,
+                            Scores& out) const {
     score(at, inputs, state, out);
   }
   // Rule of that cut.

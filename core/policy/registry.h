@@ -1,4 +1,5 @@
-// The catalogue of policies: an explicit list, one line each. Help, sweeps, pickers and conformance follow from it.
+// The catalogue of policies: an explicit list, one line each. Help, sweeps, pickers and conformance follow
+// from it.
 #pragma once
 
 #include <memory>
@@ -9,7 +10,8 @@
 namespace kvlapse {
 
 struct PolicyEntry {
-  // Catalogue entry with default parameters. Entries of one name stand together, the bare name's meaning first.
+  // Catalogue entry with default parameters. Entries of one name stand together, the bare name's meaning
+  // first.
   PolicyInfo (*info)();
   // `info` comes with resolved parameters and rule.
   std::unique_ptr<Policy> (*make)(PolicyInfo info);

@@ -10,7 +10,8 @@
 namespace kvlapse {
 namespace {
 
-constexpr std::string_view kRuleKeys[] = {"pin_prompt", "recent", "gqa", "cadence", "cast", "ties", "granularity"};
+constexpr std::string_view kRuleKeys[] = {"pin_prompt", "recent", "gqa",        "cadence",
+                                          "cast",       "ties",   "granularity"};
 
 std::vector<std::string_view> split(std::string_view text, char separator) {
   std::vector<std::string_view> parts;
@@ -31,7 +32,8 @@ double number(std::string_view policy, std::string_view key, std::string_view te
 }
 
 template <typename Enum, size_t N>
-Enum choice(std::string_view policy, std::string_view key, std::string_view text, const std::string_view (&names)[N]) {
+Enum choice(std::string_view policy, std::string_view key, std::string_view text,
+            const std::string_view (&names)[N]) {
   for (size_t i = 0; i < N; ++i)
     if (names[i] == text) return static_cast<Enum>(i);
   std::string all;
@@ -92,7 +94,8 @@ const PolicyEntry& find_entry(const PolicySpec& spec, PolicyInfo& info) {
   }
   if (references.empty()) fail_usage("policy: unknown name '{}'{}", spec.name, suggest(spec.name, names));
   std::string known;
-  for (std::string_view r : references) known += (known.empty() ? "" : ", ") + std::string(r.empty() ? "none" : r);
+  for (std::string_view r : references)
+    known += (known.empty() ? "" : ", ") + std::string(r.empty() ? "none" : r);
   fail_usage("policy {}: unknown reference '@{}'; known: {}", spec.name, spec.reference, known);
 }
 
@@ -155,7 +158,9 @@ std::unique_ptr<Policy> make_policy(const PolicySpec& spec) {
   return entry.make(std::move(info));
 }
 
-std::unique_ptr<Policy> make_policy(std::string_view spec) { return make_policy(parse_policy_spec(spec)); }
+std::unique_ptr<Policy> make_policy(std::string_view spec) {
+  return make_policy(parse_policy_spec(spec));
+}
 
 std::string canonical_spec(const Policy& policy) {
   const PolicyInfo& info = policy.info();
@@ -185,7 +190,9 @@ int Budget::slots(int total_tokens) const {
   return std::max(1, static_cast<int>(std::lround(value / 100 * total_tokens)));
 }
 
-std::string Budget::text() const { return is_share ? fmt::format("{:g}%", value) : fmt::format("{:g}", value); }
+std::string Budget::text() const {
+  return is_share ? fmt::format("{:g}%", value) : fmt::format("{:g}", value);
+}
 
 Budget parse_budget(std::string_view text) {
   Budget budget;
@@ -196,8 +203,9 @@ Budget parse_budget(std::string_view text) {
   }
   auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), budget.value);
   bool parsed = error == std::errc{} && end == digits.data() + digits.size() && !digits.empty();
-  bool valid = budget.is_share ? budget.value > 0 && budget.value <= 100
-                               : budget.value >= 1 && budget.value <= 1 << 24 && budget.value == std::floor(budget.value);
+  bool valid = budget.is_share
+                   ? budget.value > 0 && budget.value <= 100
+                   : budget.value >= 1 && budget.value <= 1 << 24 && budget.value == std::floor(budget.value);
   if (!parsed || !valid)
     fail_usage("budget: expected slots per kv head (512) or a share of the sequence (25%), found '{}'", text);
   return budget;

@@ -1,5 +1,6 @@
-// Policy specs as users write them: name[@reference][:key=value...]. Keys are a policy's own parameters, or those
-// that every policy has because the evictor owns them: pin_prompt recent gqa cadence cast ties granularity.
+// Policy specs as users write them: name[@reference][:key=value...]. Keys are a policy's own parameters, or
+// those that every policy has because the evictor owns them: pin_prompt recent gqa cadence cast ties
+// granularity.
 #pragma once
 
 #include <memory>
@@ -27,8 +28,8 @@ std::vector<PolicySpec> parse_policy_list(std::string_view text);
 std::unique_ptr<Policy> make_policy(const PolicySpec& spec);
 std::unique_ptr<Policy> make_policy(std::string_view spec);
 
-// The spec with its reference and every option that differs from the default, canonical order: equal text means
-// equal behaviour for one version of the policy. What traces and results store.
+// The spec with its reference and every option that differs from the default, canonical order: equal text
+// means equal behaviour for one version of the policy. What traces and results store.
 std::string canonical_spec(const Policy& policy);
 
 // A budget as written: "512" slots, or "25%" of the sequence that the full cache would hold at the end.

@@ -20,6 +20,8 @@ PolicyInfo full_info() {
   return info;
 }
 
-std::unique_ptr<Policy> make_full(PolicyInfo info) { return std::make_unique<Full>(std::move(info)); }
+std::unique_ptr<Policy> make_full(PolicyInfo info) {
+  return std::make_unique<Full>(std::move(info));
+}
 
 }  // namespace kvlapse

@@ -13,8 +13,8 @@ class LongFlow final : public Policy {
  public:
   using Policy::Policy;
 
-  // Mean over query heads and D of |p v| = p * |v|_1 / (Hq D). A positive constant cannot change an argmin, but the
-  // recorded score is the published one.
+  // Mean over query heads and D of |p v| = p * |v|_1 / (Hq D). A positive constant cannot change an argmin,
+  // but the recorded score is the published one.
   void score(const LayerContext& at, LayerInputs& inputs, const SlotState&, Scores& out) const override {
     const CacheGeometry& g = at.geometry;
     const bool shared = out.n_rows() == 1;
@@ -27,9 +27,10 @@ class LongFlow final : public Policy {
       for (float& score : out.row(r)) score *= scale;
   }
 
-  // The repository's snapkv(): softmax of the last 32 queries over the keys before them, summed over heads and
-  // queries, average pooled.
-  void score_prompt(const LayerContext& at, LayerInputs& inputs, const SlotState&, Scores& out) const override {
+  // The repository's snapkv(): softmax of the last 32 queries over the keys before them, summed over heads
+  // and queries, average pooled.
+  void score_prompt(const LayerContext& at, LayerInputs& inputs, const SlotState&,
+                    Scores& out) const override {
     const CacheGeometry& g = at.geometry;
     const bool shared = out.n_rows() == 1;
     const int window = static_cast<int>(prompt_rule(at.budget).recent);
@@ -48,7 +49,8 @@ class LongFlow final : public Policy {
       std::span<float> row = out.row(r);
       for (int i = 0; i < prefix; ++i) {
         float total = 0;
-        for (int j = std::max(0, i - kPromptPool / 2); j <= std::min(prefix - 1, i + kPromptPool / 2); ++j) total += sum[j];
+        for (int j = std::max(0, i - kPromptPool / 2); j <= std::min(prefix - 1, i + kPromptPool / 2); ++j)
+          total += sum[j];
         row[i] = total / kPromptPool;
       }
     }
@@ -67,19 +69,23 @@ PolicyInfo longflow_info() {
   PolicyInfo info;
   info.name = "longflow";
   info.reference = "yisunlp";
-  info.summary = "least contribution |p v| of the current step, victims shared by the layer, overwritten in place";
+  info.summary =
+      "least contribution |p v| of the current step, victims shared by the layer, overwritten in place";
   info.formula = "score(i) = mean over query heads and D of |p_i v_i|; victim = first minimum";
   info.paper = "arXiv 2603.11504, equations 2 to 6, algorithm 1";
   info.source = "yisunlp/LongFlow 89a68d3, models/ours.py";
-  info.deviations = {"scores stay fp32 (the released kernels rank in fp16 and turn small ones into ties: cast=fp16)",
-                     "a free slot is found by the slot table instead of by a zero loss",
-                     "the prompt's vote window is at most half the budget (the repository needs budgets above 33)"};
+  info.deviations = {
+      "scores stay fp32 (the released kernels rank in fp16 and turn small ones into ties: cast=fp16)",
+      "a free slot is found by the slot table instead of by a zero loss",
+      "the prompt's vote window is at most half the budget (the repository needs budgets above 33)"};
   info.rule.granularity = Granularity::layer;
   info.signals = Signal::attention | Signal::value_l1 | Signal::query_window;
   info.query_window = kPromptWindow;
   return info;
 }
 
-std::unique_ptr<Policy> make_longflow(PolicyInfo info) { return std::make_unique<LongFlow>(std::move(info)); }
+std::unique_ptr<Policy> make_longflow(PolicyInfo info) {
+  return std::make_unique<LongFlow>(std::move(info));
+}
 
 }  // namespace kvlapse

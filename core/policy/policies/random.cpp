@@ -14,7 +14,8 @@ class Random final : public Policy {
                                      static_cast<uint64_t>(raw(at.step))});
       std::span<const Pos> positions = at.positions(r);
       std::span<float> row = out.row(r);
-      for (size_t s = 0; s < row.size(); ++s) row[s] = unit_float(mix64(key ^ static_cast<uint64_t>(raw(positions[s]))));
+      for (size_t s = 0; s < row.size(); ++s)
+        row[s] = unit_float(mix64(key ^ static_cast<uint64_t>(raw(positions[s]))));
     }
   }
 };
@@ -32,6 +33,8 @@ PolicyInfo random_info() {
   return info;
 }
 
-std::unique_ptr<Policy> make_random(PolicyInfo info) { return std::make_unique<Random>(std::move(info)); }
+std::unique_ptr<Policy> make_random(PolicyInfo info) {
+  return std::make_unique<Random>(std::move(info));
+}
 
 }  // namespace kvlapse

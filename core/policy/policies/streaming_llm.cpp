@@ -24,7 +24,8 @@ PolicyInfo streaming_llm_info() {
   info.formula = "score = position; the first `sinks` positions are protected";
   info.paper = "arXiv 2309.17453";
   info.source = "Zefan-Cai/R-KV d15c976 (absolute positions: keys keep their original rotation)";
-  info.deviations = {"the paper numbers positions inside the cache; like most reasoning papers this keeps absolute ones"};
+  info.deviations = {
+      "the paper numbers positions inside the cache; like most reasoning papers this keeps absolute ones"};
   info.parameters = {{"sinks", 4, 0, 4096, "first positions that are never evicted"}};
   info.rule.granularity = Granularity::layer;
   info.rule.sinks = 4;
