@@ -1,5 +1,5 @@
-// ModelSpec: what a decoder-only transformer is, whichever file described it (config.json or GGUF metadata). An
-// architecture, layer kind or option that the engine does not compute is refused by field name and value.
+// ModelSpec: what a decoder-only transformer is, whichever file described it (config.json or GGUF metadata).
+// An architecture, layer kind or option that the engine does not compute is refused by field name and value.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,8 @@ struct ModelSpec {
   bool tied_embeddings = false;
   bool qkv_bias = false;  // Qwen2
   bool qk_norm = false;   // Qwen3
-  // GGUF stores the rows of q and k for interleaved RoPE in `llama` files; the loader hands out half-split rows.
+  // GGUF stores the rows of q and k for interleaved RoPE in `llama` files; the loader hands out half-split
+  // rows.
   std::vector<int32_t> eos_ids;
   std::string chat_template;  // Jinja source, empty when the model has none
 

@@ -1,6 +1,6 @@
 #include <array>
 
-#include "core/model/tensor_file.h"
+#include "core/base/tensor_type.h"
 
 namespace kvlapse {
 namespace {

@@ -1,0 +1,131 @@
+// Backend: the operations that a decoder-only transformer needs, over opaque buffers, for a batch of rows. A
+// row is one token of one sequence; decode has a row per live sequence, prefill a row per token of a block.
+// Activations are fp32 and stay with the backend: between begin_step and the reads at the step's end nothing
+// comes back to the host, so that a device backend may queue every call of a step on one stream and capture
+// it as a graph. The CPU backend is the reference; another one must match it within the bound that its parity
+// test states.
+//
+// Results do not depend on the number of rows or threads. One session at a time calls a backend. Each
+// operation returns the bytes that it is expected to move (modelled, never measured).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/base/dtype.h"
+#include "core/cache/geometry.h"
+#include "core/cache/slot_table.h"
+#include "core/ops/weights.h"
+
+namespace kvlapse {
+
+// Bytes that an operation is expected to read and write: weights, K/V and activations, each once.
+struct OpBytes {
+  uint64_t read = 0;
+  uint64_t written = 0;
+  OpBytes& operator+=(OpBytes other) { return read += other.read, written += other.written, *this; }
+};
+
+// Memory of a backend; never dereferenced by its user.
+class Buffer {
+ public:
+  virtual ~Buffer() = default;
+  virtual size_t bytes() const = 0;
+};
+
+struct BatchRow {
+  int32_t token = 0;
+  Pos pos{0};
+};
+
+// K/V of one (sequence, layer) on a backend, planes as CacheGeometry lays them out, with what attention
+// leaves behind: the logits, weights and outputs of the newest attended token. Host views are valid until the
+// next call.
+class KvStore {
+ public:
+  virtual ~KvStore() = default;
+  virtual const CacheGeometry& geometry() const = 0;
+  // Rows q [Hq, D], k and v [H, D], fp32 values already rounded to the cache's dtype, at table.next_slot(h).
+  virtual void store(const SlotTable& table, const float* q, const float* k, const float* v) = 0;
+  // Keeps the rows `order` of a head, renumbered 0.. .
+  virtual void compact(int kv_head, std::span<const Slot> order) = 0;
+
+  virtual std::span<const float> logits(int q_head, int n) = 0;     // [n]
+  virtual std::span<const float> attention(int q_head, int n) = 0;  // [n]
+  virtual std::span<const float> output(int q_head) = 0;            // [D]
+  virtual std::span<const float> value_l1(int kv_head, int n) = 0;  // [n]
+  virtual std::span<const float> keys(int kv_head, int n) = 0;      // [n, D] fp32
+  virtual std::span<const float> values(int kv_head, int n) = 0;    // [n, D] fp32
+  // The newest min(w, stored) queries, oldest first, and their logits; -inf where the key is newer than the
+  // query.
+  virtual std::span<const float> window_queries(int w) = 0;  // [rows, Hq, D]
+  virtual std::span<const float> window_logits(const SlotTable& table, int q_head, int w) = 0;  // [rows, n]
+};
+
+// One row's attention: the newest token of `table`, over all slots that the table holds.
+struct AttendRow {
+  KvStore* store = nullptr;
+  const SlotTable* table = nullptr;
+};
+
+struct SampleRow {
+  double temperature = 0;  // 0: greedy
+  int top_k = 0;           // 0: all
+  double top_p = 1;
+  uint64_t random = 0;  // 64 random bits of this (seed, position)
+  int32_t forced = -1;  // >= 0: this token is taken (teacher forcing)
+};
+
+struct SampleResult {
+  int32_t token = 0;
+  float logprob = 0;  // of token, at temperature 1
+  float margin = 0;   // logit of token minus the best other logit
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual std::string describe() const = 0;  // "cpu AVX2, 2 threads"
+
+  // Activations for at most n_rows rows of this model; made once per session. The weights must outlive it.
+  virtual void prepare(const TransformerWeights& weights, int n_rows, DType kv_dtype) = 0;
+  virtual std::unique_ptr<KvStore> make_kv_store(const CacheGeometry& geometry, int query_window) = 0;
+
+  // x[r] = embedding of rows[r]; RoPE angles of every row.
+  virtual OpBytes embed(std::span<const BatchRow> rows) = 0;
+  // q, k, v of a layer: norm, projections, biases, QK-norm, RoPE; rounded to the K/V dtype.
+  virtual OpBytes project_qkv(int layer) = 0;
+  // Where row r's q, k, v lie: [Hq, D], [H, D], [H, D]. Addresses of the backend's memory space, which for
+  // the CPU is the host's.
+  struct QkvRow {
+    const float* q;
+    const float* k;
+    const float* v;
+  };
+  virtual QkvRow qkv_row(int row) const = 0;
+  // Attention of rows [0, attend.size()): decode.
+  virtual OpBytes attend(std::span<const AttendRow> attend) = 0;
+  // Causal attention of a prefill block of one sequence: its rows' K/V are already stored, nothing was
+  // evicted, and row r attends slots [0, first_slots + r].
+  virtual OpBytes attend_block(KvStore& store, int n_rows, int first_slots) = 0;
+  // Attention of one store's newest token outside the batch: what LayerInputs shows for it. row: of the step.
+  virtual OpBytes attend_single(AttendRow attend, int row) = 0;
+  // x += O(attention); x += down(silu(gate(norm x)) * up(norm x)).
+  virtual OpBytes output_and_ffn(int layer) = 0;
+  // Final norm and logits of the given rows, logits row i for rows[i].
+  virtual OpBytes head(std::span<const int> rows) = 0;
+  // A token for each logits row.
+  virtual void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) = 0;
+  // Logits row i of the last head(): [V].
+  virtual std::span<const float> logits(int row) = 0;
+
+  // Runs task(i) for i in [0, n) on the backend's host threads; tasks are independent. For policies'
+  // decisions.
+  virtual void parallel(int n, const std::function<void(int)>& task) = 0;
+};
+
+}  // namespace kvlapse
