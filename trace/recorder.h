@@ -1,0 +1,46 @@
+// Recorder: the StepObserver that writes a trace. Lives on the decoding thread; does there only what cannot wait
+// (copies, the sketch's partial selection) and measures what it costs.
+#pragma once
+
+#include "core/engine/step_observer.h"
+#include "trace/trace_writer.h"
+
+namespace kvlapse {
+
+class Recorder final : public StepObserver {
+ public:
+  Recorder(const std::filesystem::path& file, TraceHeader header, TraceWriterOptions options = {});
+
+  // Seed of a sequence (sampling or task), before its on_prompt; 0 otherwise.
+  void set_seed(int sequence, uint64_t seed);
+  // Texts, tags, task and answer of a sequence, once known.
+  void describe_sequence(const TraceSequence& facts) { writer_.describe_sequence(facts); }
+  // Marks the file complete or interrupted and stores the measured overhead. Throws Error.
+  void finish(bool interrupted);
+
+  // Time spent in the recorder (waits included) over the time of the steps without it; generated tokens only.
+  double overhead_ratio() const;
+  const TraceWriter& writer() const { return writer_; }
+
+  void on_prompt(int sequence, std::span<const int32_t> ids) override;
+  void on_attended(int sequence, int layer, Pos pos, const TokenRows& rows, const SlotTable& table,
+                   LayerInputs& inputs) override;
+  void on_evicted(int sequence, int layer, const EvictionPlan& plan) override;
+  void on_step(const StepSummary& summary) override;
+  void on_end(int sequence, std::string_view reason) override;
+
+ private:
+  class Timer;
+  TraceWriter writer_;
+  std::map<int, uint64_t> seeds_;
+  std::vector<int> n_prompt_;              // [sequence]
+  std::vector<char> evicted_;              // [sequence][layer]: something was evicted before
+  std::vector<int32_t> held_;              // [H]
+  std::vector<SketchRow> sketch_;          // [H]
+  int64_t spent_ns_ = 0;                   // in callbacks, generated tokens
+  int64_t spent_before_step_ns_ = 0;       // of these, inside the current step's own time
+  int64_t decode_ns_ = 0;                  // steps, without what was spent inside them
+  int64_t last_start_ns_ = -1;             // of the batch's step that was counted last
+};
+
+}  // namespace kvlapse

@@ -1,0 +1,80 @@
+// TraceWriter: the append-only side of a trace. The decoding thread copies into chunk buffers; one writer thread
+// behind a bounded queue compresses them and commits: all layers of a step or none, every 64 steps or every second.
+// The caller waits only when the queue is full, and the wait is measured. A failure of the writer thread (full disk)
+// is thrown by the next call; what was committed before stays valid. All calls come from one thread.
+//
+// A run of a sequence: begin_sequence; for each position in order and each layer: append, then evict if the policy
+// did; step after all layers of a generated token; end_sequence. Sequences may interleave, prompts may go layer by
+// layer.
+#pragma once
+
+#include <chrono>
+#include <filesystem>
+#include <memory>
+#include <span>
+
+#include "core/policy/plan.h"
+#include "trace/trace_types.h"
+
+namespace kvlapse {
+
+struct TraceWriterOptions {
+  bool force = false;  // replace an existing file
+  int zstd_level = 1;
+  size_t queue_bytes = size_t{64} << 20;           // uncompressed bytes that may wait for the writer
+  std::chrono::milliseconds commit_interval{1000};  // at most, while steps arrive
+};
+
+// What a layer hands over for one token.
+struct LayerRecord {
+  std::span<const int32_t> held;      // [H] tokens that attention saw, this one included
+  const TokenRows* rows = nullptr;    // qkv tier; values already rounded to the cache's dtype
+  std::span<const SketchRow> sketch;  // [H] sketch tier; empty when attention was not computed (prompt)
+};
+
+struct TraceWriterStats {
+  int64_t queue_wait_ns = 0;   // decode waited for the writer, measured
+  int64_t queue_waits = 0;
+  int64_t writer_cpu_ns = 0;   // CPU time of the writer thread, measured
+  int64_t raw_bytes = 0;       // of chunks, before compression
+  int64_t stored_bytes = 0;    // of chunks, after it
+  int64_t committed_steps = 0; // forward passes of all sequences, prompts included
+  int64_t dropped_records = 0; // always 0: decode waits instead
+};
+
+class TraceWriter {
+ public:
+  // Makes the file with its header. Throws Error when it cannot.
+  TraceWriter(const std::filesystem::path& file, TraceHeader header, TraceWriterOptions options = {});
+  // Without finish(): commits what is whole and leaves complete = 0. Never throws.
+  ~TraceWriter();
+  TraceWriter(const TraceWriter&) = delete;
+  TraceWriter& operator=(const TraceWriter&) = delete;
+
+  const TraceHeader& header() const;
+
+  void begin_sequence(int sequence, uint64_t seed, std::span<const int32_t> prompt);
+  void append(int sequence, int layer, Pos pos, const LayerRecord& record);
+  void evict(int sequence, int layer, const EvictionPlan& plan);
+  void step(const StepSummary& summary);
+  void end_sequence(int sequence, std::string_view reason);
+  // Task, texts, tags, answer. Tokens, lengths and the end reason are the writer's own.
+  void describe_sequence(const TraceSequence& facts);
+
+  // Commits everything, stores `meta` beside the header's, marks the file complete (or interrupted) and folds the WAL
+  // into it. Throws Error when something could not be written.
+  void finish(bool interrupted, const std::map<std::string, std::string>& meta = {});
+
+  TraceWriterStats stats() const;
+  int64_t file_bytes() const;  // on disk now, side files included
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Expected size of a trace of `tokens` forward passes per sequence. Modelled: raw sizes times the compression that
+// was measured on real recordings of each dtype.
+int64_t estimate_trace_bytes(const TraceHeader& header, int64_t tokens);
+
+}  // namespace kvlapse
