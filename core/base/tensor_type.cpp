@@ -27,12 +27,20 @@ constexpr std::array<TypeLayout, 14> kLayouts{{{"F32", 1, 4},
                                                {"I64", 1, 8},
                                                {"U8", 1, 1}}};
 
-const TypeLayout& layout(TensorType type) { return kLayouts[static_cast<size_t>(type)]; }
+const TypeLayout& layout(TensorType type) {
+  return kLayouts[static_cast<size_t>(type)];
+}
 
 }  // namespace
 
-std::string_view tensor_type_name(TensorType type) { return layout(type).name; }
-int block_elements(TensorType type) { return layout(type).elements; }
-size_t block_bytes(TensorType type) { return layout(type).bytes; }
+std::string_view tensor_type_name(TensorType type) {
+  return layout(type).name;
+}
+int block_elements(TensorType type) {
+  return layout(type).elements;
+}
+size_t block_bytes(TensorType type) {
+  return layout(type).bytes;
+}
 
 }  // namespace kvlapse

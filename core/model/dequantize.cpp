@@ -1,6 +1,6 @@
-// Dequantisation in the order of operations of ggml's reference code (ggml-quants.c, dequantize_row_*), without
-// contraction, so that the values agree bit for bit. Plain loops: the decode path reads quantised blocks in its
-// matrix products, this serves loading, checks and exact references.
+// Dequantisation in the order of operations of ggml's reference code (ggml-quants.c, dequantize_row_*),
+// without contraction, so that the values agree bit for bit. Plain loops: the decode path reads quantised
+// blocks in its matrix products, this serves loading, checks and exact references.
 #include <cstring>
 
 #include "core/base/dtype.h"
@@ -10,7 +10,9 @@
 namespace kvlapse {
 namespace {
 
-const uint8_t* as_u8(const std::byte* data) { return reinterpret_cast<const uint8_t*>(data); }
+const uint8_t* as_u8(const std::byte* data) {
+  return reinterpret_cast<const uint8_t*>(data);
+}
 
 float half_at(const uint8_t* data) {
   uint16_t bits = 0;
@@ -24,7 +26,9 @@ uint32_t word_at(const uint8_t* data) {
   return bits;
 }
 
-int signed_byte(uint8_t byte) { return static_cast<int8_t>(byte); }
+int signed_byte(uint8_t byte) {
+  return static_cast<int8_t>(byte);
+}
 
 void block_q8_0(const uint8_t* in, float* out) {
   float d = half_at(in);
@@ -48,7 +52,9 @@ void block_q4_1(const uint8_t* in, float* out) {
 }
 
 // The fifth bit of value i is bit i of a 32-bit word.
-int five_bits(uint8_t nibble, uint32_t high, int i) { return nibble | (static_cast<int>((high >> i) & 1u) << 4); }
+int five_bits(uint8_t nibble, uint32_t high, int i) {
+  return nibble | (static_cast<int>((high >> i) & 1u) << 4);
+}
 
 void block_q5_0(const uint8_t* in, float* out) {
   float d = half_at(in);
@@ -135,10 +141,13 @@ void blocks(TensorType type, const uint8_t* in, int64_t n_elements, float* out, 
 
 void dequantize(TensorType type, const std::byte* data, int64_t n_elements, float* out) {
   if (n_elements % block_elements(type) != 0)
-    fail("{}: expected a multiple of {} elements, found {}", tensor_type_name(type), block_elements(type), n_elements);
+    fail("{}: expected a multiple of {} elements, found {}", tensor_type_name(type), block_elements(type),
+         n_elements);
   const uint8_t* in = as_u8(data);
   switch (type) {
-    case TensorType::f32: std::memcpy(out, data, static_cast<size_t>(n_elements) * sizeof(float)); return;
+    case TensorType::f32:
+      std::memcpy(out, data, static_cast<size_t>(n_elements) * sizeof(float));
+      return;
     case TensorType::f16:
       for (int64_t i = 0; i < n_elements; ++i) out[i] = half_at(in + 2 * i);
       return;
@@ -149,17 +158,26 @@ void dequantize(TensorType type, const std::byte* data, int64_t n_elements, floa
         out[i] = bf16_to_f32(bits);
       }
       return;
-    case TensorType::q8_0: return blocks(type, in, n_elements, out, block_q8_0);
-    case TensorType::q4_0: return blocks(type, in, n_elements, out, block_q4_0);
-    case TensorType::q4_1: return blocks(type, in, n_elements, out, block_q4_1);
-    case TensorType::q5_0: return blocks(type, in, n_elements, out, block_q5_0);
-    case TensorType::q5_1: return blocks(type, in, n_elements, out, block_q5_1);
-    case TensorType::q4_k: return blocks(type, in, n_elements, out, block_q4_k);
-    case TensorType::q5_k: return blocks(type, in, n_elements, out, block_q5_k);
-    case TensorType::q6_k: return blocks(type, in, n_elements, out, block_q6_k);
+    case TensorType::q8_0:
+      return blocks(type, in, n_elements, out, block_q8_0);
+    case TensorType::q4_0:
+      return blocks(type, in, n_elements, out, block_q4_0);
+    case TensorType::q4_1:
+      return blocks(type, in, n_elements, out, block_q4_1);
+    case TensorType::q5_0:
+      return blocks(type, in, n_elements, out, block_q5_0);
+    case TensorType::q5_1:
+      return blocks(type, in, n_elements, out, block_q5_1);
+    case TensorType::q4_k:
+      return blocks(type, in, n_elements, out, block_q4_k);
+    case TensorType::q5_k:
+      return blocks(type, in, n_elements, out, block_q5_k);
+    case TensorType::q6_k:
+      return blocks(type, in, n_elements, out, block_q6_k);
     case TensorType::i32:
     case TensorType::i64:
-    case TensorType::u8: break;
+    case TensorType::u8:
+      break;
   }
   fail("dequantize: expected a floating-point or quantised type, found {}", tensor_type_name(type));
 }

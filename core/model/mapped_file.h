@@ -1,5 +1,6 @@
-// MappedFile: a file's bytes, read-only and memory-mapped; the one way in which model files are read. Readable for
-// as long as it lives, from any thread. A file that another process truncates meanwhile is not guarded against.
+// MappedFile: a file's bytes, read-only and memory-mapped; the one way in which model files are read.
+// Readable for as long as it lives, from any thread. A file that another process truncates meanwhile is not
+// guarded against.
 #pragma once
 
 #include <cstddef>
