@@ -1,6 +1,10 @@
-// The few vector operations whose order of summation is part of kvlapse's contract: live decode, replay and every
-// CPU give the same bits. Sums run in 16 virtual lanes (element i in lane i % 16) with fused multiply-add, then a
-// fixed tree: lane l += lane l + 8, then + 4, + 2, + 1. Element-wise operations are order-free. Thread-safe.
+// The few vector operations whose order of summation is part of kvlapse's contract: live decode, replay and
+// every CPU give the same bits. Sums run in 16 virtual lanes (element i in lane i % 16) with fused
+// multiply-add, then a fixed tree: lane l += lane l + 8, then + 4, + 2, + 1. Element-wise operations are
+// order-free. Thread-safe.
+//
+// Implemented with Highway for AVX2 and AVX-512, chosen at run time; other CPUs take the scalar definition in
+// scalar_math.h, which the tests compare bit for bit.
 #pragma once
 
 #include <cstddef>
@@ -11,14 +15,17 @@ namespace kvlapse {
 float dot(const float* a, const float* b, size_t n);
 float sum(std::span<const float> values);
 float l1_norm(std::span<const float> values);
-float max_value(std::span<const float> values);  // -inf when empty
+float max_value(std::span<const float> values);  // -inf when empty; NaN is skipped; never -0
 
-// exp with a fixed polynomial (fused multiply-add), relative error below 2e-7; exp(-inf) = 0.
-void exp_minus(std::span<const float> values, float shift, std::span<float> out);  // out = exp(values - shift)
+// exp with a fixed polynomial (fused multiply-add), relative error below 2e-7; exp(-inf) = 0. Arguments below
+// -87.3 give 0, above 88.37 infinity.
+void exp_minus(std::span<const float> values, float shift,
+               std::span<float> out);  // out = exp(values - shift)
 // Stable softmax; `out` may be `logits`. All -inf gives zeros. Returns log-sum-exp.
 float softmax(std::span<const float> logits, std::span<float> out);
 
 void multiply_add(std::span<const float> a, std::span<const float> b, std::span<float> out);  // out += a * b
-void add_scaled(float scale, std::span<const float> values, std::span<float> out);            // out += scale * values
+void add_scaled(float scale, std::span<const float> values, std::span<float> out);  // out += scale * values
+void scale(float factor, std::span<float> values);                                  // values *= factor
 
 }  // namespace kvlapse

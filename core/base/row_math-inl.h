@@ -1,0 +1,187 @@
+// dot_rows and weighted_rows for one element type, inlined into foreach_target translation units. Register
+// tiles: two or four rows by up to three vectors for dots; up to eight accumulators of a chunk of columns for
+// weighted sums.
+#if defined(KVLAPSE_CORE_BASE_ROW_MATH_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KVLAPSE_CORE_BASE_ROW_MATH_INL_H_
+#undef KVLAPSE_CORE_BASE_ROW_MATH_INL_H_
+#else
+#define KVLAPSE_CORE_BASE_ROW_MATH_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/base/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kvlapse::HWY_NAMESPACE {
+
+#if KVLAPSE_SIMD
+
+// Folded dots of R rows with X vectors. `folded` is [X][8]; rows fill columns first, first + 1, ...
+template <int R, int X, typename T>
+HWY_INLINE void dot_group(const T* const* row, const float* const* x, size_t dim, Vec8 (*folded)[8],
+                          int first) {
+  Vec acc[R][X][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < X; ++j)
+#pragma GCC unroll 2
+      for (size_t v = 0; v < kVecs; ++v) acc[r][j][v] = hn::Zero(Tag());
+  size_t i = 0;
+  for (; i + kVirtualLanes <= dim; i += kVirtualLanes) {
+#pragma GCC unroll 2
+    for (size_t v = 0; v < kVecs; ++v) {
+      Vec b[X];
+#pragma GCC unroll 4
+      for (int j = 0; j < X; ++j) b[j] = load(x[j] + i + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec a = load(row[r] + i + v * kLanes);
+#pragma GCC unroll 4
+        for (int j = 0; j < X; ++j) acc[r][j][v] = hn::MulAdd(a, b[j], acc[r][j][v]);
+      }
+    }
+  }
+  if (i < dim) {  // lanes past the end must keep their sum, even a negative zero
+    for (int r = 0; r < R; ++r) {
+      HWY_ALIGN float a[kVirtualLanes] = {};
+      for (size_t l = 0; i + l < dim; ++l) a[l] = widen(row[r][i + l]);
+      for (int j = 0; j < X; ++j) {
+        HWY_ALIGN float b[kVirtualLanes] = {};
+        for (size_t l = 0; i + l < dim; ++l) b[l] = x[j][i + l];
+        for (size_t v = 0; v < kVecs && i + v * kLanes < dim; ++v) {
+          const auto mask = hn::FirstN(Tag(), dim - i - v * kLanes);
+          const Vec sum = hn::MulAdd(load(a + v * kLanes), load(b + v * kLanes), acc[r][j][v]);
+          acc[r][j][v] = hn::IfThenElse(mask, sum, acc[r][j][v]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < X; ++j) folded[j][first + r] = fold(acc[r][j]);
+}
+
+// Eight rows (pointers may repeat), X vectors; the first `valid` results of each are stored.
+template <int X, typename T>
+HWY_INLINE void dot_tile(const T* const (&row)[8], size_t valid, const float* const* x, size_t dim,
+                         float factor, float* out, size_t out_stride) {
+  constexpr int kRows = X == 1 || kVecs == 1 ? 4 : 2;
+  Vec8 folded[X][8];
+  for (int r = 0; r < 8; r += kRows) dot_group<kRows, X>(row + r, x, dim, folded, r);
+  const Tag8 d;
+  for (int j = 0; j < X; ++j) {
+    const Vec8 result = hn::Mul(tree8(folded[j]), hn::Set(d, factor));
+    if (valid == 8) {
+      hn::StoreU(result, d, out + j * out_stride);
+    } else {
+      HWY_ALIGN float part[8];
+      hn::Store(result, d, part);
+      std::copy_n(part, valid, out + j * out_stride);
+    }
+  }
+}
+
+template <typename T>
+HWY_INLINE void dot_rows_of(const T* data, size_t stride, const int32_t* index, size_t n, size_t dim,
+                            const float* x, size_t x_stride, size_t n_x, float factor, float* out,
+                            size_t out_stride) {
+  for (size_t i = 0; i < n; i += 8) {
+    const T* row[8];
+    for (size_t r = 0; r < 8; ++r) {
+      const size_t at = std::min(i + r, n - 1);
+      row[r] = data + (index ? static_cast<size_t>(index[at]) : at) * stride;
+    }
+    const size_t valid = std::min<size_t>(8, n - i);
+    for (size_t j = 0; j < n_x;) {
+      const float* vectors[3];
+      const size_t left = n_x - j, taken = left == 4 ? 2 : std::min<size_t>(3, left);
+      for (size_t k = 0; k < taken; ++k) vectors[k] = x + (j + k) * x_stride;
+      float* to = out + j * out_stride + i;
+      if (taken == 1)
+        dot_tile<1>(row, valid, vectors, dim, factor, to, out_stride);
+      else if (taken == 2)
+        dot_tile<2>(row, valid, vectors, dim, factor, to, out_stride);
+      else
+        dot_tile<3>(row, valid, vectors, dim, factor, to, out_stride);
+      j += taken;
+    }
+  }
+}
+
+// Columns [begin, begin + V * kLanes) for X vectors of weights.
+template <int V, int X, typename T>
+HWY_INLINE void weighted_tile(const T* data, size_t stride, const int32_t* index, size_t n,
+                              const float* weights, size_t weight_stride, float* out, size_t out_stride) {
+  Vec acc[X][V];
+#pragma GCC unroll 4
+  for (int j = 0; j < X; ++j)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[j][v] = hn::Zero(Tag());
+  for (size_t i = 0; i < n; ++i) {
+    const T* row = data + (index ? static_cast<size_t>(index[i]) : i) * stride;
+    Vec w[X];
+#pragma GCC unroll 4
+    for (int j = 0; j < X; ++j) w[j] = hn::Set(Tag(), weights[j * weight_stride + i]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vec a = load(row + v * kLanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < X; ++j) acc[j][v] = hn::MulAdd(w[j], a, acc[j][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < X; ++j)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) hn::StoreU(acc[j][v], Tag(), out + j * out_stride + v * kLanes);
+}
+
+template <int X, typename T>
+HWY_INLINE void weighted_columns(const T* data, size_t stride, const int32_t* index, size_t n, size_t dim,
+                                 const float* weights, size_t weight_stride, float* out, size_t out_stride) {
+  constexpr int kWide = X == 1 ? 8 : X == 2 ? 4 : 2;
+  size_t d = 0;
+  for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
+    weighted_tile<kWide, X>(data + d, stride, index, n, weights, weight_stride, out + d, out_stride);
+  for (; d + kLanes <= dim; d += kLanes)
+    weighted_tile<1, X>(data + d, stride, index, n, weights, weight_stride, out + d, out_stride);
+  for (; d < dim; ++d)
+    for (int j = 0; j < X; ++j) {
+      float total = 0;
+      for (size_t i = 0; i < n; ++i) {
+        const size_t at = index ? static_cast<size_t>(index[i]) : i;
+        total = std::fma(weights[j * weight_stride + i], widen(data[at * stride + d]), total);
+      }
+      out[j * out_stride + d] = total;
+    }
+}
+
+template <typename T>
+HWY_INLINE void weighted_rows_of(const T* data, size_t stride, const int32_t* index, size_t n, size_t dim,
+                                 const float* weights, size_t weight_stride, size_t n_x, float* out,
+                                 size_t out_stride) {
+  for (size_t j = 0; j < n_x;) {
+    const size_t left = n_x - j, taken = left == 5 ? 3 : std::min<size_t>(4, left);
+    const float* w = weights + j * weight_stride;
+    float* to = out + j * out_stride;
+    if (taken == 1)
+      weighted_columns<1>(data, stride, index, n, dim, w, weight_stride, to, out_stride);
+    else if (taken == 2)
+      weighted_columns<2>(data, stride, index, n, dim, w, weight_stride, to, out_stride);
+    else if (taken == 3)
+      weighted_columns<3>(data, stride, index, n, dim, w, weight_stride, to, out_stride);
+    else
+      weighted_columns<4>(data, stride, index, n, dim, w, weight_stride, to, out_stride);
+    j += taken;
+  }
+}
+
+#endif  // KVLAPSE_SIMD
+
+}  // namespace kvlapse::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // include guard, toggled per target
