@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <span>
 #include <string>
@@ -24,9 +25,22 @@ class Tokenizer {
   // Raw bytes of one token, which may be part of a UTF-8 character; special tokens as their text.
   virtual std::string_view token_bytes(int32_t id) const = 0;
   virtual bool is_special(int32_t id) const = 0;
+  // Ids that the model's files put before every prompt (a beginning-of-text token); encode() does not add
+  // them.
+  virtual std::span<const int32_t> prompt_prefix() const { return {}; }
+  // One line for people: kind, number of tokens and merges.
+  virtual std::string describe() const { return {}; }
 
   std::string decode(std::span<const int32_t> ids) const;
 };
+
+class GgufFile;
+
+// Hugging Face's tokenizer.json: BPE (byte-level, or characters with byte fallback) or WordLevel. What it
+// asks for and we do not do is refused by name. Throws Error with file, field, expected and found.
+std::unique_ptr<Tokenizer> open_tokenizer_json(const std::filesystem::path& path);
+// The vocabulary of a GGUF file: tokenizer.ggml.model gpt2 (byte-level BPE) or llama (SentencePiece's BPE).
+std::unique_ptr<Tokenizer> gguf_tokenizer(const GgufFile& file);
 
 // Streams ids out as text without ever splitting a UTF-8 character.
 class StreamDecoder {
