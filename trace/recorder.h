@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/engine/step_observer.h"
+#include "trace/sketch.h"
 #include "trace/trace_writer.h"
 
 namespace kvlapse {
@@ -11,8 +12,8 @@ class Recorder final : public StepObserver {
  public:
   Recorder(const std::filesystem::path& file, TraceHeader header, TraceWriterOptions options = {});
 
-  // Seed of a sequence (sampling or task), before its on_prompt; 0 otherwise.
-  void set_seed(int sequence, uint64_t seed);
+  // Before the sequence's on_prompt: its seed (sampling or task) and its resolved budget. Otherwise 0 and the header's.
+  void set_sequence(int sequence, uint64_t seed, int budget_slots);
   // Texts, tags, task and answer of a sequence, once known.
   void describe_sequence(const TraceSequence& facts) { writer_.describe_sequence(facts); }
   // Marks the file complete or interrupted and stores the measured overhead. Throws Error.
@@ -32,15 +33,22 @@ class Recorder final : public StepObserver {
  private:
   class Timer;
   TraceWriter writer_;
-  std::map<int, uint64_t> seeds_;
+  struct Start {
+    uint64_t seed = 0;
+    int budget_slots = 0;
+  };
+  std::map<int, Start> starts_;            // by sequence
   std::vector<int> n_prompt_;              // [sequence]
   std::vector<char> evicted_;              // [sequence][layer]: something was evicted before
   std::vector<int32_t> held_;              // [H]
   std::vector<SketchRow> sketch_;          // [H]
-  int64_t spent_ns_ = 0;                   // in callbacks, generated tokens
-  int64_t spent_before_step_ns_ = 0;       // of these, inside the current step's own time
-  int64_t decode_ns_ = 0;                  // steps, without what was spent inside them
-  int64_t last_start_ns_ = -1;             // of the batch's step that was counted last
+  std::vector<std::span<const float>> group_;  // [G]
+  Sketcher sketcher_;
+  int64_t spent_prompt_ns_ = 0;   // in callbacks of prompt tokens
+  int64_t spent_ns_ = 0;          // in callbacks of generated tokens
+  int64_t spent_in_step_ns_ = 0;  // of the running step
+  int64_t decode_ns_ = 0;         // steps, without what was spent inside them
+  int64_t last_start_ns_ = -1;    // of the batch's step that was counted last
 };
 
 }  // namespace kvlapse

@@ -60,6 +60,7 @@ struct TraceSequence {
   std::vector<int32_t> tokens;  // prompt, then generation; the last one may have been chosen but never fed
   int n_prompt = 0;
   int n_steps = 0;              // tokens whose forward pass was recorded, prompt included: positions [0, n_steps)
+  int budget_slots = 0;         // resolved for this sequence's length; 0: the policy never evicts
   int think_begin = -1, think_end = -1;  // positions of the tags, -1: none
   std::string task;             // "" when the prompt is not of a known task
   std::string prompt, text;     // decoded

@@ -53,7 +53,8 @@ class TraceWriter {
 
   const TraceHeader& header() const;
 
-  void begin_sequence(int sequence, uint64_t seed, std::span<const int32_t> prompt);
+  // `budget_slots`: 0 takes the header's.
+  void begin_sequence(int sequence, uint64_t seed, int budget_slots, std::span<const int32_t> prompt);
   void append(int sequence, int layer, Pos pos, const LayerRecord& record);
   void evict(int sequence, int layer, const EvictionPlan& plan);
   void step(const StepSummary& summary);

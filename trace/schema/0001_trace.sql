@@ -23,6 +23,7 @@ CREATE TABLE KV_SEQUENCE(
   seed INTEGER NOT NULL,
   n_prompt INTEGER NOT NULL,
   n_steps INTEGER NOT NULL,
+  budget_slots INTEGER,           -- NULL: the policy never evicts
   think_begin INTEGER,
   think_end INTEGER,
   task TEXT,

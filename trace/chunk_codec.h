@@ -1,0 +1,46 @@
+// How the blob of a KV_CHUNK row becomes bytes and back: zstd, usually after a byte shuffle (byte b of every element
+// together), with an XXH3 checksum of the decoded bytes. Formats: trace/FORMAT.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kvlapse {
+
+struct EncodedChunk {
+  std::string_view encoding;  // "raw" or "zstd-shuffleN"
+  int64_t checksum = 0;
+  std::span<const std::byte> data;  // valid until the next call
+};
+
+// One per writing thread.
+class ChunkEncoder {
+ public:
+  explicit ChunkEncoder(int zstd_level);
+  ~ChunkEncoder();
+  ChunkEncoder(const ChunkEncoder&) = delete;
+  ChunkEncoder& operator=(const ChunkEncoder&) = delete;
+  // `element_bytes` is the size of what repeats in `raw`: a number, or a record.
+  EncodedChunk encode(std::span<const std::byte> raw, int element_bytes);
+
+ private:
+  struct Context;
+  std::unique_ptr<Context> context_;
+  std::vector<std::byte> shuffled_, compressed_;
+  std::string encoding_;
+};
+
+// Throws Error (without file or chunk: the caller knows them) when the data cannot be what was written. Thread-safe.
+std::vector<std::byte> decode_chunk(std::string_view encoding, int64_t raw_bytes, int64_t checksum,
+                                    std::span<const std::byte> data);
+
+// out[b * n + i] = in[i * element_bytes + b], n = elements; the rest that fills no element is copied behind.
+void shuffle_bytes(std::span<const std::byte> in, int element_bytes, std::byte* out);
+void unshuffle_bytes(std::span<const std::byte> in, int element_bytes, std::byte* out);
+
+}  // namespace kvlapse

@@ -1,0 +1,93 @@
+// The writer thread of a trace and the bounded queue in front of it. Messages are handled in order; everything
+// between two commits is one transaction. One producer thread.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "trace/chunk_codec.h"
+#include "trace/trace_file.h"
+#include "trace/trace_writer.h"
+
+namespace kvlapse {
+
+// Rows [step_begin, step_end) of one stream. The buffer may grow behind `bytes` while the writer reads it.
+struct ChunkMessage {
+  std::string_view kind;  // static text
+  int sequence = 0, layer = -1;
+  int step_begin = 0, step_end = 0;
+  int element_bytes = 1;
+  std::shared_ptr<const std::byte[]> data;
+  size_t bytes = 0;
+};
+struct StepsMessage {
+  std::vector<TraceStep> steps;
+};
+// What is known of a sequence now; its tokens are not looked at.
+struct SequenceMessage {
+  TraceSequence facts;
+};
+struct CommitMessage {};
+using WriteMessage = std::variant<ChunkMessage, StepsMessage, SequenceMessage, CommitMessage>;
+
+class WriteQueue {
+ public:
+  WriteQueue(Database database, const TraceWriterOptions& options);
+  ~WriteQueue();  // handles what is queued, then stops
+
+  // Waits while more than options.queue_bytes are queued. Throws Error when the writer failed. Returns the wait.
+  int64_t push(WriteMessage message);
+  // Handles what is queued and stops. Throws Error when the writer failed. The connection is the caller's afterwards.
+  Database& stop();
+  TraceWriterStats stats() const;
+
+ private:
+  struct ChunkKey {
+    std::string_view kind;
+    int sequence, layer;
+    bool operator==(const ChunkKey&) const = default;
+  };
+  struct ChunkKeyHash {
+    size_t operator()(const ChunkKey& key) const;
+  };
+  struct LastChunk {
+    int step_begin = -1;
+    int64_t id = 0;
+  };
+  struct Statements;
+
+  void run();
+  void handle(ChunkMessage& message);
+  void handle(StepsMessage& message);
+  void handle(SequenceMessage& message);
+  void handle(CommitMessage& message);
+  void begin_if_needed();
+  void throw_if_failed() const;
+
+  // The writer thread's own, until stop().
+  Database database_;
+  std::unique_ptr<Statements> statements_;
+  ChunkEncoder encoder_;
+  std::unique_ptr<Transaction> transaction_;
+  std::unordered_map<ChunkKey, LastChunk, ChunkKeyHash> last_chunks_;
+  int64_t next_chunk_id_ = 1;
+
+  const size_t queue_bytes_;
+  mutable std::mutex mutex_;
+  std::condition_variable not_empty_, not_full_;
+  std::deque<WriteMessage> messages_;
+  size_t queued_bytes_ = 0;
+  bool stopping_ = false;
+  std::string failure_;
+  TraceWriterStats stats_;
+  std::thread thread_;
+};
+
+}  // namespace kvlapse
