@@ -135,7 +135,7 @@ class PreTokenizerReader {
       read_split(node);
     } else if (type == "Digits") {
       bool each = node.flag("individual_digits", false);
-      add(each ? R"(\p{N})" : R"(\p{N}+)", PreTokenizer::Keep::both, node);
+      add(std::string(kOneNumberPattern) + (each ? "" : "+"), PreTokenizer::Keep::both, node);
     } else if (type == "Metaspace") {
       read_metaspace(node);
     } else {
