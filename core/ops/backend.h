@@ -30,13 +30,6 @@ struct OpBytes {
   OpBytes& operator+=(OpBytes other) { return read += other.read, written += other.written, *this; }
 };
 
-// Memory of a backend; never dereferenced by its user.
-class Buffer {
- public:
-  virtual ~Buffer() = default;
-  virtual size_t bytes() const = 0;
-};
-
 struct BatchRow {
   int32_t token = 0;
   Pos pos{0};
@@ -66,10 +59,11 @@ class KvStore {
   virtual std::span<const float> window_logits(const SlotTable& table, int q_head, int w) = 0;  // [rows, n]
 };
 
-// One row's attention: the newest token of `table`, over all slots that the table holds.
+// Attention of the newest token that `store` was given, over all slots that `table` holds.
 struct AttendRow {
   KvStore* store = nullptr;
   const SlotTable* table = nullptr;
+  int row = -1;  // of the step, whose attention output it becomes; -1: only the store keeps it
 };
 
 struct SampleRow {
@@ -107,13 +101,11 @@ class Backend {
     const float* v;
   };
   virtual QkvRow qkv_row(int row) const = 0;
-  // Attention of rows [0, attend.size()): decode.
   virtual OpBytes attend(std::span<const AttendRow> attend) = 0;
-  // Causal attention of a prefill block of one sequence: its rows' K/V are already stored, nothing was
-  // evicted, and row r attends slots [0, first_slots + r].
-  virtual OpBytes attend_block(KvStore& store, int n_rows, int first_slots) = 0;
-  // Attention of one store's newest token outside the batch: what LayerInputs shows for it. row: of the step.
-  virtual OpBytes attend_single(AttendRow attend, int row) = 0;
+  // Causal attention of a prefill block of one sequence: its rows' K/V are stored, nothing was evicted, and
+  // row r attends slots [0, first_slots + r]. The store keeps nothing of it. Same bits as attend() token by
+  // token.
+  virtual OpBytes attend_block(KvStore& store, int first_slots) = 0;
   // x += O(attention); x += down(silu(gate(norm x)) * up(norm x)).
   virtual OpBytes output_and_ffn(int layer) = 0;
   // Final norm and logits of the given rows, logits row i for rows[i].

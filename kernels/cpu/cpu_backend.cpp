@@ -1,0 +1,246 @@
+#include "kernels/cpu/cpu_backend.h"
+
+#include <hwy/targets.h>
+
+#include <algorithm>
+#include <thread>
+
+#include "core/base/error.h"
+#include "kernels/cpu/activations.h"
+#include "kernels/cpu/cpu_attention.h"
+#include "kernels/cpu/matmul.h"
+#include "kernels/cpu/sampler.h"
+#include "kernels/cpu/thread_team.h"
+
+namespace kvlapse {
+namespace {
+
+constexpr uint64_t kFloat = sizeof(float);
+constexpr int64_t kRowUnit = 8;  // rows of a matrix that one thread takes together
+
+class CpuBackend final : public Backend {
+ public:
+  explicit CpuBackend(int n_threads) : team_(n_threads), attention_(team_), thread_scratch_(n_threads) {}
+
+  std::string describe() const override {
+    return fmt::format("cpu {}, {} {}", hwy::TargetName(hwy::SupportedTargets() & -hwy::SupportedTargets()),
+                       team_.size(), team_.size() == 1 ? "thread" : "threads");
+  }
+
+  void prepare(const TransformerWeights& weights, int n_rows, DType kv_dtype) override {
+    if (kv_dtype == DType::f8e4m3) fail("kv dtype: expected fp32, fp16 or bf16 on the cpu, found fp8");
+    w_ = &weights;
+    kv_dtype_ = kv_dtype;
+    q_width_ = static_cast<size_t>(weights.n_q_heads) * weights.head_dim;
+    kv_width_ = static_cast<size_t>(weights.n_kv_heads) * weights.head_dim;
+    const auto rows = static_cast<size_t>(n_rows);
+    const auto width = static_cast<size_t>(weights.width), ffn = static_cast<size_t>(weights.ffn_width);
+    half_dim_ = static_cast<size_t>(weights.head_dim) / 2;
+    x_.assign(rows * width, 0);
+    normed_ = projected_ = x_;
+    q_.assign(rows * q_width_, 0);
+    attended_ = q_;
+    k_.assign(rows * kv_width_, 0);
+    v_ = k_;
+    gate_.assign(rows * ffn, 0);
+    up_ = gate_;
+    cos_.assign(rows * half_dim_, 0);
+    sin_ = cos_;
+    const size_t scratch = std::max({matmul_scratch(weights.width), matmul_scratch(weights.ffn_width),
+                                     matmul_scratch(static_cast<int64_t>(q_width_))});
+    for (std::vector<float>& s : thread_scratch_) s.assign(scratch, 0);
+    logits_.clear();
+    n_rows_ = 0;
+  }
+
+  std::unique_ptr<KvStore> make_kv_store(const CacheGeometry& geometry, int query_window) override {
+    return std::make_unique<CpuKvStore>(geometry, query_window);
+  }
+
+  OpBytes embed(std::span<const BatchRow> rows) override {
+    n_rows_ = rows.size();
+    for (size_t r = 0; r < n_rows_; ++r) {
+      matrix_row(w_->embedding, rows[r].token, x_.data() + r * w_->width);
+      w_->rope.angles(rows[r].pos, std::span(cos_).subspan(r * half_dim_, half_dim_),
+                      std::span(sin_).subspan(r * half_dim_, half_dim_));
+    }
+    return {n_rows_ * w_->embedding.row_bytes(), n_rows_ * w_->width * kFloat};
+  }
+
+  OpBytes project_qkv(int layer) override {
+    const LayerWeights& l = w_->layers[layer];
+    const auto width = static_cast<size_t>(w_->width), dim = static_cast<size_t>(w_->head_dim);
+    const int n_heads = w_->n_q_heads + 2 * w_->n_kv_heads;
+    team_.run([&](int thread) {
+      norm_rows(l.input_norm, thread);
+      team_.barrier();
+      float* scratch = thread_scratch_[thread].data();
+      // Whole heads, so that each is finished by the thread that computed it.
+      const Share mine = share_of(n_heads, thread, team_.size());
+      for (int64_t head = mine.begin; head < mine.end; ++head) {
+        const bool is_q = head < w_->n_q_heads, is_k = !is_q && head < w_->n_q_heads + w_->n_kv_heads;
+        const int64_t index = is_q   ? head
+                              : is_k ? head - w_->n_q_heads
+                                     : head - w_->n_q_heads - w_->n_kv_heads;
+        const Matrix& matrix = is_q ? l.q : is_k ? l.k : l.v;
+        const std::vector<float>& bias = is_q ? l.q_bias : is_k ? l.k_bias : l.v_bias;
+        const std::vector<float>& norm = is_q ? l.q_norm : l.k_norm;
+        std::vector<float>& out = is_q ? q_ : is_k ? k_ : v_;
+        const size_t stride = is_q ? q_width_ : kv_width_, first = static_cast<size_t>(index) * dim;
+        matmul_rows(matrix, static_cast<int64_t>(first), static_cast<int64_t>(first + dim), normed_.data(),
+                    width, n_rows_, out.data(), stride, scratch);
+        for (size_t r = 0; r < n_rows_; ++r) {
+          const std::span<float> row(out.data() + r * stride + first, dim);
+          if (!bias.empty()) add({bias.data() + first, dim}, row.data());
+          if (is_q || is_k) {
+            if (!norm.empty()) rms_norm(row, norm, w_->norm_eps, row.data());
+            rotate_half(row.data(), dim, cos_.data() + r * half_dim_, sin_.data() + r * half_dim_);
+          }
+          round_to(kv_dtype_, row);
+        }
+      }
+    });
+    return {l.q.bytes() + l.k.bytes() + l.v.bytes() + n_rows_ * width * kFloat,
+            n_rows_ * (q_width_ + 2 * kv_width_) * kFloat};
+  }
+
+  QkvRow qkv_row(int row) const override {
+    return {q_.data() + row * q_width_, k_.data() + row * kv_width_, v_.data() + row * kv_width_};
+  }
+
+  OpBytes attend(std::span<const AttendRow> attend) override {
+    attend_rows_.clear();
+    OpBytes bytes;
+    for (const AttendRow& a : attend) {
+      auto* store = static_cast<CpuKvStore*>(a.store);
+      attend_rows_.push_back({store, a.table, a.row < 0 ? nullptr : attended_.data() + a.row * q_width_});
+      for (int h = 0; h < w_->n_kv_heads; ++h)
+        bytes.read += static_cast<uint64_t>(a.table->count(h)) * store->geometry().head_token_bytes();
+      bytes.written += q_width_ * kFloat;
+    }
+    attention_.decode(attend_rows_);
+    return bytes;
+  }
+
+  OpBytes attend_block(KvStore& store, int first_slots) override {
+    attention_.block(static_cast<CpuKvStore&>(store), static_cast<int>(n_rows_), first_slots, q_.data(),
+                     q_width_, attended_.data(), q_width_);
+    const uint64_t slots = static_cast<uint64_t>(first_slots) + n_rows_;
+    return {slots * store.geometry().head_token_bytes() * w_->n_kv_heads, n_rows_ * q_width_ * kFloat};
+  }
+
+  OpBytes output_and_ffn(int layer) override {
+    const LayerWeights& l = w_->layers[layer];
+    const auto width = static_cast<size_t>(w_->width), ffn = static_cast<size_t>(w_->ffn_width);
+    team_.run([&](int thread) {
+      float* scratch = thread_scratch_[thread].data();
+      const Share outputs = share_of(w_->width, thread, team_.size(), kRowUnit);
+      const Share hidden = share_of(w_->ffn_width, thread, team_.size(), kRowUnit);
+      project_onto_x(l.o, attended_, q_width_, outputs, scratch);
+      team_.barrier();
+      norm_rows(l.ffn_norm, thread);
+      team_.barrier();
+      if (hidden.begin < hidden.end) {
+        matmul_rows(l.gate, hidden.begin, hidden.end, normed_.data(), width, n_rows_, gate_.data(), ffn,
+                    scratch);
+        matmul_rows(l.up, hidden.begin, hidden.end, normed_.data(), width, n_rows_, up_.data(), ffn, scratch);
+        const auto n = static_cast<size_t>(hidden.end - hidden.begin);
+        for (size_t r = 0; r < n_rows_; ++r) {
+          const size_t at = r * ffn + hidden.begin;
+          silu_multiply({gate_.data() + at, n}, {up_.data() + at, n});
+        }
+      }
+      team_.barrier();
+      project_onto_x(l.down, gate_, ffn, outputs, scratch);
+    });
+    return {l.o.bytes() + l.gate.bytes() + l.up.bytes() + l.down.bytes() +
+                n_rows_ * (q_width_ + 2 * width + ffn) * kFloat,
+            n_rows_ * (2 * width + ffn) * kFloat};
+  }
+
+  OpBytes head(std::span<const int> rows) override {
+    const auto width = static_cast<size_t>(w_->width), vocab = static_cast<size_t>(w_->n_vocab);
+    if (logits_.size() < rows.size() * vocab) logits_.resize(rows.size() * vocab);
+    team_.run([&](int thread) {
+      const Share mine = share_of(static_cast<int64_t>(rows.size()), thread, team_.size());
+      for (int64_t i = mine.begin; i < mine.end; ++i)
+        rms_norm({x_.data() + rows[i] * width, width}, w_->final_norm, w_->norm_eps,
+                 normed_.data() + i * width);
+      team_.barrier();
+      const Share vocabulary = share_of(w_->n_vocab, thread, team_.size(), kRowUnit);
+      if (vocabulary.begin < vocabulary.end)
+        matmul_rows(w_->head, vocabulary.begin, vocabulary.end, normed_.data(), width, rows.size(),
+                    logits_.data(), vocab, thread_scratch_[thread].data());
+    });
+    return {w_->head.bytes() + rows.size() * width * kFloat, rows.size() * vocab * kFloat};
+  }
+
+  void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) override {
+    auto one = [&](int i, int thread) {
+      results[i] = sample_token(logits(i), rows[i], sample_scratch_[thread]);
+    };
+    sample_scratch_.resize(team_.size());
+    if (rows.size() == 1) return one(0, 0);
+    team_.run([&](int thread) {
+      const Share mine = share_of(static_cast<int64_t>(rows.size()), thread, team_.size());
+      for (int64_t i = mine.begin; i < mine.end; ++i) one(static_cast<int>(i), thread);
+    });
+  }
+
+  std::span<const float> logits(int row) override {
+    return {logits_.data() + static_cast<size_t>(row) * w_->n_vocab, static_cast<size_t>(w_->n_vocab)};
+  }
+
+  void parallel(int n, const std::function<void(int)>& task) override {
+    if (n == 1) return task(0);
+    std::atomic<int> next{0};
+    team_.run([&](int) {
+      for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) task(i);
+    });
+  }
+
+ private:
+  // normed = RMSNorm(x) * weight; rows are divided among the threads.
+  void norm_rows(std::span<const float> weight, int thread) {
+    const auto width = static_cast<size_t>(w_->width);
+    const Share mine = share_of(static_cast<int64_t>(n_rows_), thread, team_.size());
+    for (int64_t r = mine.begin; r < mine.end; ++r)
+      rms_norm({x_.data() + r * width, width}, weight, w_->norm_eps, normed_.data() + r * width);
+  }
+
+  // x += W in, for the output rows of one thread.
+  void project_onto_x(const Matrix& w, const std::vector<float>& in, size_t in_stride, Share mine,
+                      float* scratch) {
+    if (mine.begin == mine.end) return;
+    const auto width = static_cast<size_t>(w_->width);
+    matmul_rows(w, mine.begin, mine.end, in.data(), in_stride, n_rows_, projected_.data(), width, scratch);
+    for (size_t r = 0; r < n_rows_; ++r) {
+      const size_t at = r * width + mine.begin;
+      add({projected_.data() + at, static_cast<size_t>(mine.end - mine.begin)}, x_.data() + at);
+    }
+  }
+
+  ThreadTeam team_;
+  CpuAttention attention_;
+  const TransformerWeights* w_ = nullptr;
+  DType kv_dtype_ = DType::f32;
+  size_t n_rows_ = 0, q_width_ = 0, kv_width_ = 0, half_dim_ = 0;
+  std::vector<float> x_, normed_, projected_;       // [R, width]
+  std::vector<float> q_, attended_, k_, v_;         // [R, Hq D] twice, [R, H D] twice
+  std::vector<float> gate_, up_;                    // [R, ffn]
+  std::vector<float> cos_, sin_;                    // [R, D/2]
+  std::vector<float> logits_;                       // [rows of head(), V]
+  std::vector<std::vector<float>> thread_scratch_;  // matmul panels
+  std::vector<std::vector<float>> sample_scratch_;
+  std::vector<CpuAttendRow> attend_rows_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(int n_threads) {
+  if (n_threads == 0) n_threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  if (n_threads < 1 || n_threads > 1024) fail("threads: expected 1 to 1024, found {}", n_threads);
+  return std::make_unique<CpuBackend>(n_threads);
+}
+
+}  // namespace kvlapse
