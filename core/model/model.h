@@ -16,7 +16,7 @@ struct Model {
   std::filesystem::path path;
   ModelSpec spec;
   Weights weights;
-  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<Tokenizer> tokenizer;  // null when the folder has no tokenizer.json
 };
 
 // A Hugging Face folder. Throws Error with file, field, expected and found.

@@ -1,5 +1,5 @@
-// The engine end to end on a tiny random Qwen3 checkpoint: against transformers, against itself under every split of
-// the work, and under eviction.
+// The engine end to end on a tiny random Qwen3 checkpoint: against transformers, against itself under every
+// split of the work, and under eviction.
 #include "core/engine/decode_session.h"
 
 #include <gmock/gmock.h>
@@ -115,7 +115,8 @@ TEST_F(Decode, GreedyTokensAndLogitsEqualTransformers) {
     std::vector<float> reference(logits.elements());
     std::memcpy(reference.data(), logits.data, logits.bytes);
     for (size_t k = 0; k < reference.size(); ++k)
-      ASSERT_NEAR(std::bit_cast<float>(result.logit_bits[i][k]), reference[k], 5e-4) << "prompt " << i << " value " << k;
+      ASSERT_NEAR(std::bit_cast<float>(result.logit_bits[i][k]), reference[k], 5e-4)
+          << "prompt " << i << " value " << k;
   }
 }
 
@@ -182,7 +183,8 @@ class Watcher final : public StepObserver {
   Watcher(int peak, bool wants_attention) : peak_(peak), wants_attention_(wants_attention) {}
   bool wants_prompt_attention() const override { return wants_attention_; }
   void on_prompt(int, std::span<const int32_t> ids) override { n_prompt = static_cast<int>(ids.size()); }
-  void on_attended(int, int layer, Pos pos, const TokenRows& rows, const SlotTable& table, LayerInputs& inputs) override {
+  void on_attended(int, int layer, Pos pos, const TokenRows& rows, const SlotTable& table,
+                   LayerInputs& inputs) override {
     ++attended;
     EXPECT_NE(rows.q, nullptr);
     const bool generated = raw(pos) >= n_prompt;
@@ -196,7 +198,9 @@ class Watcher final : public StepObserver {
       EXPECT_EQ(inputs.attention(0).size(), static_cast<size_t>(table.count(0)));
     }
   }
-  void on_evicted(int, int, const EvictionPlan& plan) override { evictions += static_cast<int>(plan.drops.size()); }
+  void on_evicted(int, int, const EvictionPlan& plan) override {
+    evictions += static_cast<int>(plan.drops.size());
+  }
   void on_step(const StepSummary& s) override {
     ++steps;
     EXPECT_GE(s.total_ns, 0);
@@ -285,7 +289,8 @@ TEST_F(Decode, TeacherForcingFeedsTheGivenTokens) {
 TEST_F(Decode, EndsForTheRightReason) {
   Setup setup;
   setup.options.max_tokens = 1000;
-  Run result = run(setup, {{some_prompt(30), 0, {}, 0}, {some_prompt(255), 0, {}, 0}, {some_prompt(9), 0, {}, 3}});
+  Run result =
+      run(setup, {{some_prompt(30), 0, {}, 0}, {some_prompt(255), 0, {}, 0}, {some_prompt(9), 0, {}, 3}});
   EXPECT_EQ(result.states[0].end_reason, "context");
   EXPECT_EQ(result.tokens[0].size(), 256u);
   EXPECT_EQ(result.states[1].generated(), 1);
@@ -323,10 +328,15 @@ TEST_F(Decode, EndOfTextEndsUnlessIgnored) {
 
 TEST_F(Decode, RefusesWhatItCannotDo) {
   const Setup setup;
-  EXPECT_THAT(error_of([&] { run(setup, {{some_prompt(256), 0, {}, 0}}); }),
+  EXPECT_THAT(error_of([&] {
+                run(setup, {{some_prompt(256), 0, {}, 0}});
+              }),
               HasSubstr("prompt: expected at most 255 tokens (the context of tiny_qwen3 is 256), found 256"));
   EXPECT_THAT(error_of([&] { run(setup, {{{}, 0, {}, 0}}); }), HasSubstr("expected at least 1 token"));
-  EXPECT_THAT(error_of([&] { run(setup, {{{3, 64}, 0, {}, 0}}); }), HasSubstr("token id: expected one of [0, 64), found 64"));
+  EXPECT_THAT(error_of([&] {
+                run(setup, {{{3, 64}, 0, {}, 0}});
+              }),
+              HasSubstr("token id: expected one of [0, 64), found 64"));
   EXPECT_THAT(error_of([&] { run(setup, {{{3, -1}, 0, {}, 0}}); }), HasSubstr("found -1"));
   Setup small{.policy = "streaming_llm:sinks=9", .budget = "8", .threads = 1, .options = {}};
   EXPECT_THAT(error_of([&] { run(small, {{some_prompt(9), 0, {}, 0}}); }), HasSubstr("budget 8 cannot hold"));
