@@ -16,7 +16,7 @@ using SqlValue = std::variant<std::monostate, int64_t, double, std::string, std:
 
 class SqlQuery {
  public:
-  // Throws Error for a file that is neither, for wrong SQL and for a statement that would write.
+  // Any SQLite file. Throws Error for another file, UsageError for wrong SQL and for a statement that would write.
   SqlQuery(const std::filesystem::path& file, std::string_view sql);
   ~SqlQuery();
   SqlQuery(const SqlQuery&) = delete;
