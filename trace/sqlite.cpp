@@ -18,10 +18,14 @@ struct Database::Connection {
   ~Connection() { sqlite3_close_v2(handle); }
 
   [[noreturn]] void raise(const char* doing) const {
-    const int code = sqlite3_extended_errcode(handle);
-    if ((code & 0xff) == SQLITE_FULL) fail("{}: {}: the disk is full, or the file reached its size limit", file, doing);
+    const int code = sqlite3_extended_errcode(handle), system = sqlite3_system_errno(handle);
+    const bool io = (code & 0xff) == SQLITE_IOERR;
+    if ((code & 0xff) == SQLITE_FULL || (io && (system == ENOSPC || system == EFBIG || system == EDQUOT)))
+      fail("{}: {}: the disk is full, or the file reached its size limit", file, doing);
     if ((code & 0xff) == SQLITE_NOTADB) fail("{}: {}: expected an SQLite file, found something else", file, doing);
     if ((code & 0xff) == SQLITE_CORRUPT) fail("{}: {}: the file is damaged: {}", file, doing, sqlite3_errmsg(handle));
+    if (io && system != 0)
+      fail("{}: {}: {}: {} (SQLite code {})", file, doing, sqlite3_errmsg(handle), std::generic_category().message(system), code);
     fail("{}: {}: {} (SQLite code {})", file, doing, sqlite3_errmsg(handle), code);
   }
 };

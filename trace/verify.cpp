@@ -160,8 +160,8 @@ class Verifier {
       if (raw(step.pos) != expected) return add("KV_STEP of sequence {}: expected step {}, found {}", s, expected, raw(step.pos));
       if (step.token != sequence.tokens[expected])
         return add("KV_STEP of sequence {}, step {}: token: expected {}, found {}", s, expected, sequence.tokens[expected], step.token);
-      if (i + 1 < steps.size() && step.next_token != steps[i + 1].summary.token)
-        return add("KV_STEP of sequence {}, step {}: next_token: expected {}, found {}", s, expected, steps[i + 1].summary.token,
+      if (i + 1 < steps.size() && step.next_token != sequence.tokens[expected + 1])
+        return add("KV_STEP of sequence {}, step {}: next_token: expected {}, found {}", s, expected, sequence.tokens[expected + 1],
                    step.next_token);
       if (step.total_ns < 0 || step.start_ns < 0)
         return add("KV_STEP of sequence {}, step {}: expected times from 0, found {} and {}", s, expected, step.start_ns, step.total_ns);
