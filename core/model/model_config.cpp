@@ -255,6 +255,8 @@ RopeTable rope_table(const RopeSpec& spec, int head_dim) {
       break;
     }
   }
+  for (size_t i = 0; i < spec.frequency_divisors.size(); ++i)
+    table.inverse_frequencies[i] /= spec.frequency_divisors[i];
   return table;
 }
 

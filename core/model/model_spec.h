@@ -29,6 +29,7 @@ struct RopeSpec {
   double beta_fast = 32, beta_slow = 1;              // yarn
   double attention_factor = 0;                       // yarn; 0: 0.1 ln(factor) + 1
   int original_context = 0;                          // llama3, yarn
+  std::vector<float> frequency_divisors;  // [D/2] or empty: a scaling that a file gives as its result
 };
 
 struct ModelSpec {
@@ -41,8 +42,9 @@ struct ModelSpec {
   bool tied_embeddings = false;
   bool qkv_bias = false;  // Qwen2
   bool qk_norm = false;   // Qwen3
-  // GGUF stores the rows of q and k for interleaved RoPE in `llama` files; the loader hands out half-split
+  // GGUF orders the rows of q and k for interleaved RoPE in `llama` files; the loader hands out half-split
   // rows.
+  bool interleaved_rope_rows = false;
   std::vector<int32_t> eos_ids;
   std::string chat_template;  // Jinja source, empty when the model has none
 

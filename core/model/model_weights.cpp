@@ -88,6 +88,20 @@ class Loader {
     return {view->type, rows, columns, aligned(*view)};
   }
 
+  // A matrix whose rows pair dimensions (2i, 2i + 1) in every head, as (i, i + D/2). Rows move whole, so
+  // quantised blocks stay as they are.
+  Matrix half_split(Matrix interleaved, int head_dim) {
+    const size_t row = interleaved.row_bytes();
+    const int half = head_dim / 2;
+    out_.owned.push_back(std::make_unique<std::byte[]>(interleaved.bytes()));
+    std::byte* rows = out_.owned.back().get();
+    for (int64_t head = 0; head < interleaved.rows; head += head_dim)
+      for (int i = 0; i < head_dim; ++i)
+        std::memcpy(rows + row * (head + i), interleaved.row(head + 2 * (i % half) + i / half), row);
+    interleaved.data = rows;
+    return interleaved;
+  }
+
   std::vector<float> vector(TensorRole role, int layer, int64_t n) {
     const auto [file, view] = get(role, layer, {n});
     std::vector<float> values(n);
@@ -201,6 +215,10 @@ Weights load_weights(const ModelSpec& spec, std::vector<std::shared_ptr<const Te
     l.input_norm = load.vector(TensorRole::input_norm, i, width);
     l.q = load.matrix(TensorRole::q, i, q_rows, width);
     l.k = load.matrix(TensorRole::k, i, kv_rows, width);
+    if (spec.interleaved_rope_rows) {
+      l.q = load.half_split(l.q, t.head_dim);
+      l.k = load.half_split(l.k, t.head_dim);
+    }
     l.v = load.matrix(TensorRole::v, i, kv_rows, width);
     if (spec.qkv_bias) {
       l.q_bias = load.vector(TensorRole::q_bias, i, q_rows);

@@ -1,6 +1,6 @@
-// TensorFile: named tensors of a weight file (safetensors, one or many; GGUF), memory-mapped and validated when
-// opened: every offset, size and shape is checked against the file, so the views are safe to read for as long as
-// the TensorFile lives. Read-only and thread-safe.
+// TensorFile: named tensors of a weight file (safetensors, one or many; GGUF), memory-mapped and validated
+// when opened: every offset, size and shape is checked against the file, so the views are safe to read for as
+// long as the TensorFile lives. Read-only and thread-safe.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,8 @@ namespace kvlapse {
 struct TensorView {
   std::string_view name;
   TensorType type = TensorType::f32;
-  std::vector<int64_t> shape;  // row-major, outermost first (a GGUF `ne` reversed): a matrix is [rows, columns]
+  std::vector<int64_t>
+      shape;  // row-major, outermost first (a GGUF `ne` reversed): a matrix is [rows, columns]
   const std::byte* data = nullptr;
   size_t bytes = 0;
   uint64_t file_offset = 0;
@@ -45,6 +46,10 @@ class TensorFile {
 
 // One safetensors file. Throws Error naming file, field, expected and found.
 std::unique_ptr<TensorFile> open_safetensors(const std::filesystem::path& path);
+
+// The weight files of a Hugging Face folder: model.safetensors, or every file that
+// model.safetensors.index.json names.
+std::vector<std::shared_ptr<const TensorFile>> open_checkpoint_files(const std::filesystem::path& folder);
 
 // fp32 values, row-major, of any type.
 void dequantize(TensorType type, const std::byte* data, int64_t n_elements, float* out);
