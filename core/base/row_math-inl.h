@@ -18,8 +18,9 @@ namespace kvlapse::HWY_NAMESPACE {
 
 #if KVLAPSE_SIMD
 
-// Folded dots of R rows with X vectors. `folded` is [X][8]; rows fill columns first, first + 1, ...
-template <int R, int X, typename T>
+// Folded dots of R rows with X vectors. `folded` is [X][8]; rows fill columns first, first + 1, ... kTail:
+// dim is no multiple of 16.
+template <int R, int X, bool kTail, typename T>
 HWY_INLINE void dot_group(const T* const* row, const float* const* x, size_t dim, Vec8 (*folded)[8],
                           int first) {
   Vec acc[R][X][kVecs];
@@ -44,15 +45,19 @@ HWY_INLINE void dot_group(const T* const* row, const float* const* x, size_t dim
       }
     }
   }
-  if (i < dim) {  // lanes past the end must keep their sum, even a negative zero
+  if constexpr (kTail) {
+    const size_t left = dim - i;  // lanes past the end must keep their sum, even a negative zero
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       HWY_ALIGN float a[kVirtualLanes] = {};
-      for (size_t l = 0; i + l < dim; ++l) a[l] = widen(row[r][i + l]);
+      for (size_t l = 0; l < left; ++l) a[l] = widen(row[r][i + l]);
+#pragma GCC unroll 4
       for (int j = 0; j < X; ++j) {
         HWY_ALIGN float b[kVirtualLanes] = {};
-        for (size_t l = 0; i + l < dim; ++l) b[l] = x[j][i + l];
-        for (size_t v = 0; v < kVecs && i + v * kLanes < dim; ++v) {
-          const auto mask = hn::FirstN(Tag(), dim - i - v * kLanes);
+        for (size_t l = 0; l < left; ++l) b[l] = x[j][i + l];
+#pragma GCC unroll 2
+        for (size_t v = 0; v < kVecs; ++v) {
+          const auto mask = hn::FirstN(Tag(), left > v * kLanes ? left - v * kLanes : 0);
           const Vec sum = hn::MulAdd(load(a + v * kLanes), load(b + v * kLanes), acc[r][j][v]);
           acc[r][j][v] = hn::IfThenElse(mask, sum, acc[r][j][v]);
         }
@@ -66,16 +71,21 @@ HWY_INLINE void dot_group(const T* const* row, const float* const* x, size_t dim
 }
 
 // Eight rows (pointers may repeat), X vectors; the first `valid` results of each are stored.
-template <int X, typename T>
-HWY_INLINE void dot_tile(const T* const (&row)[8], size_t valid, const float* const* x, size_t dim,
+template <int X, bool kTail, typename T>
+HWY_INLINE void dot_tile(const T* const (&row)[8], size_t valid, const float* x, size_t x_stride, size_t dim,
                          float factor, float* out, size_t out_stride) {
   constexpr int kRows = X == 1 || kVecs == 1 ? 4 : 2;
+  const float* vectors[X];
+#pragma GCC unroll 4
+  for (int j = 0; j < X; ++j) vectors[j] = x + j * x_stride;
   Vec8 folded[X][8];
-  for (int r = 0; r < 8; r += kRows) dot_group<kRows, X>(row + r, x, dim, folded, r);
+#pragma GCC unroll 4
+  for (int r = 0; r < 8; r += kRows) dot_group<kRows, X, kTail>(row + r, vectors, dim, folded, r);
   const Tag8 d;
+#pragma GCC unroll 4
   for (int j = 0; j < X; ++j) {
     const Vec8 result = hn::Mul(tree8(folded[j]), hn::Set(d, factor));
-    if (valid == 8) {
+    if (HWY_LIKELY(valid == 8)) {
       hn::StoreU(result, d, out + j * out_stride);
     } else {
       HWY_ALIGN float part[8];
@@ -85,30 +95,38 @@ HWY_INLINE void dot_tile(const T* const (&row)[8], size_t valid, const float* co
   }
 }
 
+template <bool kTail, typename T>
+HWY_INLINE void dot_tiles(const T* const (&row)[8], size_t valid, const float* x, size_t x_stride, size_t n_x,
+                          size_t dim, float factor, float* out, size_t out_stride) {
+  while (n_x > 0) {
+    const size_t taken = n_x == 4 ? 2 : std::min<size_t>(3, n_x);
+    if (taken == 1)
+      dot_tile<1, kTail>(row, valid, x, x_stride, dim, factor, out, out_stride);
+    else if (taken == 2)
+      dot_tile<2, kTail>(row, valid, x, x_stride, dim, factor, out, out_stride);
+    else
+      dot_tile<3, kTail>(row, valid, x, x_stride, dim, factor, out, out_stride);
+    x += taken * x_stride;
+    out += taken * out_stride;
+    n_x -= taken;
+  }
+}
+
 template <typename T>
 HWY_INLINE void dot_rows_of(const T* data, size_t stride, const int32_t* index, size_t n, size_t dim,
                             const float* x, size_t x_stride, size_t n_x, float factor, float* out,
                             size_t out_stride) {
   for (size_t i = 0; i < n; i += 8) {
+    const size_t valid = std::min<size_t>(8, n - i);
     const T* row[8];
     for (size_t r = 0; r < 8; ++r) {
-      const size_t at = std::min(i + r, n - 1);
+      const size_t at = i + std::min(r, valid - 1);
       row[r] = data + (index ? static_cast<size_t>(index[at]) : at) * stride;
     }
-    const size_t valid = std::min<size_t>(8, n - i);
-    for (size_t j = 0; j < n_x;) {
-      const float* vectors[3];
-      const size_t left = n_x - j, taken = left == 4 ? 2 : std::min<size_t>(3, left);
-      for (size_t k = 0; k < taken; ++k) vectors[k] = x + (j + k) * x_stride;
-      float* to = out + j * out_stride + i;
-      if (taken == 1)
-        dot_tile<1>(row, valid, vectors, dim, factor, to, out_stride);
-      else if (taken == 2)
-        dot_tile<2>(row, valid, vectors, dim, factor, to, out_stride);
-      else
-        dot_tile<3>(row, valid, vectors, dim, factor, to, out_stride);
-      j += taken;
-    }
+    if (HWY_LIKELY(dim % kVirtualLanes == 0))
+      dot_tiles<false>(row, valid, x, x_stride, n_x, dim, factor, out + i, out_stride);
+    else
+      dot_tiles<true>(row, valid, x, x_stride, n_x, dim, factor, out + i, out_stride);
   }
 }
 

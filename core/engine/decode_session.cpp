@@ -16,8 +16,8 @@ using Clock = std::chrono::steady_clock;
 // One layer of one sequence.
 struct Layer {
   Layer(Backend& backend, const CacheGeometry& geometry, int layer, const Policy& policy, int budget,
-        int n_prompt)
-      : memory(backend, geometry, policy.info().query_window),
+        int n_prompt, int total)
+      : memory(backend, geometry, std::min(policy.info().query_window, total)),
         site(geometry, layer, policy, budget, n_prompt, memory) {}
   LiveMemory memory;
   CacheSite site;
@@ -340,7 +340,7 @@ int DecodeSession::add_sequence(SequenceRequest request) {
     // Heads that share one budget may hold more than their part of it.
     if (policy.info().rule.ragged) capacity = std::min(total, capacity * spec.layer.n_kv_heads);
     s.layers.emplace_back(impl_->backend, spec.cache_geometry(capacity, options.kv_dtype), layer, policy,
-                          budget, n_prompt);
+                          budget, n_prompt, total);
   }
   impl_->sequences.push_back(std::move(s));
   return n_sequences() - 1;
