@@ -1,0 +1,155 @@
+#include "kernels/cuda/decode_attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/base/error.h"
+
+namespace kvlapse {
+namespace {
+
+constexpr int kDecodeThreads = (kDecodeConsumerWarps + 1) * 32;
+constexpr int kPortableCluster = 8;
+
+int attribute(cudaDeviceAttr what) {
+  int device = 0, value = 0;
+  KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
+  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&value, what, device));
+  return value;
+}
+
+// The driver's function, found at run time: the binary needs no libcuda to start.
+decltype(&cuTensorMapEncodeTiled) encode_function() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  KVLAPSE_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+  if (found != cudaDriverEntryPointSuccess) fail("CUDA: the driver has no cuTensorMapEncodeTiled: expected driver 525 or newer");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+
+CUtensorMap plane_map(const DecodeShape& s, void* plane) {
+  const uint64_t row = s.row_bytes();
+  const cuuint64_t dims[] = {static_cast<cuuint64_t>(s.head_dim), static_cast<cuuint64_t>(s.n_slots),
+                             static_cast<cuuint64_t>(s.n_items())};
+  const cuuint64_t strides[] = {row, row * static_cast<uint64_t>(s.n_slots)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(std::min(s.head_dim, 64)), kDecodeTileSlots, 1};
+  const cuuint32_t step[] = {1, 1, 1};
+  CUtensorMap map{};
+  const CUresult result = encode_function()(
+      &map, s.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, plane, dims,
+      strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    fail("CUDA: tensor map of [{}, {}, {}]: error {} (planes must be 16-byte aligned)", s.n_items(), s.n_slots, s.head_dim,
+         static_cast<int>(result));
+  return map;
+}
+
+}  // namespace
+
+DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, int fixed_splits) : shape_(shape) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
+  const bool has_bulk = major == 9;
+  if (path == DecodePath::bulk && !has_bulk)
+    fail("decode kernel: bulk path: expected compute capability 9.0, found {}.{}", major, minor);
+  const bool bulk = path == DecodePath::bulk || (path == DecodePath::best && has_bulk);
+  kernel_ = (bulk ? decode_kernel_bulk : decode_kernel_cp_async)(shape.head_dim, shape.dtype);
+  if (kernel_ == nullptr)
+    fail("decode kernel: no kernel for head_dim {} and {}", shape.head_dim, dtype_name(shape.dtype));
+
+  DecodeLimits limits;
+  limits.n_multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  limits.smem_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  limits.clusters = bulk;
+  limits.max_splits = kMaxDecodeSplits;
+  const void* function = reinterpret_cast<const void*>(kernel_);
+  cudaFuncAttributes found{};
+  const cudaError_t error = cudaFuncGetAttributes(&found, function);
+  if (error != cudaSuccess)
+    fail("decode kernel: none is built in for compute capability {}.{}: {}", major, minor, cudaGetErrorString(error));
+  KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.smem_bytes));
+  if (bulk) KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  if (bulk)
+    limits.resident_clusters = [&](int n, int smem_bytes) {
+      cudaLaunchAttribute cluster{};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(n);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(static_cast<unsigned>(n));
+      config.blockDim = dim3(kDecodeThreads);
+      config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+      int clusters = 0;
+      const cudaError_t asked = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
+      if (asked != cudaSuccess && n > kPortableCluster) {
+        cudaGetLastError();  // this device has no clusters of that size
+        return 0;
+      }
+      KVLAPSE_CUDA_CHECK(asked);
+      return clusters;
+    };
+  plan_ = plan_decode(shape, limits, fixed_splits);
+}
+
+size_t DecodeKernel::split_softmax_floats() const {
+  return plan_.bulk || plan_.n_splits == 1 ? 0 : static_cast<size_t>(shape_.n_items()) * kMaxDecodeSplits * kMaxDecodeGroup * 2;
+}
+size_t DecodeKernel::split_output_floats() const {
+  return plan_.bulk || plan_.n_splits == 1
+             ? 0
+             : static_cast<size_t>(shape_.n_items()) * plan_.n_splits * shape_.group() * shape_.head_dim;
+}
+
+CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool shared) const {
+  CudaDecodeArgs args{};
+  if (plan_.bulk) {
+    args.k_map = plane_map(shape_, k);
+    args.v_map = plane_map(shape_, v);
+  }
+  args.k = k;
+  args.v = v;
+  args.n_items = shape_.n_items();
+  args.n_kv_heads = shape_.n_kv_heads;
+  args.group = shape_.group();
+  args.n_slots = args.budget = shape_.n_slots;
+  args.n_splits = plan_.n_splits;
+  args.n_stages = plan_.n_stages;
+  args.logits_bytes = plan_.logits_bytes;
+  args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape_.head_dim)));
+  const int heads = shared ? shape_.n_q_heads : shape_.group();
+  args.score_scale = 1.0f / static_cast<float>(score_uses_norm(score) ? heads * shape_.head_dim : heads);
+  args.score = score;
+  args.shared = shared;
+  return args;
+}
+
+void DecodeKernel::launch(cudaStream_t stream, const CudaDecodeArgs& args, LaunchLog* log) const {
+  auto require = [](bool present, const char* what) {
+    if (!present) fail("decode kernel: {}: expected a device pointer, found null", what);
+  };
+  require(args.q != nullptr && args.out != nullptr && args.step_pos != nullptr, "q, out, step_pos");
+  require(args.k_new == nullptr || (args.v_new != nullptr && args.victim_keys != nullptr && args.flags != nullptr),
+          "v_new, victim_keys, flags");
+  if (args.score != FusedScore::none) {
+    require(args.protect != nullptr && args.victim_keys != nullptr, "protect, victim_keys");
+    require(!score_uses_norm(args.score) || args.value_l1 != nullptr, "value_l1");
+    require(!score_accumulates(args.score) || args.accumulated != nullptr, "accumulated");
+    require(!args.shared || (args.importance != nullptr && args.arrivals != nullptr), "importance, arrivals");
+  }
+  require(args.recent == 0 || args.recent_slots != nullptr, "recent_slots");
+  require(split_softmax_floats() == 0 || (args.split_softmax != nullptr && args.split_output != nullptr && args.split_barrier != nullptr),
+          "split_softmax, split_output, split_barrier");
+
+  LaunchShape shape;
+  shape.n_blocks = plan_.n_ctas;
+  shape.n_threads = kDecodeThreads;
+  shape.smem_bytes = plan_.smem_bytes;
+  shape.cluster = plan_.bulk ? plan_.n_splits : 1;
+  shape.cooperative = !plan_.bulk && plan_.n_splits > 1;
+  shape.dependent = args.early_state && plan_.bulk;
+  launch_kernel(stream, {"decode_step", decode_bytes(shape_, args.budget, args.score, args.shared), log}, shape, kernel_, args);
+}
+
+}  // namespace kvlapse

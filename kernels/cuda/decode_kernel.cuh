@@ -1,0 +1,705 @@
+// The fused decode step on the device (contract: kernels/decode/decode_args.h). Written in the operations of device_ops.cuh only, so
+// that the CPU emulator of the tests compiles the same text; include device_ops.cuh (or the emulator) first.
+//
+// A CTA works on one (b, kv head) and one share ("split") of its 64-slot tiles; CTAs persist and take item after
+// item. One producer warp streams all K tiles, then all V tiles, through a ring in shared memory, running ahead into
+// the next item; 8 consumer warps in two groups take tiles alternately, 16 slots a warp.
+//   1. logits: K tile x Q^T on the matrix unit (slots are the rows, query heads the 8 columns); logits go to shared
+//      memory private to the lane, which keeps a running (max, sum) of its heads.
+//   2. (max, sum) are merged over lanes, warps and splits: probabilities are final before V is touched.
+//   3. values: O^T += V^T x P^T; the same lane turns its probabilities into the slot's exact score and minimum.
+//   4. O is summed over warps and splits in fixed order; the victim is an integer minimum. Nothing depends on timing:
+//      the result is bitwise repeatable for a given number of splits.
+// Probabilities enter the matrix unit as 2^(s - max), so fp16 keeps them normal; 1/sum is applied in fp32.
+#pragma once
+
+#include "kernels/decode/decode_args.h"
+
+namespace kvlapse::device {
+
+inline constexpr int kTileSlots = kDecodeTileSlots;
+inline constexpr int kConsumerWarps = kDecodeConsumerWarps;
+inline constexpr int kConsumerThreads = kConsumerWarps * 32;
+inline constexpr int kDecodeThreads = kConsumerThreads + 32;
+inline constexpr int kGroupWarps = 4;  // warps that share a tile
+inline constexpr int kMaxStages = kMaxDecodeStages;
+inline constexpr int kOutputPad = kDecodeOutputPad;
+inline constexpr float kNoMax = -1e30f;  // finite, so that an empty row gives 2^(x - x) and no NaN
+inline constexpr int kConsumerBarrier = 1;
+
+// Small shared memory in front of the ring; the ring starts at the next multiple of 1024.
+struct alignas(1024) DecodeSmall {
+  uint64_t full[kMaxStages];
+  uint64_t empty[kMaxStages];
+  uint64_t info_full[2];
+  uint64_t info_empty[2];
+  uint64_t softmax_bar;
+  uint64_t output_bar;
+  uint64_t keys[kConsumerWarps];
+  int32_t info[2][4];
+  alignas(16) float warp_softmax[kConsumerWarps][kMaxDecodeGroup][2];      // (max, sum)
+  alignas(16) float split_softmax[kMaxDecodeSplits][kMaxDecodeGroup][2];
+  float inverse_sum[kMaxDecodeGroup];
+  int32_t last_arrival;
+};
+static_assert(sizeof(DecodeSmall) == kDecodeSmallBytes);
+
+template <int kHeadDimension, class ElementTag, bool kBulkCopy>
+struct DecodeTraits {
+  using Element = ElementTag;
+  static constexpr int kHeadDim = kHeadDimension;
+  static constexpr bool kBulk = kBulkCopy;  // copy engine and clusters (sm_90), otherwise cp.async and global memory
+  static constexpr int kBoxElements = kHeadDim < 64 ? kHeadDim : 64;
+  static constexpr int kBoxes = kHeadDim / kBoxElements;
+  static constexpr int kBoxChunks = kBoxElements / 8;  // 16-byte chunks of a row inside a box
+  static constexpr int kRowChunks = kHeadDim / 8;
+  static constexpr int kBoxBytes = kTileSlots * kBoxElements * 2;
+  static constexpr int kTileBytes = kBoxes * kBoxBytes;
+  static constexpr int kSteps = kHeadDim / 16;  // matrix instructions over D
+};
+
+struct ItemInfo {
+  int n;        // valid slots, the new token's included
+  int slot;     // of the new token, or -1
+  int expired;  // slot that leaves the recent window, or -1
+  int pos;
+};
+
+struct RingCursor {
+  int stage = 0;
+  uint32_t phase = 0;
+  KVLAPSE_DEVICE void advance(int n, int n_stages) {
+    stage += n;
+    if (stage >= n_stages) {
+      const int turns = stage / n_stages;
+      stage -= turns * n_stages;
+      phase ^= static_cast<uint32_t>(turns & 1);
+    }
+  }
+};
+
+KVLAPSE_DEVICE void merge_softmax(float& m, float& l, float other_m, float other_l) {
+  const float top = m > other_m ? m : other_m;
+  l = l * exp2_approximate(m - top) + other_l * exp2_approximate(other_m - top);
+  m = top;
+}
+KVLAPSE_DEVICE uint64_t min_key(uint64_t a, uint64_t b) { return a < b ? a : b; }
+KVLAPSE_DEVICE uint64_t warp_min(uint64_t key) {
+  for (int mask = 16; mask > 0; mask >>= 1) key = min_key(key, shuffle_xor(key, mask));
+  return key;
+}
+
+template <class Traits, class Args>
+class DecodeCta {
+ public:
+  KVLAPSE_DEVICE DecodeCta(const Args& args, unsigned char* shared)
+      : args_(args),
+        small_(*reinterpret_cast<DecodeSmall*>(shared)),
+        ring_(smem_address(shared) + static_cast<uint32_t>(sizeof(DecodeSmall))),
+        logits_(ring_ + static_cast<uint32_t>(args.n_stages * Traits::kTileBytes)),
+        received_(logits_ + static_cast<uint32_t>(args.logits_bytes)),
+        warp_(thread_index() / 32),
+        lane_(thread_index() % 32),
+        rank_(block_index() % args.n_splits),
+        first_item_(block_index() / args.n_splits),
+        item_stride_(block_count() / args.n_splits) {}
+
+  KVLAPSE_DEVICE void run() {
+    if (thread_index() == 0) init_barriers();
+    block_sync();
+    if (clustered()) cluster_arrive();
+    if (warp_ == kConsumerWarps)
+      produce();
+    else
+      consume();
+  }
+
+ private:
+  struct Tiles {
+    int begin, end;
+    KVLAPSE_DEVICE int count() const { return end - begin; }
+  };
+  struct Softmax {
+    float max[2];      // of query heads 2t, 2t+1
+    float inverse[2];  // 1 / sum; 0 for heads that do not exist
+  };
+
+  KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.n_splits > 1; }
+  KVLAPSE_DEVICE SmemAddress bar(const uint64_t& b) const { return smem_address(&b); }
+  KVLAPSE_DEVICE int half_group() const { return (args_.group + 1) / 2; }  // lanes of a quad that hold heads
+  KVLAPSE_DEVICE Tiles tiles_of(int n) const {
+    const int tiles = (n + kTileSlots - 1) / kTileSlots;
+    return {tiles * rank_ / args_.n_splits, tiles * (rank_ + 1) / args_.n_splits};
+  }
+  // 16-byte chunk of a row in a tile; the copy engine's 128-byte swizzle: address bits 4..6 ^= bits 7..9.
+  KVLAPSE_DEVICE static uint32_t chunk_offset(int row, int chunk) {
+    const uint32_t at = static_cast<uint32_t>(row * (Traits::kBoxElements * 2) + (chunk % Traits::kBoxChunks) * 16);
+    return static_cast<uint32_t>(chunk / Traits::kBoxChunks) * Traits::kBoxBytes + (at ^ ((at >> 3) & 0x70u));
+  }
+  KVLAPSE_DEVICE const unsigned char* row_of(const void* plane, int item, int slot) const {
+    return static_cast<const unsigned char*>(plane) +
+           (static_cast<int64_t>(item) * args_.n_slots + slot) * (Traits::kHeadDim * 2);
+  }
+  KVLAPSE_DEVICE int64_t slot_index(int item, int slot) const {
+    return static_cast<int64_t>(item) * args_.n_slots + slot;
+  }
+  KVLAPSE_DEVICE int64_t protect_index(int item, int group16) const {
+    return static_cast<int64_t>(item) * ((args_.n_slots + kTileSlots - 1) / kTileSlots * 4) + group16;
+  }
+
+  KVLAPSE_DEVICE void init_barriers() {
+    const uint32_t fills = Traits::kBulk ? 1 : 32;
+    for (int i = 0; i < args_.n_stages; ++i) {
+      mbarrier_init(bar(small_.full[i]), fills);
+      mbarrier_init(bar(small_.empty[i]), kGroupWarps);
+    }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(bar(small_.info_full[i]), 1);
+      mbarrier_init(bar(small_.info_empty[i]), kConsumerWarps);
+    }
+    mbarrier_init(bar(small_.softmax_bar), 1);
+    mbarrier_init(bar(small_.output_bar), 1);
+    fence_barrier_init();
+  }
+
+  // ---- producer ----
+  KVLAPSE_DEVICE void produce() {
+    if (!args_.early_state) wait_for_previous_kernel();
+    if (Traits::kBulk && lane_ == 0) {
+      prefetch_tensor_map(&args_.k_map);
+      prefetch_tensor_map(&args_.v_map);
+    }
+    const uint64_t policy = Traits::kBulk ? evict_first_policy() : 0;
+    RingCursor ring;
+    int turn = 0;
+    KVLAPSE_NO_UNROLL
+    for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
+      const ItemInfo info = read_item(item);
+      if (lane_ == 0) publish(info, turn);
+      const Tiles tiles = tiles_of(info.n);
+      KVLAPSE_NO_UNROLL
+      for (int plane = 0; plane < 2; ++plane) {
+        KVLAPSE_NO_UNROLL
+        for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+          load_tile(plane, item, tile, info.n, ring, policy);
+          ring.advance(1, args_.n_stages);
+        }
+      }
+      warp_sync();
+    }
+    if (clustered()) cluster_wait();
+  }
+
+  // All lanes; the state of an item before this step. Nobody writes it before every split has read it.
+  KVLAPSE_DEVICE ItemInfo read_item(int item) const {
+    const int b = item / args_.n_kv_heads;
+    const int key_item = args_.shared ? b * args_.n_kv_heads : item;
+    const int pos = args_.step_pos[b];
+    if (pos < 0) return {0, -1, -1, pos};
+    const bool appends = args_.k_new != nullptr;
+    uint64_t key = ~uint64_t{0};
+    if (appends && lane_ < args_.n_splits) key = args_.victim_keys[key_item * kMaxDecodeSplits + lane_];
+    const int held = args_.count != nullptr ? args_.count[item] : (pos < args_.budget ? pos : args_.budget);
+    const bool leaves = appends && args_.recent > 0 && pos - args_.recent >= args_.pinned;
+    int oldest = -1;
+    if (leaves) oldest = args_.recent_slots[static_cast<int64_t>(item) * args_.recent + pos % args_.recent];
+    key = warp_min(key);
+    if (!appends) return {held, -1, -1, pos};
+    if (held < args_.budget) return {held + 1, held, oldest, pos};
+    int slot = static_cast<int>(static_cast<uint32_t>(key));
+    if (key == ~uint64_t{0} || slot >= held) {
+      slot = oldest >= 0 ? oldest : 0;
+      if (lane_ == 0) *args_.flags = kFlagNoCandidate;
+    }
+    return {held, slot, oldest, pos};
+  }
+
+  KVLAPSE_DEVICE void publish(const ItemInfo& info, int turn) {
+    const int i = turn & 1;
+    mbarrier_wait(bar(small_.info_empty[i]), ((static_cast<uint32_t>(turn) >> 1) & 1) ^ 1);
+    int32_t* to = small_.info[i];
+    to[0] = info.n;
+    to[1] = info.slot;
+    to[2] = info.expired;
+    to[3] = info.pos;
+    mbarrier_arrive(bar(small_.info_full[i]));
+  }
+
+  KVLAPSE_DEVICE void load_tile(int plane, int item, int tile, int n, const RingCursor& ring, uint64_t policy) {
+    const SmemAddress to = ring_ + static_cast<uint32_t>(ring.stage * Traits::kTileBytes);
+    const SmemAddress full = bar(small_.full[ring.stage]);
+    if constexpr (Traits::kBulk) {
+      if (lane_ != 0) return;
+      mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1);
+      mbarrier_arrive_expect(full, Traits::kTileBytes);
+      for (int box = 0; box < Traits::kBoxes; ++box)
+        bulk_load_3d(to + static_cast<uint32_t>(box * Traits::kBoxBytes), plane == 0 ? &args_.k_map : &args_.v_map,
+                     box * Traits::kBoxElements, tile * kTileSlots, item, full, policy);
+    } else {
+      mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1);
+      const unsigned char* from = row_of(plane == 0 ? args_.k : args_.v, item, tile * kTileSlots);
+      const int rows = n - tile * kTileSlots;
+      KVLAPSE_NO_UNROLL
+      for (int i = lane_; i < kTileSlots * Traits::kRowChunks; i += 32 * 8) {
+        KVLAPSE_UNROLL
+        for (int u = 0; u < 8; ++u) {
+          const int chunk = i + u * 32;
+          const int row = chunk / Traits::kRowChunks;
+          const bool valid = row < rows;
+          copy_async16(to + chunk_offset(row, chunk % Traits::kRowChunks), valid ? from + chunk * 16 : from, valid);
+        }
+      }
+      copy_async_arrive(full);
+    }
+  }
+
+  // ---- consumers ----
+  KVLAPSE_DEVICE void consume() {
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    if (clustered()) cluster_wait();
+    const int group = warp_ / kGroupWarps;
+    RingCursor ring;
+    int turn = 0;
+    KVLAPSE_NO_UNROLL
+    for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
+      const ItemInfo info = take_info(turn);
+      const Tiles tiles = tiles_of(info.n);
+      Softmax softmax{{kNoMax, kNoMax}, {0, 0}};
+      const SlotSide side = load_side(item, info.n, tiles.begin + group);  // early: its latency is hidden by K
+      RingCursor at = ring;
+      at.advance(group, args_.n_stages);
+      attend_keys(item, info, tiles, at, softmax);
+      combine_softmax(item, turn, softmax);
+
+      float output[Traits::kSteps][4];
+      KVLAPSE_UNROLL
+      for (int i = 0; i < Traits::kSteps; ++i)
+        for (int j = 0; j < 4; ++j) output[i][j] = 0;
+      at = ring;
+      at.advance(tiles.count() + group, args_.n_stages);
+      const uint64_t key = attend_values(item, info, tiles, at, softmax, side, output);
+      finish(item, turn, info, tiles, key, output);
+      ring.advance(2 * tiles.count(), args_.n_stages);
+    }
+  }
+
+  KVLAPSE_DEVICE ItemInfo take_info(int turn) {
+    const int i = turn & 1;
+    mbarrier_wait(bar(small_.info_full[i]), (static_cast<uint32_t>(turn) >> 1) & 1);
+    const int32_t* from = small_.info[i];
+    const ItemInfo info{from[0], from[1], from[2], from[3]};
+    warp_sync();
+    if (lane_ == 0) mbarrier_arrive(bar(small_.info_empty[i]));
+    return info;
+  }
+
+  KVLAPSE_DEVICE void release(const RingCursor& at, bool wrote) {
+    if (wrote) fence_proxy_async();
+    warp_sync();
+    if (lane_ == 0) mbarrier_arrive(bar(small_.empty[at.stage]));
+  }
+
+  // Where this lane keeps (slot g: heads 2t, 2t+1; slot g+8: the same) of a 16-slot group.
+  KVLAPSE_DEVICE SmemAddress logit_address(int local_group16) const {
+    const int lanes = half_group();
+    return logits_ + static_cast<uint32_t>((local_group16 * 8 * lanes + (lane_ / 4) * lanes + lane_ % 4) * 16);
+  }
+
+  // Puts the new token's row over what the copy brought, and into the cache for the steps to come.
+  KVLAPSE_DEVICE void write_row(SmemAddress tile, int slot, int item, const void* rows, void* plane) {
+    if (lane_ < Traits::kRowChunks) {
+      const Float4 v = static_cast<const Float4*>(rows)[static_cast<int64_t>(item) * Traits::kRowChunks + lane_];
+      smem_store4(tile + chunk_offset(slot % kTileSlots, lane_), v);
+      reinterpret_cast<Float4*>(const_cast<unsigned char*>(row_of(plane, item, slot)))[lane_] = v;
+    }
+    warp_sync();
+  }
+
+  KVLAPSE_DEVICE void attend_keys(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
+                                  Softmax& softmax) {
+    const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, g = lane_ / 4, t = lane_ % 4;
+    // Q^T as the second operand: lane (g, t) holds head g, d = 16 i + 2t, +1, +8, +9.
+    uint32_t query[Traits::kSteps][2];
+    const uint32_t* q = static_cast<const uint32_t*>(args_.q) +
+                        (static_cast<int64_t>(item) * args_.group + g) * (Traits::kHeadDim / 2);
+    KVLAPSE_UNROLL
+    for (int i = 0; i < Traits::kSteps; ++i) {
+      query[i][0] = g < args_.group ? q[i * 8 + t] : 0;
+      query[i][1] = g < args_.group ? q[i * 8 + 4 + t] : 0;
+    }
+    const int row = part * 16 + (lane_ & 7) + ((lane_ >> 3) & 1) * 8;  // that this lane addresses for load_matrix4
+    float sum[2] = {0, 0};
+    KVLAPSE_NO_UNROLL
+    for (int tile = tiles.begin + group; tile < tiles.end; tile += 2) {
+      const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
+      mbarrier_wait(bar(small_.full[at.stage]), at.phase);
+      const int first = tile * kTileSlots + part * 16;  // first slot of this warp
+      const bool writes = info.slot >= first && info.slot < first + 16;
+      if (writes) write_row(data, info.slot, item, args_.k_new, args_.k);
+      float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+      KVLAPSE_UNROLL
+      for (int i = 0; i < Traits::kSteps; ++i) {
+        uint32_t a[4];
+        load_matrix4(a, data + chunk_offset(row, 2 * i + (lane_ >> 4)));
+        multiply_add_16x8x16<typename Traits::Element>(i % 2 ? odd : even, a, query[i][0], query[i][1]);
+      }
+      release(at, writes);
+      at.advance(2, args_.n_stages);
+
+      float s[4];
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int slot = first + g + (j / 2) * 8;
+        s[j] = slot < info.n ? (even[j] + odd[j]) * args_.logit_scale : -kInfinity;
+      }
+      if (t < half_group())
+        smem_store4(logit_address((tile - tiles.begin) * kGroupWarps + part), {s[0], s[1], s[2], s[3]});
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        float top = s[j] > s[j + 2] ? s[j] : s[j + 2];
+        top = top > softmax.max[j] ? top : softmax.max[j];
+        sum[j] = sum[j] * exp2_approximate(softmax.max[j] - top) + exp2_approximate(s[j] - top) +
+                 exp2_approximate(s[j + 2] - top);
+        softmax.max[j] = top;
+      }
+    }
+    softmax.inverse[0] = sum[0], softmax.inverse[1] = sum[1];  // sums until combine_softmax
+  }
+
+  // In: max and sum (in `inverse`) of this lane. Out: max and 1/sum of the whole row.
+  KVLAPSE_DEVICE void combine_softmax(int item, int turn, Softmax& softmax) {
+    const int g = lane_ / 4, t = lane_ % 4;
+    float(&m)[2] = softmax.max;
+    float(&l)[2] = softmax.inverse;
+    KVLAPSE_UNROLL
+    for (int mask = 4; mask < 32; mask *= 2) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float other_m = shuffle_xor(m[j], mask), other_l = shuffle_xor(l[j], mask);
+        merge_softmax(m[j], l[j], other_m, other_l);
+      }
+    }
+    if (g == 0) smem_store4(smem_address(small_.warp_softmax[warp_][2 * t]), {m[0], l[0], m[1], l[1]});
+    named_barrier(kConsumerBarrier, kConsumerThreads);
+    if (args_.n_splits == 1) {
+      merge_rows(smem_address(small_.warp_softmax[0][2 * t]), kConsumerWarps, m, l);
+    } else if (Traits::kBulk) {
+      if (warp_ == 0) {
+        if (lane_ == 0)
+          mbarrier_arrive_expect(bar(small_.softmax_bar), static_cast<uint32_t>(args_.n_splits) * kRowBytes);
+        merge_rows(smem_address(small_.warp_softmax[0][2 * t]), kConsumerWarps, m, l);
+        for (int to = g; to < args_.n_splits; to += 8)
+          remote_store4(remote_address(smem_address(small_.split_softmax[rank_][2 * t]), to), {m[0], l[0], m[1], l[1]},
+                        remote_address(bar(small_.softmax_bar), to));
+      }
+      mbarrier_wait_cluster(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
+      merge_rows(smem_address(small_.split_softmax[0][2 * t]), args_.n_splits, m, l);
+    } else {
+      Float4* scratch = reinterpret_cast<Float4*>(args_.split_softmax) + static_cast<int64_t>(item) * kMaxDecodeSplits * 4;
+      if (warp_ == 0) {
+        merge_rows(smem_address(small_.warp_softmax[0][2 * t]), kConsumerWarps, m, l);
+        if (g == 0) scratch[rank_ * 4 + t] = {m[0], l[0], m[1], l[1]};
+        warp_sync();
+        if (lane_ == 0) resident_barrier(args_.split_barrier + item, rank_, args_.n_splits);
+      }
+      named_barrier(kConsumerBarrier, kConsumerThreads);
+      m[0] = m[1] = kNoMax, l[0] = l[1] = 0;
+      for (int r = 0; r < args_.n_splits; ++r) {
+        const Float4 row = load_shared_by_device(scratch + r * 4 + t);
+        merge_softmax(m[0], l[0], row.x, row.y);
+        merge_softmax(m[1], l[1], row.z, row.w);
+      }
+    }
+    KVLAPSE_UNROLL
+    for (int j = 0; j < 2; ++j) l[j] = 2 * t + j < args_.group && l[j] > 0 ? 1.0f / l[j] : 0.0f;
+    if (warp_ == 0 && g == 0) small_.inverse_sum[2 * t] = l[0], small_.inverse_sum[2 * t + 1] = l[1];
+  }
+  static constexpr uint32_t kRowBytes = kMaxDecodeGroup * 2 * sizeof(float);
+
+  KVLAPSE_DEVICE void merge_rows(SmemAddress row, int n, float (&m)[2], float (&l)[2]) {
+    m[0] = m[1] = kNoMax, l[0] = l[1] = 0;
+    for (int i = 0; i < n; ++i) {
+      const Float4 v = smem_load4(row + static_cast<uint32_t>(i) * kRowBytes);
+      merge_softmax(m[0], l[0], v.x, v.y);
+      merge_softmax(m[1], l[1], v.z, v.w);
+    }
+  }
+
+  // What a lane needs of "its" slot (lanes t = 0, 1 own slots g, g + 8) beyond K and V, loaded one tile ahead.
+  struct SlotSide {
+    float norm = 0, accumulated = 0;
+    uint32_t protect = 0;
+  };
+  KVLAPSE_DEVICE SlotSide load_side(int item, int n, int tile) const {
+    SlotSide side;
+    const int part = warp_ % kGroupWarps;
+    const int slot = tile * kTileSlots + part * 16 + lane_ / 4 + (lane_ % 4) * 8;
+    if (args_.score == FusedScore::none || lane_ % 4 > 1 || slot >= n) return side;
+    if (score_uses_norm(args_.score)) side.norm = args_.value_l1[slot_index(item, slot)];
+    if (score_accumulates(args_.score)) side.accumulated = args_.accumulated[slot_index(item, slot)];
+    side.protect = args_.protect[protect_index(item, tile * kGroupWarps + part)];
+    return side;
+  }
+
+  KVLAPSE_DEVICE uint64_t attend_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
+                                        const Softmax& softmax, SlotSide side,
+                                        float (&output)[Traits::kSteps][4]) {
+    const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, t = lane_ % 4;
+    const int row = part * 16 + (lane_ & 7) + (lane_ >> 4) * 8;
+    const bool scores = args_.score != FusedScore::none;
+    uint64_t best = ~uint64_t{0};
+    KVLAPSE_NO_UNROLL
+    for (int tile = tiles.begin + group; tile < tiles.end; tile += 2) {
+      const SlotSide next = load_side(item, tile + 2 < tiles.end ? info.n : 0, tile + 2);
+      const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
+      const int first = tile * kTileSlots + part * 16;
+      float p[4] = {0, 0, 0, 0};
+      if (t < half_group()) {
+        const Float4 s = smem_load4(logit_address((tile - tiles.begin) * kGroupWarps + part));
+        p[0] = exp2_approximate(s.x - softmax.max[0]), p[1] = exp2_approximate(s.y - softmax.max[1]);
+        p[2] = exp2_approximate(s.z - softmax.max[0]), p[3] = exp2_approximate(s.w - softmax.max[1]);
+      }
+      const uint32_t b0 = transpose_matrix(pack2<typename Traits::Element>(p[0], p[1]));
+      const uint32_t b1 = transpose_matrix(pack2<typename Traits::Element>(p[2], p[3]));
+
+      mbarrier_wait(bar(small_.full[at.stage]), at.phase);
+      const bool writes = info.slot >= first && info.slot < first + 16;
+      const bool tail = first + 16 > info.n;
+      if (writes) {
+        write_row(data, info.slot, item, args_.v_new, args_.v);
+        note_new_token(data, info, item, side);
+      }
+      if (tail) clear_rows(data, part, info.n - first);
+      KVLAPSE_UNROLL
+      for (int i = 0; i < Traits::kSteps; ++i) {
+        uint32_t a[4];
+        load_matrix4_transposed(a, data + chunk_offset(row, 2 * i + ((lane_ >> 3) & 1)));
+        multiply_add_16x8x16<typename Traits::Element>(output[i], a, b0, b1);
+      }
+      release(at, writes || tail);
+      at.advance(2, args_.n_stages);
+      if (scores)
+        best = min_key(best, score_slots(item, info, tile, p, softmax, side));
+      side = next;
+    }
+    return best;
+  }
+
+  // Rows past the last valid slot may hold anything; 0 * NaN must not reach the sum.
+  KVLAPSE_DEVICE void clear_rows(SmemAddress data, int part, int n_valid) {
+    const int from = n_valid < 0 ? 0 : n_valid;
+    for (int i = lane_; i < (16 - from) * Traits::kRowChunks; i += 32)
+      smem_store4(data + chunk_offset(part * 16 + from + i / Traits::kRowChunks, i % Traits::kRowChunks), {0, 0, 0, 0});
+    warp_sync();
+  }
+
+  // By the warp that holds the new slot, all lanes: its norm, position and empty history.
+  KVLAPSE_DEVICE void note_new_token(SmemAddress data, const ItemInfo& info, int item, SlotSide& side) {
+    float norm = 0;
+    if (score_uses_norm(args_.score)) {
+      if (lane_ < Traits::kRowChunks) {
+        const Float4 v = smem_load4(data + chunk_offset(info.slot % kTileSlots, lane_));
+        const float words[4] = {v.x, v.y, v.z, v.w};
+        KVLAPSE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float low, high;
+          unpack2<typename Traits::Element>(float_bits(words[i]), low, high);
+          norm += (low < 0 ? -low : low) + (high < 0 ? -high : high);
+        }
+      }
+      for (int mask = 16; mask > 0; mask >>= 1) norm += shuffle_xor(norm, mask);
+    }
+    const int slot = info.slot % 16;
+    if (lane_ == (slot % 8) * 4 + slot / 8) {
+      side.norm = norm, side.accumulated = 0;
+      if (score_uses_norm(args_.score)) args_.value_l1[slot_index(item, info.slot)] = norm;
+      if (args_.positions != nullptr) args_.positions[slot_index(item, info.slot)] = info.pos;
+    }
+  }
+
+  // All lanes; the key of the slot that this lane owns (t = 0: g, t = 1: g + 8).
+  KVLAPSE_DEVICE uint64_t score_slots(int item, const ItemInfo& info, int tile, const float (&p)[4],
+                                      const Softmax& softmax, const SlotSide& side) {
+    const int part = warp_ % kGroupWarps, g = lane_ / 4, t = lane_ % 4;
+    float low = p[0] * softmax.inverse[0] + p[1] * softmax.inverse[1];
+    float high = p[2] * softmax.inverse[0] + p[3] * softmax.inverse[1];
+    low += shuffle_xor(low, 1), high += shuffle_xor(high, 1);
+    low += shuffle_xor(low, 2), high += shuffle_xor(high, 2);
+    const int first = tile * kTileSlots + part * 16;
+    const int slot = first + g + t * 8;
+    const uint32_t protect = updated_protection(item, info, tile * kGroupWarps + part, first, side.protect);
+    if (t > 1 || slot >= info.n) return ~uint64_t{0};
+    float score = t == 0 ? low : high;
+    if (score_accumulates(args_.score)) {
+      score += side.accumulated;
+      args_.accumulated[slot_index(item, slot)] = score;
+    }
+    if (score_uses_norm(args_.score)) score *= side.norm;
+    score *= args_.score_scale;
+    if (args_.importance != nullptr) args_.importance[slot_index(item, slot)] = score;
+    if ((protect >> (slot - first)) & 1u) return ~uint64_t{0};
+    return (static_cast<uint64_t>(float_bits(score)) << 32) | static_cast<uint32_t>(slot);
+  }
+
+  // Bits of 16 slots after this step: the new token's set when it is protected, cleared when it is not (it may take
+  // the slot of an unprotected victim only, so clear already), the expired one's cleared.
+  KVLAPSE_DEVICE uint32_t updated_protection(int item, const ItemInfo& info, int group16, int first, uint32_t bits) {
+    const int added = info.slot - first, removed = info.expired - first;
+    const bool adds = added >= 0 && added < 16 && (args_.recent > 0 || info.pos < args_.pinned);
+    const bool removes = info.expired >= 0 && removed >= 0 && removed < 16;
+    if (!adds && !removes) return bits;
+    // Lanes t > 1 did not load the bits; lane 0 did when the group's first slot is valid, which it is here.
+    if (removes) bits &= ~(1u << removed);
+    if (adds) bits |= 1u << added;
+    if (lane_ == 0) args_.protect[protect_index(item, group16)] = static_cast<uint16_t>(bits);
+    return bits;
+  }
+
+  // ---- end of an item ----
+  KVLAPSE_DEVICE void finish(int item, int turn, const ItemInfo& info, const Tiles& tiles, uint64_t key,
+                             const float (&output)[Traits::kSteps][4]) {
+    const int thread = thread_index();
+    if (clustered() && thread == 0)
+      mbarrier_arrive_expect(bar(small_.output_bar), static_cast<uint32_t>(args_.n_splits * own_chunks(rank_) * 16));
+    key = warp_min(key);
+    if (lane_ == 0) small_.keys[warp_] = key;
+    named_barrier(kConsumerBarrier, kConsumerThreads);  // logits are dead from here on; global scores are written
+    const bool chooses = args_.score != FusedScore::none && info.pos >= 0;
+    const bool shared = chooses && args_.shared;
+    store_partial(output);
+    if (thread == 0 && chooses && !shared) write_key(item);
+    if (thread == 0 && rank_ == 0) note_item(item, info);
+    named_barrier(kConsumerBarrier, kConsumerThreads);
+    if (shared && thread == kConsumerThreads - 1) small_.last_arrival = arrive_at_layer(item);
+    if (args_.n_splits == 1)
+      write_output(item);
+    else if (Traits::kBulk)
+      exchange_output_in_cluster(item, turn);
+    else
+      exchange_output_in_memory(item);
+    if (shared) {
+      named_barrier(kConsumerBarrier, kConsumerThreads);
+      if (small_.last_arrival) choose_for_layer(item, info, tiles);
+    }
+    if (item + item_stride_ < args_.n_items) named_barrier(kConsumerBarrier, kConsumerThreads);  // buffers are reused
+  }
+
+  KVLAPSE_DEVICE uint64_t block_min_key() const {
+    uint64_t key = ~uint64_t{0};
+    for (int w = 0; w < kConsumerWarps; ++w) key = min_key(key, small_.keys[w]);
+    return key;
+  }
+  KVLAPSE_DEVICE void write_key(int item) { args_.victim_keys[item * kMaxDecodeSplits + rank_] = block_min_key(); }
+
+  // State that all splits have read by now. A sequence that is skipped keeps its own.
+  KVLAPSE_DEVICE void note_item(int item, const ItemInfo& info) {
+    if (info.slot < 0) return;
+    if (args_.recent > 0)
+      args_.recent_slots[static_cast<int64_t>(item) * args_.recent + info.pos % args_.recent] = info.slot;
+    if (args_.count != nullptr) args_.count[item] = info.n;
+  }
+
+  // [warp][head][D + pad] fp32 over the logits.
+  KVLAPSE_DEVICE SmemAddress partial_address(int warp, int head, int d) const {
+    return logits_ + static_cast<uint32_t>(((warp * args_.group + head) * (Traits::kHeadDim + kOutputPad) + d) * 4);
+  }
+  KVLAPSE_DEVICE void store_partial(const float (&output)[Traits::kSteps][4]) {
+    const int g = lane_ / 4, t = lane_ % 4;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < Traits::kSteps; ++i) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int head = 2 * t + j % 2;
+        if (head < args_.group) smem_store(partial_address(warp_, head, i * 16 + g + (j / 2) * 8), output[i][j]);
+      }
+    }
+  }
+  static constexpr int kHeadChunks = Traits::kHeadDim / 4;  // four floats
+  KVLAPSE_DEVICE int n_chunks() const { return args_.group * kHeadChunks; }
+  KVLAPSE_DEVICE int own_chunks(int rank) const { return (n_chunks() - rank + args_.n_splits - 1) / args_.n_splits; }
+  KVLAPSE_DEVICE int most_chunks() const { return (n_chunks() + args_.n_splits - 1) / args_.n_splits; }
+
+  KVLAPSE_DEVICE Float4 sum_of_warps(int chunk) const {
+    Float4 total{0, 0, 0, 0};
+    for (int w = 0; w < kConsumerWarps; ++w)
+      add(total, smem_load4(partial_address(w, chunk / kHeadChunks, chunk % kHeadChunks * 4)));
+    return total;
+  }
+  KVLAPSE_DEVICE static void add(Float4& a, const Float4& b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
+  KVLAPSE_DEVICE void store_output(int item, int chunk, const Float4& v) {
+    const float scale = small_.inverse_sum[chunk / kHeadChunks];
+    uint32_t* to = static_cast<uint32_t*>(args_.out) + (static_cast<int64_t>(item) * n_chunks() + chunk) * 2;
+    to[0] = pack2<typename Traits::Element>(v.x * scale, v.y * scale);
+    to[1] = pack2<typename Traits::Element>(v.z * scale, v.w * scale);
+  }
+
+  KVLAPSE_DEVICE void write_output(int item) {
+    for (int chunk = thread_index(); chunk < n_chunks(); chunk += kConsumerThreads)
+      store_output(item, chunk, sum_of_warps(chunk));
+  }
+  // Chunk c belongs to rank c % n_splits, which receives [rank][c / n_splits] and sums in rank order.
+  KVLAPSE_DEVICE void exchange_output_in_cluster(int item, int turn) {
+    for (int chunk = thread_index(); chunk < n_chunks(); chunk += kConsumerThreads) {
+      const int owner = chunk % args_.n_splits;
+      const SmemAddress at =
+          received_ + static_cast<uint32_t>((rank_ * most_chunks() + chunk / args_.n_splits) * 16);
+      remote_store4(remote_address(at, owner), sum_of_warps(chunk), remote_address(bar(small_.output_bar), owner));
+    }
+    mbarrier_wait_cluster(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
+    for (int i = thread_index(); i < own_chunks(rank_); i += kConsumerThreads) {
+      Float4 total{0, 0, 0, 0};
+      for (int r = 0; r < args_.n_splits; ++r)
+        add(total, smem_load4(received_ + static_cast<uint32_t>((r * most_chunks() + i) * 16)));
+      store_output(item, i * args_.n_splits + rank_, total);
+    }
+  }
+  KVLAPSE_DEVICE void exchange_output_in_memory(int item) {
+    Float4* scratch = reinterpret_cast<Float4*>(args_.split_output) + static_cast<int64_t>(item) * args_.n_splits * n_chunks();
+    for (int chunk = thread_index(); chunk < n_chunks(); chunk += kConsumerThreads)
+      scratch[rank_ * n_chunks() + chunk] = sum_of_warps(chunk);
+    named_barrier(kConsumerBarrier, kConsumerThreads);
+    if (thread_index() == 0) resident_barrier(args_.split_barrier + item, rank_, args_.n_splits);
+    named_barrier(kConsumerBarrier, kConsumerThreads);
+    for (int i = thread_index(); i < own_chunks(rank_); i += kConsumerThreads) {
+      const int chunk = i * args_.n_splits + rank_;
+      Float4 total{0, 0, 0, 0};
+      for (int r = 0; r < args_.n_splits; ++r) add(total, load_shared_by_device(scratch + r * n_chunks() + chunk));
+      store_output(item, chunk, total);
+    }
+  }
+
+  // One thread, behind a barrier: this CTA's scores are in memory. True when all other heads' are.
+  KVLAPSE_DEVICE bool arrive_at_layer(int item) {
+    const uint32_t last = static_cast<uint32_t>(args_.n_kv_heads - 1);
+    return count_arrival(args_.arrivals + item / args_.n_kv_heads * kMaxDecodeSplits + rank_, last) == last;
+  }
+
+  // The last of the layer's heads to arrive at this share of the slots sums their scores in head order and picks.
+  KVLAPSE_DEVICE void choose_for_layer(int item, const ItemInfo& info, const Tiles& tiles) {
+    const int first_item = item / args_.n_kv_heads * args_.n_kv_heads;
+    const int end = tiles.end * kTileSlots < info.n ? tiles.end * kTileSlots : info.n;
+    uint64_t best = ~uint64_t{0};
+    for (int slot = tiles.begin * kTileSlots + thread_index(); slot < end; slot += kConsumerThreads) {
+      const uint32_t bits = args_.protect[protect_index(item, slot / 16)];
+      float score = 0;
+      for (int h = 0; h < args_.n_kv_heads; ++h)
+        score += load_shared_by_device(args_.importance + slot_index(first_item + h, slot));
+      if ((bits >> (slot % 16)) & 1u) continue;
+      best = min_key(best, (static_cast<uint64_t>(float_bits(score)) << 32) | static_cast<uint32_t>(slot));
+    }
+    best = warp_min(best);
+    if (lane_ == 0) small_.keys[warp_] = best;
+    named_barrier(kConsumerBarrier, kConsumerThreads);
+    if (thread_index() == 0) write_key(first_item);
+  }
+
+  static constexpr float kInfinity = __builtin_huge_valf();
+
+  const Args& args_;
+  DecodeSmall& small_;
+  const SmemAddress ring_, logits_, received_;
+  const int warp_, lane_, rank_, first_item_, item_stride_;
+};
+
+}  // namespace kvlapse::device

@@ -1,0 +1,300 @@
+// The machine operations that the decode kernels are written in, one thin wrapper each: all inline PTX of the decode
+// path is here. tests/support/kernels/emulated_device.h defines the same names for the CPU, so that the kernels'
+// logic (pipelines, barriers, fragment layouts, exchanges) is tested without a GPU.
+// Shared memory is addressed by 32-bit addresses (SmemAddress). Fragment layouts: PTX ISA, mma.m16n8k16.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define KVLAPSE_DEVICE __device__ __forceinline__
+#define KVLAPSE_UNROLL _Pragma("unroll")
+#define KVLAPSE_NO_UNROLL _Pragma("unroll 1")
+
+namespace kvlapse::device {
+
+struct F16 {};   // element tags
+struct Bf16 {};
+using TensorMap = CUtensorMap;
+using SmemAddress = uint32_t;
+
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+
+KVLAPSE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+KVLAPSE_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+KVLAPSE_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
+
+// ---- shared memory ----
+KVLAPSE_DEVICE SmemAddress smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+KVLAPSE_DEVICE void smem_store4(SmemAddress at, Float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+KVLAPSE_DEVICE Float4 smem_load4(SmemAddress at) {
+  Float4 v;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(at)
+               : "memory");
+  return v;
+}
+KVLAPSE_DEVICE void smem_store(SmemAddress at, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
+}
+KVLAPSE_DEVICE float smem_load(SmemAddress at) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+  return v;
+}
+KVLAPSE_DEVICE void smem_store_u64(SmemAddress at, uint64_t v) {
+  asm volatile("st.shared.b64 [%0], %1;" ::"r"(at), "l"(v) : "memory");
+}
+KVLAPSE_DEVICE uint64_t smem_load_u64(SmemAddress at) {
+  uint64_t v;
+  asm volatile("ld.shared.b64 %0, [%1];" : "=l"(v) : "r"(at) : "memory");
+  return v;
+}
+
+// ---- mbarriers ----
+KVLAPSE_DEVICE void mbarrier_init(SmemAddress bar, uint32_t count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+// Makes initialised barriers visible to the copy engine and, before a cluster barrier, to the cluster.
+KVLAPSE_DEVICE void fence_barrier_init() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+KVLAPSE_DEVICE void mbarrier_arrive(SmemAddress bar) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(bar) : "memory");
+}
+KVLAPSE_DEVICE void mbarrier_arrive_expect(SmemAddress bar, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(bar), "r"(bytes)
+               : "memory");
+#endif
+}
+KVLAPSE_DEVICE void mbarrier_wait(SmemAddress bar, uint32_t parity) {
+  uint32_t done = 0;
+  while (!done) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+#else
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(bar), "r"(parity)
+                 : "memory");
+#endif
+  }
+}
+// As mbarrier_wait; what other CTAs of the cluster stored before signalling is visible afterwards.
+KVLAPSE_DEVICE void mbarrier_wait_cluster(SmemAddress bar, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done = 0;
+  while (!done)
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+#endif
+}
+
+// ---- copies into shared memory ----
+// Orders this thread's ordinary shared-memory stores before later writes by the copy engine.
+KVLAPSE_DEVICE void fence_proxy_async() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+KVLAPSE_DEVICE uint64_t evict_first_policy() {
+  uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+// One box of a 3-D tensor map; completes on `bar` by bytes.
+KVLAPSE_DEVICE void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar,
+                                 uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, "
+      "%5}], [%2], %6;" ::"r"(to),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(bar), "r"(x), "r"(y), "r"(z), "l"(policy)
+      : "memory");
+#endif
+}
+KVLAPSE_DEVICE void prefetch_tensor_map(const TensorMap* map) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
+#endif
+}
+// 16 bytes, or zeros when !valid.
+KVLAPSE_DEVICE void copy_async16(SmemAddress to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+// Arrives on `bar` once this thread's earlier copy_async16 have landed.
+KVLAPSE_DEVICE void copy_async_arrive(SmemAddress bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
+}
+
+// ---- matrix fragments ----
+KVLAPSE_DEVICE void load_matrix4(uint32_t (&r)[4], SmemAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+KVLAPSE_DEVICE void load_matrix4_transposed(uint32_t (&r)[4], SmemAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+KVLAPSE_DEVICE uint32_t transpose_matrix(uint32_t r) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(r));
+  return out;
+}
+template <class Element>
+KVLAPSE_DEVICE void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+KVLAPSE_DEVICE void multiply_add_16x8x16<F16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+KVLAPSE_DEVICE void multiply_add_16x8x16<Bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- numbers ----
+KVLAPSE_DEVICE float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+template <class Element>
+KVLAPSE_DEVICE uint32_t pack2(float low, float high);
+template <>
+KVLAPSE_DEVICE uint32_t pack2<F16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <>
+KVLAPSE_DEVICE uint32_t pack2<Bf16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <class Element>
+KVLAPSE_DEVICE void unpack2(uint32_t packed, float& low, float& high);
+template <>
+KVLAPSE_DEVICE void unpack2<F16>(uint32_t packed, float& low, float& high) {
+  const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&packed));
+  low = f.x, high = f.y;
+}
+template <>
+KVLAPSE_DEVICE void unpack2<Bf16>(uint32_t packed, float& low, float& high) {
+  low = __uint_as_float(packed << 16), high = __uint_as_float(packed & 0xffff0000u);
+}
+KVLAPSE_DEVICE uint32_t float_bits(float v) { return __float_as_uint(v); }
+
+// ---- warp and block ----
+template <class T>
+KVLAPSE_DEVICE T shuffle_xor(T v, int mask) {
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+KVLAPSE_DEVICE void warp_sync() { __syncwarp(); }
+KVLAPSE_DEVICE void block_sync() { __syncthreads(); }
+KVLAPSE_DEVICE void named_barrier(int id, int n_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
+}
+
+// ---- cluster ----
+KVLAPSE_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+KVLAPSE_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// The address of the same shared memory in another CTA of the cluster.
+KVLAPSE_DEVICE SmemAddress remote_address(SmemAddress local, int rank) {
+  uint32_t remote = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+#endif
+  return remote;
+}
+// Stores 16 bytes to another CTA and completes them on a barrier of that CTA.
+KVLAPSE_DEVICE void remote_store4(SmemAddress to, Float4 v, SmemAddress bar) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to),
+      "r"(__float_as_uint(v.x)), "r"(__float_as_uint(v.y)), "r"(__float_as_uint(v.z)), "r"(__float_as_uint(v.w)),
+      "r"(bar)
+      : "memory");
+#endif
+}
+
+// ---- device-wide ----
+// Adds one and wraps to zero after `last`; orders this thread's (and, behind a barrier, its block's) earlier writes
+// before it and later reads after it. Returns the old value.
+KVLAPSE_DEVICE uint32_t count_arrival(uint32_t* counter, uint32_t last) {
+  __threadfence();
+  const uint32_t old = atomicInc(counter, last);
+  __threadfence();
+  return old;
+}
+// A barrier among `n` resident blocks on one zero-initialised word, reusable (as cooperative_groups' grid barrier:
+// the top bit flips when all have arrived). Called by one thread of each block.
+KVLAPSE_DEVICE void resident_barrier(uint32_t* word, int rank, int n) {
+  __threadfence();
+  const uint32_t add = rank == 0 ? 0x80000000u - static_cast<uint32_t>(n - 1) : 1u;
+  const uint32_t old = atomicAdd(word, add);
+  while (((old ^ *reinterpret_cast<volatile uint32_t*>(word)) & 0x80000000u) == 0) {
+  }
+  __threadfence();
+}
+KVLAPSE_DEVICE float load_shared_by_device(const float* p) { return __ldcg(p); }  // past L1
+KVLAPSE_DEVICE Float4 load_shared_by_device(const Float4* p) {
+  const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
+  return {v.x, v.y, v.z, v.w};
+}
+// Programmatic dependent launch: waits until the kernels before this one are complete and visible; lets the next
+// one start.
+KVLAPSE_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+KVLAPSE_DEVICE void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace kvlapse::device

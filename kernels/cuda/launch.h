@@ -1,0 +1,62 @@
+// The only place that launches kernels. A launch names itself and the bytes that it should move through device
+// memory (modelled); the log of them is what a recording sets beside measured bytes.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/cuda/cuda_check.h"
+
+namespace kvlapse {
+
+struct LaunchRecord {
+  std::string name;
+  uint64_t expected_bytes = 0;  // modelled
+};
+
+// Collects launches while one is installed. Any thread.
+class LaunchLog {
+ public:
+  void add(const char* name, uint64_t expected_bytes) {
+    std::lock_guard lock(mutex_);
+    records_.push_back({name, expected_bytes});
+  }
+  std::vector<LaunchRecord> take() {
+    std::lock_guard lock(mutex_);
+    return std::exchange(records_, {});
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<LaunchRecord> records_;
+};
+
+struct LaunchShape {
+  int n_blocks = 1;
+  int n_threads = 32;
+  int smem_bytes = 0;
+  int cluster = 1;
+  bool cooperative = false;  // all blocks resident at once
+  bool dependent = false;    // may start before the kernel in front of it ends (griddepcontrol)
+};
+
+struct LaunchInfo {
+  const char* name = "";
+  uint64_t expected_bytes = 0;
+  LaunchLog* log = nullptr;
+};
+
+void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape, const void* kernel, void** args);
+
+// `kernel` takes one argument struct by value.
+template <class Args>
+void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape, void (*kernel)(Args),
+                   const Args& args) {
+  void* pointers[] = {const_cast<Args*>(&args)};
+  launch_kernel(stream, info, shape, reinterpret_cast<const void*>(kernel), pointers);
+}
+
+}  // namespace kvlapse

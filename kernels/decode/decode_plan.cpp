@@ -1,0 +1,95 @@
+#include "kernels/decode/decode_plan.h"
+
+#include <algorithm>
+
+#include "core/base/error.h"
+
+namespace kvlapse {
+namespace {
+
+constexpr int kMinStages = 4;
+constexpr double kEnoughBlocks = 0.75;  // of the multiprocessors: deep rings keep the memory busy from fewer than all
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// What the other splits send of the output.
+int split_output_bytes(const DecodeShape& shape, int n_splits) {
+  const int chunks = shape.group() * shape.head_dim / 4;
+  return n_splits > 1 ? n_splits * ceil_div(chunks, n_splits) * 16 : 0;
+}
+
+int logits_bytes(const DecodeShape& shape, int n_splits) {
+  const int tiles = ceil_div(ceil_div(shape.n_slots, kDecodeTileSlots), n_splits);
+  const int logits = tiles * kDecodeTileSlots * ((shape.group() + 1) / 2) * 8;
+  const int output = kDecodeConsumerWarps * shape.group() * (shape.head_dim + kDecodeOutputPad) * 4;
+  return ceil_div(std::max(logits, output), 128) * 128;
+}
+
+void check(const DecodeShape& s) {
+  if (s.head_dim != 32 && s.head_dim != 64 && s.head_dim != 128 && s.head_dim != 256)
+    fail("decode kernel: head_dim: expected 32, 64, 128 or 256, found {}", s.head_dim);
+  if (s.dtype != DType::f16 && s.dtype != DType::bf16)
+    fail("decode kernel: dtype: expected fp16 or bf16, found {}", dtype_name(s.dtype));
+  if (s.n_kv_heads < 1 || s.n_q_heads % s.n_kv_heads != 0 || s.group() < 1 || s.group() > kMaxDecodeGroup)
+    fail("decode kernel: query heads per kv head: expected 1 to {}, found {} / {}", kMaxDecodeGroup, s.n_q_heads,
+         s.n_kv_heads);
+  if (s.batch < 1 || s.n_slots < 1) fail("decode kernel: expected a batch and slots, found {} and {}", s.batch, s.n_slots);
+}
+
+}  // namespace
+
+DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, int fixed_splits) {
+  check(shape);
+  const int tile_bytes = kDecodeTileSlots * static_cast<int>(shape.row_bytes());
+  const int tiles = ceil_div(shape.n_slots, kDecodeTileSlots);
+  const int most = std::min(limits.max_splits, kMaxDecodeSplits);
+  auto fixed_bytes = [&](int splits) {
+    return kDecodeSmallBytes + logits_bytes(shape, splits) + split_output_bytes(shape, splits);
+  };
+  auto fits = [&](int splits) { return fixed_bytes(splits) + kMinStages * tile_bytes <= limits.smem_bytes; };
+
+  int splits = fixed_splits;
+  if (splits == 0) {
+    splits = 1;
+    while (splits < most && !fits(splits)) splits *= 2;
+    // More splits while blocks are few, as long as every item still has its cluster at once.
+    auto resident = [&](int n) {
+      return limits.resident_clusters ? limits.resident_clusters(n, limits.smem_bytes) : limits.n_multiprocessors / n;
+    };
+    while (splits < most && shape.n_items() * splits < kEnoughBlocks * limits.n_multiprocessors && splits * 2 <= tiles &&
+           resident(splits * 2) >= shape.n_items())
+      splits *= 2;
+  }
+  if (splits < 1 || splits > most || !fits(splits))
+    fail("decode kernel: {} slots of {} query heads do not fit {} bytes of shared memory in {} splits (at most {})",
+         shape.n_slots, shape.group(), limits.smem_bytes, splits, most);
+
+  DecodePlan plan;
+  plan.bulk = limits.clusters;
+  plan.n_splits = splits;
+  plan.logits_bytes = logits_bytes(shape, splits);
+  plan.n_stages = std::min((limits.smem_bytes - fixed_bytes(splits)) / tile_bytes, kMaxDecodeStages);
+  // No deeper than one item when no CTA takes a second one.
+  if (shape.n_items() * splits <= limits.n_multiprocessors / 2)
+    plan.n_stages = std::clamp(2 * ceil_div(tiles, splits), kMinStages, plan.n_stages);
+  plan.smem_bytes = fixed_bytes(splits) + plan.n_stages * tile_bytes;
+
+  int resident = limits.n_multiprocessors / splits;
+  if (limits.resident_clusters) resident = std::min(resident, limits.resident_clusters(splits, plan.smem_bytes));
+  if (resident < 1) fail("decode kernel: no cluster of {} blocks with {} bytes of shared memory fits", splits, plan.smem_bytes);
+  const int rounds = ceil_div(shape.n_items(), resident);
+  plan.n_ctas = ceil_div(shape.n_items(), rounds) * splits;
+  return plan;
+}
+
+uint64_t decode_bytes(const DecodeShape& shape, int slots, FusedScore score, bool shared) {
+  const uint64_t per_slot = static_cast<uint64_t>(shape.n_items()) * slots * 4;
+  uint64_t bytes = shape.kv_bytes(slots) + 2 * shape.kv_bytes(1);  // the new rows: read and written
+  bytes += 2 * static_cast<uint64_t>(shape.batch) * shape.n_q_heads * shape.row_bytes();
+  if (score_uses_norm(score)) bytes += per_slot;
+  if (score_accumulates(score)) bytes += 2 * per_slot;
+  if (shared && score != FusedScore::none) bytes += 2 * per_slot;
+  return bytes;
+}
+
+}  // namespace kvlapse

@@ -1,0 +1,52 @@
+// How a fused decode step is cut over a device: splits of a (b, kv head), persistent CTAs, ring depth, shared memory.
+// Pure host arithmetic. The number of splits decides the order of sums, so a recording stores it and a replay fixes it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "core/base/dtype.h"
+#include "kernels/decode/decode_args.h"
+
+namespace kvlapse {
+
+struct DecodeShape {
+  int batch = 0;        // B
+  int n_q_heads = 0;    // Hq
+  int n_kv_heads = 0;   // H
+  int head_dim = 0;     // D: 32, 64, 128 or 256
+  int n_slots = 0;      // S, capacity
+  DType dtype = DType::f16;  // f16 or bf16
+
+  int group() const { return n_q_heads / n_kv_heads; }
+  int n_items() const { return batch * n_kv_heads; }
+  uint64_t row_bytes() const { return static_cast<uint64_t>(head_dim) * dtype_bytes(dtype); }
+  // K and V of `slots` tokens of every head and sequence.
+  uint64_t kv_bytes(int slots) const { return 2 * static_cast<uint64_t>(n_items()) * slots * row_bytes(); }
+};
+
+struct DecodeLimits {
+  int n_multiprocessors = 132;
+  int smem_bytes = 232448;   // of one block
+  bool clusters = true;      // copy engine and clusters: sm_90; otherwise cp.async and exchange through memory
+  int max_splits = 8;        // largest cluster
+  // Clusters of n blocks with that much shared memory that can run at once; blocks per n when empty.
+  std::function<int(int n, int smem_bytes)> resident_clusters;
+};
+
+struct DecodePlan {
+  bool bulk = true;
+  int n_splits = 1;
+  int n_ctas = 0;  // a multiple of n_splits
+  int n_stages = 0;
+  int logits_bytes = 0;
+  int smem_bytes = 0;
+};
+
+// fixed_splits: 0 chooses. Throws Error when the shape is not supported or does not fit.
+DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, int fixed_splits = 0);
+
+// Bytes that a launch should move through device memory when every sequence holds `slots` tokens.
+uint64_t decode_bytes(const DecodeShape& shape, int slots, FusedScore score, bool shared);
+
+}  // namespace kvlapse

@@ -1,0 +1,106 @@
+// The CUDA decode kernel's own text, run thread by thread on the CPU emulator and judged by fp64. What this cannot
+// show (caches, memory order, speed) the tests labelled gpu do.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "tests/support/kernels/decode_cases.h"
+#include "tests/support/kernels/emulated_decode.h"
+
+namespace kvlapse {
+namespace {
+
+DecodeLimits limits(bool bulk) {
+  DecodeLimits l;
+  l.n_multiprocessors = 6;  // few persistent CTAs, so that items follow each other
+  l.clusters = bulk;
+  l.max_splits = 16;
+  l.resident_clusters = [](int n, int) { return n > 4 ? 1 : 6 / n; };
+  return l;
+}
+
+class EmulatedDecode : public testing::TestWithParam<bool> {};
+
+TEST_P(EmulatedDecode, EveryCaseAsDefined) {
+  const std::vector<NamedDecodeCase> cases = decode_cases(/*small=*/true);
+  // The two paths differ in the copies and the exchange only: every third case serves the second.
+  for (size_t i = 0; i < cases.size(); i += GetParam() ? 1 : 3) {
+    const NamedDecodeCase& c = cases[i];
+    DecodeLimits l = limits(GetParam());
+    if (c.splits == 8) l.n_multiprocessors = 8;
+    const DecodePlan plan = plan_decode(c.decode.shape, l, c.splits);
+    const DecodeProblem before = make_decode_problem(c.decode, plan.n_splits);
+    DecodeProblem after = before;
+    ASSERT_NO_THROW(run_decode_emulated(after, plan, 1)) << c.name;
+    const DecodeCheck check = check_decode_step(before, after);
+    EXPECT_EQ(check.failure, "") << c.name;
+    EXPECT_EQ(after.arrivals, before.arrivals) << c.name;
+  }
+}
+
+TEST_P(EmulatedDecode, ResultDoesNotDependOnTheOrderOfEvents) {
+  DecodeCase c;
+  c.shape = {3, 4, 2, 64, 300, DType::bf16};
+  c.tokens = {1000, 200, 999};
+  c.recent = 3;
+  c.shared = true;
+  for (int splits : {1, 4}) {
+    DecodePlan plan = plan_decode(c.shape, limits(GetParam()), splits);
+    plan.smem_bytes -= (plan.n_stages - 2) * 64 * 64 * 2;
+    plan.n_stages = 2;  // the ring is always full
+    const DecodeProblem before = make_decode_problem(c, splits);
+    DecodeProblem first = before;
+    run_decode_emulated(first, plan, 1);
+    EXPECT_EQ(check_decode_step(before, first).failure, "");
+    for (uint64_t seed = 2; seed < 4; ++seed) {
+      DecodeProblem again = before;
+      run_decode_emulated(again, plan, seed);
+      EXPECT_EQ(again.out, first.out) << splits;
+      EXPECT_EQ(again.victim_keys, first.victim_keys) << splits;
+      EXPECT_EQ(again.k, first.k) << splits;
+      EXPECT_EQ(again.protect, first.protect) << splits;
+    }
+  }
+}
+
+// Every state that a step leaves is what the next one needs.
+TEST_P(EmulatedDecode, ClosedLoopStaysAsDefined) {
+  for (bool shared : {false, true}) {
+    DecodeCase c;
+    c.shape = {2, 4, 2, 32, 70, DType::f16};
+    c.tokens = {57, 90};
+    c.budget = 66, c.recent = 5, c.pinned = 2, c.shared = shared;
+    c.score = shared ? FusedScore::contribution : FusedScore::accumulated_contribution;
+    const DecodePlan plan = plan_decode(c.shape, limits(GetParam()), 2);
+    DecodeProblem p = make_decode_problem(c, plan.n_splits);
+    for (uint64_t step = 0; step < 24; ++step) {
+      draw_decode_token(p, c, step);
+      const DecodeProblem before = p;
+      run_decode_emulated(p, plan, step);
+      const DecodeCheck check = check_decode_step(before, p);
+      ASSERT_EQ(check.failure, "") << "step " << step;
+      for (int32_t& pos : p.step_pos) ++pos;
+    }
+    EXPECT_EQ(p.flags[0], 0u);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Paths, EmulatedDecode, testing::Bool(),
+                         [](const auto& i) { return i.param ? "bulk_copy_and_clusters" : "cp_async_and_memory"; });
+
+TEST(EmulatedDecode, AllProtectedTakesTheOldestAndSaysSo) {
+  DecodeCase c;
+  c.shape = {1, 2, 1, 32, 40, DType::f16};
+  c.tokens = {100};
+  c.recent = 40;
+  const DecodePlan plan = plan_decode(c.shape, limits(true), 1);
+  DecodeProblem p = make_decode_problem(c, 1);
+  ASSERT_EQ(p.victim_keys[0], ~uint64_t{0});
+  run_decode_emulated(p, plan, 1);
+  EXPECT_EQ(p.flags[0], kFlagNoCandidate);
+  EXPECT_EQ(std::count(p.positions.begin(), p.positions.end(), 100), 1);
+  EXPECT_EQ(std::count(p.positions.begin(), p.positions.end(), 60), 0);
+}
+
+}  // namespace
+}  // namespace kvlapse

@@ -1,0 +1,29 @@
+// A problem's numbers as kernel arguments; the pointers are the caller's (host or device).
+#pragma once
+
+#include <cmath>
+
+#include "tests/support/kernels/decode_problem.h"
+
+namespace kvlapse {
+
+template <class TensorMap>
+void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, const DecodePlan& plan) {
+  args.n_items = p.shape.n_items();
+  args.n_kv_heads = p.shape.n_kv_heads;
+  args.group = p.shape.group();
+  args.n_slots = p.shape.n_slots;
+  args.budget = p.budget;
+  args.recent = p.recent;
+  args.pinned = p.pinned;
+  args.n_splits = plan.n_splits;
+  args.n_stages = plan.n_stages;
+  args.logits_bytes = plan.logits_bytes;
+  args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(p.shape.head_dim)));
+  args.score_scale = p.score_scale();
+  args.score = p.score;
+  args.shared = p.shared;
+  args.early_state = false;
+}
+
+}  // namespace kvlapse

@@ -1,0 +1,21 @@
+// The cases that every decode kernel must pass, emulated or on a GPU: geometries, scores, protections and the data
+// that breaks kernels (huge logits, ties, zero values, one slot, empty, all protected, ragged, odd slot counts).
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "tests/support/kernels/decode_problem.h"
+
+namespace kvlapse {
+
+struct NamedDecodeCase {
+  std::string name;
+  DecodeCase decode;
+  int splits = 0;  // 0: the plan's choice
+};
+
+// `small`: sizes that the emulator runs in a second.
+std::vector<NamedDecodeCase> decode_cases(bool small);
+
+}  // namespace kvlapse

@@ -1,0 +1,130 @@
+// The operations of kernels/cuda/device_ops.cuh on the CPU: every GPU thread is a fiber, scheduled in random order
+// from a seed; copies and remote stores complete late and out of order. Kernel text that includes this instead of
+// device_ops.cuh runs as it is, so barriers, pipelines, fragment layouts and exchanges are tested without a GPU: a
+// wrong wait count deadlocks (and is reported), a missing barrier makes results depend on the seed.
+// Warp-wide operations check that all 32 lanes meet in the same one. Not emulated: caches, proxies, memory order.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define KVLAPSE_DEVICE inline
+#define KVLAPSE_UNROLL
+#define KVLAPSE_NO_UNROLL
+
+namespace kvlapse::device {
+
+struct EmulatedLaunch {
+  int n_blocks = 1;
+  int n_threads = 32;
+  int cluster = 1;
+  int smem_bytes = 0;
+  uint64_t seed = 0;
+};
+// Runs `body(shared memory)` in every thread. Throws Error on deadlock, divergence or an access out of bounds.
+void run_emulated(const EmulatedLaunch& launch, const std::function<void(unsigned char*)>& body);
+
+struct F16 {};
+struct Bf16 {};
+// A 3-D array of 16-bit elements [z][y][x], read in boxes {box_x, 64, 1}.
+struct TensorMap {
+  const uint16_t* base = nullptr;
+  int nx = 0, ny = 0, nz = 0, box_x = 0;
+};
+using SmemAddress = uint32_t;
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+
+int thread_index();
+int block_index();
+int block_count();
+SmemAddress smem_address(const void* pointer);
+void* smem_pointer(SmemAddress at, int bytes);  // of this block; checks bounds
+
+inline void smem_store4(SmemAddress at, Float4 v) { std::memcpy(smem_pointer(at, 16), &v, 16); }
+inline Float4 smem_load4(SmemAddress at) {
+  Float4 v;
+  std::memcpy(&v, smem_pointer(at, 16), 16);
+  return v;
+}
+inline void smem_store(SmemAddress at, float v) { std::memcpy(smem_pointer(at, 4), &v, 4); }
+
+void mbarrier_init(SmemAddress bar, uint32_t count);
+inline void fence_barrier_init() {}
+void mbarrier_arrive(SmemAddress bar);
+void mbarrier_arrive_expect(SmemAddress bar, uint32_t bytes);
+void mbarrier_wait(SmemAddress bar, uint32_t parity);
+inline void mbarrier_wait_cluster(SmemAddress bar, uint32_t parity) { mbarrier_wait(bar, parity); }
+inline void fence_proxy_async() {}
+inline uint64_t evict_first_policy() { return 0; }
+void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar, uint64_t policy);
+inline void prefetch_tensor_map(const TensorMap*) {}
+void copy_async16(SmemAddress to, const void* from, bool valid);
+void copy_async_arrive(SmemAddress bar);
+
+// What every lane of the warp passed, in lane order; valid until the lane's next warp-wide operation.
+const void* warp_exchange(const char* operation, const void* value, int bytes);
+template <class T>
+const T* warp_exchange(const char* operation, const T& value) {
+  return static_cast<const T*>(warp_exchange(operation, &value, static_cast<int>(sizeof(T))));
+}
+int lane_index();
+
+void load_matrix4(uint32_t (&r)[4], SmemAddress row);
+void load_matrix4_transposed(uint32_t (&r)[4], SmemAddress row);
+uint32_t transpose_matrix(uint32_t r);
+template <class Element>
+uint32_t pack2(float low, float high);
+template <class Element>
+void unpack2(uint32_t packed, float& low, float& high);
+template <class Element>
+void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  };
+  const Operands* all = warp_exchange("mma", Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  for (int j = 0; j < 4; ++j) {
+    const int row = g + (j / 2) * 8, column = 2 * t + j % 2;
+    float sum = c[j];
+    for (int k = 0; k < 16; k += 2) {
+      float a_low, a_high, b_low, b_high;
+      unpack2<Element>(all[(row % 8) * 4 + (k % 8) / 2].a[row / 8 + (k / 8) * 2], a_low, a_high);
+      unpack2<Element>(all[column * 4 + (k % 8) / 2].b[k / 8], b_low, b_high);
+      sum += a_low * b_low;
+      sum += a_high * b_high;
+    }
+    c[j] = sum;
+  }
+}
+
+inline float exp2_approximate(float x) { return std::exp2(x); }
+inline uint32_t float_bits(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+template <class T>
+T shuffle_xor(T v, int mask) {
+  return warp_exchange("shuffle", v)[lane_index() ^ mask];
+}
+inline void warp_sync() { warp_exchange("sync", 0); }
+void named_barrier(int id, int n_threads);
+void block_sync();
+
+void cluster_arrive();
+void cluster_wait();
+SmemAddress remote_address(SmemAddress local, int rank);
+void remote_store4(SmemAddress to, Float4 v, SmemAddress bar);
+
+uint32_t count_arrival(uint32_t* counter, uint32_t last);
+void resident_barrier(uint32_t* word, int rank, int n);
+inline float load_shared_by_device(const float* p) { return *p; }
+inline Float4 load_shared_by_device(const Float4* p) { return *p; }
+inline void wait_for_previous_kernel() {}
+inline void allow_next_kernel() {}
+
+}  // namespace kvlapse::device
