@@ -11,14 +11,14 @@ void log_cuda_error(cudaError_t error, const char* call, const char* file, int l
 
 }  // namespace kvlapse
 
-#define KVLAPSE_CUDA_CHECK(call)                                                                                  \
-  do {                                                                                                            \
-    if (const cudaError_t kvlapse_error = (call); kvlapse_error != cudaSuccess)                                   \
-      ::kvlapse::throw_cuda_error(kvlapse_error, #call, __FILE__, __LINE__);                                      \
+#define KVLAPSE_CUDA_CHECK(call)                                                \
+  do {                                                                          \
+    if (const cudaError_t kvlapse_error = (call); kvlapse_error != cudaSuccess) \
+      ::kvlapse::throw_cuda_error(kvlapse_error, #call, __FILE__, __LINE__);    \
   } while (false)
 
-#define KVLAPSE_CUDA_LOG(call)                                                                                    \
-  do {                                                                                                            \
-    if (const cudaError_t kvlapse_error = (call); kvlapse_error != cudaSuccess)                                   \
-      ::kvlapse::log_cuda_error(kvlapse_error, #call, __FILE__, __LINE__);                                        \
+#define KVLAPSE_CUDA_LOG(call)                                                  \
+  do {                                                                          \
+    if (const cudaError_t kvlapse_error = (call); kvlapse_error != cudaSuccess) \
+      ::kvlapse::log_cuda_error(kvlapse_error, #call, __FILE__, __LINE__);      \
   } while (false)

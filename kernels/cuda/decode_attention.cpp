@@ -22,8 +22,10 @@ int attribute(cudaDeviceAttr what) {
 decltype(&cuTensorMapEncodeTiled) encode_function() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
-  KVLAPSE_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-  if (found != cudaDriverEntryPointSuccess) fail("CUDA: the driver has no cuTensorMapEncodeTiled: expected driver 525 or newer");
+  KVLAPSE_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                      cudaEnableDefault, &found));
+  if (found != cudaDriverEntryPointSuccess)
+    fail("CUDA: the driver has no cuTensorMapEncodeTiled: expected driver 525 or newer");
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
@@ -36,19 +38,20 @@ CUtensorMap plane_map(const DecodeShape& s, void* plane) {
   const cuuint32_t step[] = {1, 1, 1};
   CUtensorMap map{};
   const CUresult result = encode_function()(
-      &map, s.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, plane, dims,
-      strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, s.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+      plane, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
-    fail("CUDA: tensor map of [{}, {}, {}]: error {} (planes must be 16-byte aligned)", s.n_items(), s.n_slots, s.head_dim,
-         static_cast<int>(result));
+    fail("CUDA: tensor map of [{}, {}, {}]: error {} (planes must be 16-byte aligned)", s.n_items(),
+         s.n_slots, s.head_dim, static_cast<int>(result));
   return map;
 }
 
 }  // namespace
 
 DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, int fixed_splits) : shape_(shape) {
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor),
+            minor = attribute(cudaDevAttrComputeCapabilityMinor);
   const bool has_bulk = major == 9;
   if (path == DecodePath::bulk && !has_bulk)
     fail("decode kernel: bulk path: expected compute capability 9.0, found {}.{}", major, minor);
@@ -66,9 +69,12 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, int fixed_
   cudaFuncAttributes found{};
   const cudaError_t error = cudaFuncGetAttributes(&found, function);
   if (error != cudaSuccess)
-    fail("decode kernel: none is built in for compute capability {}.{}: {}", major, minor, cudaGetErrorString(error));
-  KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.smem_bytes));
-  if (bulk) KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    fail("decode kernel: none is built in for compute capability {}.{}: {}", major, minor,
+         cudaGetErrorString(error));
+  KVLAPSE_CUDA_CHECK(
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.smem_bytes));
+  if (bulk)
+    KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   if (bulk)
     limits.resident_clusters = [&](int n, int smem_bytes) {
       cudaLaunchAttribute cluster{};
@@ -94,7 +100,9 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, int fixed_
 }
 
 size_t DecodeKernel::split_softmax_floats() const {
-  return plan_.bulk || plan_.n_splits == 1 ? 0 : static_cast<size_t>(shape_.n_items()) * kMaxDecodeSplits * kMaxDecodeGroup * 2;
+  return plan_.bulk || plan_.n_splits == 1
+             ? 0
+             : static_cast<size_t>(shape_.n_items()) * kMaxDecodeSplits * kMaxDecodeGroup * 2;
 }
 size_t DecodeKernel::split_output_floats() const {
   return plan_.bulk || plan_.n_splits == 1
@@ -130,7 +138,8 @@ void DecodeKernel::launch(cudaStream_t stream, const CudaDecodeArgs& args, Launc
     if (!present) fail("decode kernel: {}: expected a device pointer, found null", what);
   };
   require(args.q != nullptr && args.out != nullptr && args.step_pos != nullptr, "q, out, step_pos");
-  require(args.k_new == nullptr || (args.v_new != nullptr && args.victim_keys != nullptr && args.flags != nullptr),
+  require(args.k_new == nullptr ||
+              (args.v_new != nullptr && args.victim_keys != nullptr && args.flags != nullptr),
           "v_new, victim_keys, flags");
   if (args.score != FusedScore::none) {
     require(args.protect != nullptr && args.victim_keys != nullptr, "protect, victim_keys");
@@ -139,7 +148,8 @@ void DecodeKernel::launch(cudaStream_t stream, const CudaDecodeArgs& args, Launc
     require(!args.shared || (args.importance != nullptr && args.arrivals != nullptr), "importance, arrivals");
   }
   require(args.recent == 0 || args.recent_slots != nullptr, "recent_slots");
-  require(split_softmax_floats() == 0 || (args.split_softmax != nullptr && args.split_output != nullptr && args.split_barrier != nullptr),
+  require(split_softmax_floats() == 0 || (args.split_softmax != nullptr && args.split_output != nullptr &&
+                                          args.split_barrier != nullptr),
           "split_softmax, split_output, split_barrier");
 
   LaunchShape shape;
@@ -149,7 +159,8 @@ void DecodeKernel::launch(cudaStream_t stream, const CudaDecodeArgs& args, Launc
   shape.cluster = plan_.bulk ? plan_.n_splits : 1;
   shape.cooperative = !plan_.bulk && plan_.n_splits > 1;
   shape.dependent = args.early_state && plan_.bulk;
-  launch_kernel(stream, {"decode_step", decode_bytes(shape_, args.budget, args.score, args.shared), log}, shape, kernel_, args);
+  launch_kernel(stream, {"decode_step", decode_bytes(shape_, args.budget, args.score, args.shared), log},
+                shape, kernel_, args);
 }
 
 }  // namespace kvlapse

@@ -1,5 +1,6 @@
-// The fused decode step on a CUDA device: plan once, launch every step. Contract of a step: kernels/decode/decode_args.h.
-// Owner of nothing: buffers are the caller's. A DecodeKernel may be used from one thread per stream.
+// The fused decode step on a CUDA device: plan once, launch every step. Contract of a step:
+// kernels/decode/decode_args.h. Owner of nothing: buffers are the caller's. A DecodeKernel may be used from
+// one thread per stream.
 #pragma once
 
 #include <cuda.h>
@@ -16,7 +17,8 @@ enum class DecodePath : uint8_t { best, bulk, cp_async };  // best: bulk from sm
 
 class DecodeKernel {
  public:
-  // Of the current device. Throws Error when the shape is not supported or no kernel for the device is built in.
+  // Of the current device. Throws Error when the shape is not supported or no kernel for the device is built
+  // in.
   explicit DecodeKernel(const DecodeShape& shape, DecodePath path = DecodePath::best, int fixed_splits = 0);
 
   const DecodeShape& shape() const { return shape_; }
@@ -25,7 +27,8 @@ class DecodeKernel {
   size_t split_softmax_floats() const;
   size_t split_output_floats() const;
 
-  // Arguments for planes of K and V, with everything that follows from shape and plan set: sizes, maps, scales.
+  // Arguments for planes of K and V, with everything that follows from shape and plan set: sizes, maps,
+  // scales.
   CudaDecodeArgs arguments(void* k, void* v, FusedScore score, bool shared) const;
   // Checks that the pointers which the score needs are there.
   void launch(cudaStream_t stream, const CudaDecodeArgs& args, LaunchLog* log = nullptr) const;
@@ -36,7 +39,8 @@ class DecodeKernel {
   void (*kernel_)(CudaDecodeArgs) = nullptr;
 };
 
-// Kernels by head_dim and element type; null when not built. Every translation unit has the targets that it is for.
+// Kernels by head_dim and element type; null when not built. Every translation unit has the targets that it
+// is for.
 using DecodeKernelFunction = void (*)(CudaDecodeArgs);
 DecodeKernelFunction decode_kernel_bulk(int head_dim, DType dtype);
 DecodeKernelFunction decode_kernel_cp_async(int head_dim, DType dtype);

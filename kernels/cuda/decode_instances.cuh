@@ -1,5 +1,5 @@
-// The __global__ entry of the decode kernel and its table of instances. Everything but head_dim, element type and the
-// copy path is a run-time value.
+// The __global__ entry of the decode kernel and its table of instances. Everything but head_dim, element type
+// and the copy path is a run-time value.
 #pragma once
 
 #include "core/base/dtype.h"
@@ -11,7 +11,8 @@
 namespace kvlapse {
 
 template <int kHeadDim, class Element, bool kBulk>
-__global__ void __launch_bounds__(device::kDecodeThreads, 1) decode_step_kernel(const __grid_constant__ CudaDecodeArgs args) {
+__global__ void __launch_bounds__(device::kDecodeThreads, 1)
+    decode_step_kernel(const __grid_constant__ CudaDecodeArgs args) {
   extern __shared__ __align__(1024) unsigned char shared[];
   device::DecodeCta<device::DecodeTraits<kHeadDim, Element, kBulk>, CudaDecodeArgs>(args, shared).run();
 }
@@ -19,11 +20,16 @@ __global__ void __launch_bounds__(device::kDecodeThreads, 1) decode_step_kernel(
 template <class Element, bool kBulk>
 DecodeKernelFunction decode_kernel_of(int head_dim) {
   switch (head_dim) {
-    case 32: return decode_step_kernel<32, Element, kBulk>;
-    case 64: return decode_step_kernel<64, Element, kBulk>;
-    case 128: return decode_step_kernel<128, Element, kBulk>;
-    case 256: return decode_step_kernel<256, Element, kBulk>;
-    default: return nullptr;
+    case 32:
+      return decode_step_kernel<32, Element, kBulk>;
+    case 64:
+      return decode_step_kernel<64, Element, kBulk>;
+    case 128:
+      return decode_step_kernel<128, Element, kBulk>;
+    case 256:
+      return decode_step_kernel<256, Element, kBulk>;
+    default:
+      return nullptr;
   }
 }
 

@@ -1,14 +1,18 @@
-// The fused decode step on the device (contract: kernels/decode/decode_args.h). Written in the operations of device_ops.cuh only, so
-// that the CPU emulator of the tests compiles the same text; include device_ops.cuh (or the emulator) first.
+// The fused decode step on the device (contract: kernels/decode/decode_args.h). Written in the operations of
+// device_ops.cuh only, so that the CPU emulator of the tests compiles the same text; include device_ops.cuh
+// (or the emulator) first.
 //
-// A CTA works on one (b, kv head) and one share ("split") of its 64-slot tiles; CTAs persist and take item after
-// item. One producer warp streams all K tiles, then all V tiles, through a ring in shared memory, running ahead into
-// the next item; 8 consumer warps in two groups take tiles alternately, 16 slots a warp.
-//   1. logits: K tile x Q^T on the matrix unit (slots are the rows, query heads the 8 columns); logits go to shared
+// A CTA works on one (b, kv head) and one share ("split") of its 64-slot tiles; CTAs persist and take item
+// after item. One producer warp streams all K tiles, then all V tiles, through a ring in shared memory,
+// running ahead into the next item; 8 consumer warps in two groups take tiles alternately, 16 slots a warp.
+//   1. logits: K tile x Q^T on the matrix unit (slots are the rows, query heads the 8 columns); logits go to
+//   shared
 //      memory private to the lane, which keeps a running (max, sum) of its heads.
 //   2. (max, sum) are merged over lanes, warps and splits: probabilities are final before V is touched.
-//   3. values: O^T += V^T x P^T; the same lane turns its probabilities into the slot's exact score and minimum.
-//   4. O is summed over warps and splits in fixed order; the victim is an integer minimum. Nothing depends on timing:
+//   3. values: O^T += V^T x P^T; the same lane turns its probabilities into the slot's exact score and
+//   minimum.
+//   4. O is summed over warps and splits in fixed order; the victim is an integer minimum. Nothing depends on
+//   timing:
 //      the result is bitwise repeatable for a given number of splits.
 // Probabilities enter the matrix unit as 2^(s - max), so fp16 keeps them normal; 1/sum is applied in fp32.
 #pragma once
@@ -37,7 +41,7 @@ struct alignas(1024) DecodeSmall {
   uint64_t output_bar;
   uint64_t keys[kConsumerWarps];
   int32_t info[2][4];
-  alignas(16) float warp_softmax[kConsumerWarps][kMaxDecodeGroup][2];      // (max, sum)
+  alignas(16) float warp_softmax[kConsumerWarps][kMaxDecodeGroup][2];  // (max, sum)
   alignas(16) float split_softmax[kMaxDecodeSplits][kMaxDecodeGroup][2];
   float inverse_sum[kMaxDecodeGroup];
   int32_t last_arrival;
@@ -48,7 +52,8 @@ template <int kHeadDimension, class ElementTag, bool kBulkCopy>
 struct DecodeTraits {
   using Element = ElementTag;
   static constexpr int kHeadDim = kHeadDimension;
-  static constexpr bool kBulk = kBulkCopy;  // copy engine and clusters (sm_90), otherwise cp.async and global memory
+  static constexpr bool kBulk =
+      kBulkCopy;  // copy engine and clusters (sm_90), otherwise cp.async and global memory
   static constexpr int kBoxElements = kHeadDim < 64 ? kHeadDim : 64;
   static constexpr int kBoxes = kHeadDim / kBoxElements;
   static constexpr int kBoxChunks = kBoxElements / 8;  // 16-byte chunks of a row inside a box
@@ -83,7 +88,9 @@ KVLAPSE_DEVICE void merge_softmax(float& m, float& l, float other_m, float other
   l = l * exp2_approximate(m - top) + other_l * exp2_approximate(other_m - top);
   m = top;
 }
-KVLAPSE_DEVICE uint64_t min_key(uint64_t a, uint64_t b) { return a < b ? a : b; }
+KVLAPSE_DEVICE uint64_t min_key(uint64_t a, uint64_t b) {
+  return a < b ? a : b;
+}
 KVLAPSE_DEVICE uint64_t warp_min(uint64_t key) {
   for (int mask = 16; mask > 0; mask >>= 1) key = min_key(key, shuffle_xor(key, mask));
   return key;
@@ -133,7 +140,8 @@ class DecodeCta {
   }
   // 16-byte chunk of a row in a tile; the copy engine's 128-byte swizzle: address bits 4..6 ^= bits 7..9.
   KVLAPSE_DEVICE static uint32_t chunk_offset(int row, int chunk) {
-    const uint32_t at = static_cast<uint32_t>(row * (Traits::kBoxElements * 2) + (chunk % Traits::kBoxChunks) * 16);
+    const uint32_t at =
+        static_cast<uint32_t>(row * (Traits::kBoxElements * 2) + (chunk % Traits::kBoxChunks) * 16);
     return static_cast<uint32_t>(chunk / Traits::kBoxChunks) * Traits::kBoxBytes + (at ^ ((at >> 3) & 0x70u));
   }
   KVLAPSE_DEVICE const unsigned char* row_of(const void* plane, int item, int slot) const {
@@ -225,7 +233,8 @@ class DecodeCta {
     mbarrier_arrive(bar(small_.info_full[i]));
   }
 
-  KVLAPSE_DEVICE void load_tile(int plane, int item, int tile, int n, const RingCursor& ring, uint64_t policy) {
+  KVLAPSE_DEVICE void load_tile(int plane, int item, int tile, int n, const RingCursor& ring,
+                                uint64_t policy) {
     const SmemAddress to = ring_ + static_cast<uint32_t>(ring.stage * Traits::kTileBytes);
     const SmemAddress full = bar(small_.full[ring.stage]);
     if constexpr (Traits::kBulk) {
@@ -233,8 +242,9 @@ class DecodeCta {
       mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1);
       mbarrier_arrive_expect(full, Traits::kTileBytes);
       for (int box = 0; box < Traits::kBoxes; ++box)
-        bulk_load_3d(to + static_cast<uint32_t>(box * Traits::kBoxBytes), plane == 0 ? &args_.k_map : &args_.v_map,
-                     box * Traits::kBoxElements, tile * kTileSlots, item, full, policy);
+        bulk_load_3d(to + static_cast<uint32_t>(box * Traits::kBoxBytes),
+                     plane == 0 ? &args_.k_map : &args_.v_map, box * Traits::kBoxElements, tile * kTileSlots,
+                     item, full, policy);
     } else {
       mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1);
       const unsigned char* from = row_of(plane == 0 ? args_.k : args_.v, item, tile * kTileSlots);
@@ -246,7 +256,8 @@ class DecodeCta {
           const int chunk = i + u * 32;
           const int row = chunk / Traits::kRowChunks;
           const bool valid = row < rows;
-          copy_async16(to + chunk_offset(row, chunk % Traits::kRowChunks), valid ? from + chunk * 16 : from, valid);
+          copy_async16(to + chunk_offset(row, chunk % Traits::kRowChunks), valid ? from + chunk * 16 : from,
+                       valid);
         }
       }
       copy_async_arrive(full);
@@ -266,7 +277,8 @@ class DecodeCta {
       const ItemInfo info = take_info(turn);
       const Tiles tiles = tiles_of(info.n);
       Softmax softmax{{kNoMax, kNoMax}, {0, 0}};
-      const SlotSide side = load_side(item, info.n, tiles.begin + group);  // early: its latency is hidden by K
+      const SlotSide side =
+          load_side(item, info.n, tiles.begin + group);  // early: its latency is hidden by K
       RingCursor at = ring;
       at.advance(group, args_.n_stages);
       attend_keys(item, info, tiles, at, softmax);
@@ -303,13 +315,15 @@ class DecodeCta {
   // Where this lane keeps (slot g: heads 2t, 2t+1; slot g+8: the same) of a 16-slot group.
   KVLAPSE_DEVICE SmemAddress logit_address(int local_group16) const {
     const int lanes = half_group();
-    return logits_ + static_cast<uint32_t>((local_group16 * 8 * lanes + (lane_ / 4) * lanes + lane_ % 4) * 16);
+    return logits_ +
+           static_cast<uint32_t>((local_group16 * 8 * lanes + (lane_ / 4) * lanes + lane_ % 4) * 16);
   }
 
   // Puts the new token's row over what the copy brought, and into the cache for the steps to come.
   KVLAPSE_DEVICE void write_row(SmemAddress tile, int slot, int item, const void* rows, void* plane) {
     if (lane_ < Traits::kRowChunks) {
-      const Float4 v = static_cast<const Float4*>(rows)[static_cast<int64_t>(item) * Traits::kRowChunks + lane_];
+      const Float4 v =
+          static_cast<const Float4*>(rows)[static_cast<int64_t>(item) * Traits::kRowChunks + lane_];
       smem_store4(tile + chunk_offset(slot % kTileSlots, lane_), v);
       reinterpret_cast<Float4*>(const_cast<unsigned char*>(row_of(plane, item, slot)))[lane_] = v;
     }
@@ -328,7 +342,8 @@ class DecodeCta {
       query[i][0] = g < args_.group ? q[i * 8 + t] : 0;
       query[i][1] = g < args_.group ? q[i * 8 + 4 + t] : 0;
     }
-    const int row = part * 16 + (lane_ & 7) + ((lane_ >> 3) & 1) * 8;  // that this lane addresses for load_matrix4
+    const int row =
+        part * 16 + (lane_ & 7) + ((lane_ >> 3) & 1) * 8;  // that this lane addresses for load_matrix4
     float sum[2] = {0, 0};
     KVLAPSE_NO_UNROLL
     for (int tile = tiles.begin + group; tile < tiles.end; tile += 2) {
@@ -390,13 +405,14 @@ class DecodeCta {
           mbarrier_arrive_expect(bar(small_.softmax_bar), static_cast<uint32_t>(args_.n_splits) * kRowBytes);
         merge_rows(smem_address(small_.warp_softmax[0][2 * t]), kConsumerWarps, m, l);
         for (int to = g; to < args_.n_splits; to += 8)
-          remote_store4(remote_address(smem_address(small_.split_softmax[rank_][2 * t]), to), {m[0], l[0], m[1], l[1]},
-                        remote_address(bar(small_.softmax_bar), to));
+          remote_store4(remote_address(smem_address(small_.split_softmax[rank_][2 * t]), to),
+                        {m[0], l[0], m[1], l[1]}, remote_address(bar(small_.softmax_bar), to));
       }
       mbarrier_wait_cluster(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
       merge_rows(smem_address(small_.split_softmax[0][2 * t]), args_.n_splits, m, l);
     } else {
-      Float4* scratch = reinterpret_cast<Float4*>(args_.split_softmax) + static_cast<int64_t>(item) * kMaxDecodeSplits * 4;
+      Float4* scratch =
+          reinterpret_cast<Float4*>(args_.split_softmax) + static_cast<int64_t>(item) * kMaxDecodeSplits * 4;
       if (warp_ == 0) {
         merge_rows(smem_address(small_.warp_softmax[0][2 * t]), kConsumerWarps, m, l);
         if (g == 0) scratch[rank_ * 4 + t] = {m[0], l[0], m[1], l[1]};
@@ -426,7 +442,8 @@ class DecodeCta {
     }
   }
 
-  // What a lane needs of "its" slot (lanes t = 0, 1 own slots g, g + 8) beyond K and V, loaded one tile ahead.
+  // What a lane needs of "its" slot (lanes t = 0, 1 own slots g, g + 8) beyond K and V, loaded one tile
+  // ahead.
   struct SlotSide {
     float norm = 0, accumulated = 0;
     uint32_t protect = 0;
@@ -479,8 +496,7 @@ class DecodeCta {
       }
       release(at, writes || tail);
       at.advance(2, args_.n_stages);
-      if (scores)
-        best = min_key(best, score_slots(item, info, tile, p, softmax, side));
+      if (scores) best = min_key(best, score_slots(item, info, tile, p, softmax, side));
       side = next;
     }
     return best;
@@ -490,7 +506,8 @@ class DecodeCta {
   KVLAPSE_DEVICE void clear_rows(SmemAddress data, int part, int n_valid) {
     const int from = n_valid < 0 ? 0 : n_valid;
     for (int i = lane_; i < (16 - from) * Traits::kRowChunks; i += 32)
-      smem_store4(data + chunk_offset(part * 16 + from + i / Traits::kRowChunks, i % Traits::kRowChunks), {0, 0, 0, 0});
+      smem_store4(data + chunk_offset(part * 16 + from + i / Traits::kRowChunks, i % Traits::kRowChunks),
+                  {0, 0, 0, 0});
     warp_sync();
   }
 
@@ -542,9 +559,10 @@ class DecodeCta {
     return (static_cast<uint64_t>(float_bits(score)) << 32) | static_cast<uint32_t>(slot);
   }
 
-  // Bits of 16 slots after this step: the new token's set when it is protected, cleared when it is not (it may take
-  // the slot of an unprotected victim only, so clear already), the expired one's cleared.
-  KVLAPSE_DEVICE uint32_t updated_protection(int item, const ItemInfo& info, int group16, int first, uint32_t bits) {
+  // Bits of 16 slots after this step: the new token's set when it is protected, cleared when it is not (it
+  // may take the slot of an unprotected victim only, so clear already), the expired one's cleared.
+  KVLAPSE_DEVICE uint32_t updated_protection(int item, const ItemInfo& info, int group16, int first,
+                                             uint32_t bits) {
     const int added = info.slot - first, removed = info.expired - first;
     const bool adds = added >= 0 && added < 16 && (args_.recent > 0 || info.pos < args_.pinned);
     const bool removes = info.expired >= 0 && removed >= 0 && removed < 16;
@@ -561,10 +579,12 @@ class DecodeCta {
                              const float (&output)[Traits::kSteps][4]) {
     const int thread = thread_index();
     if (clustered() && thread == 0)
-      mbarrier_arrive_expect(bar(small_.output_bar), static_cast<uint32_t>(args_.n_splits * own_chunks(rank_) * 16));
+      mbarrier_arrive_expect(bar(small_.output_bar),
+                             static_cast<uint32_t>(args_.n_splits * own_chunks(rank_) * 16));
     key = warp_min(key);
     if (lane_ == 0) small_.keys[warp_] = key;
-    named_barrier(kConsumerBarrier, kConsumerThreads);  // logits are dead from here on; global scores are written
+    named_barrier(kConsumerBarrier,
+                  kConsumerThreads);  // logits are dead from here on; global scores are written
     const bool chooses = args_.score != FusedScore::none && info.pos >= 0;
     const bool shared = chooses && args_.shared;
     store_partial(output);
@@ -582,7 +602,8 @@ class DecodeCta {
       named_barrier(kConsumerBarrier, kConsumerThreads);
       if (small_.last_arrival) choose_for_layer(item, info, tiles);
     }
-    if (item + item_stride_ < args_.n_items) named_barrier(kConsumerBarrier, kConsumerThreads);  // buffers are reused
+    if (item + item_stride_ < args_.n_items)
+      named_barrier(kConsumerBarrier, kConsumerThreads);  // buffers are reused
   }
 
   KVLAPSE_DEVICE uint64_t block_min_key() const {
@@ -590,7 +611,9 @@ class DecodeCta {
     for (int w = 0; w < kConsumerWarps; ++w) key = min_key(key, small_.keys[w]);
     return key;
   }
-  KVLAPSE_DEVICE void write_key(int item) { args_.victim_keys[item * kMaxDecodeSplits + rank_] = block_min_key(); }
+  KVLAPSE_DEVICE void write_key(int item) {
+    args_.victim_keys[item * kMaxDecodeSplits + rank_] = block_min_key();
+  }
 
   // State that all splits have read by now. A sequence that is skipped keeps its own.
   KVLAPSE_DEVICE void note_item(int item, const ItemInfo& info) {
@@ -602,7 +625,8 @@ class DecodeCta {
 
   // [warp][head][D + pad] fp32 over the logits.
   KVLAPSE_DEVICE SmemAddress partial_address(int warp, int head, int d) const {
-    return logits_ + static_cast<uint32_t>(((warp * args_.group + head) * (Traits::kHeadDim + kOutputPad) + d) * 4);
+    return logits_ +
+           static_cast<uint32_t>(((warp * args_.group + head) * (Traits::kHeadDim + kOutputPad) + d) * 4);
   }
   KVLAPSE_DEVICE void store_partial(const float (&output)[Traits::kSteps][4]) {
     const int g = lane_ / 4, t = lane_ % 4;
@@ -611,13 +635,16 @@ class DecodeCta {
       KVLAPSE_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int head = 2 * t + j % 2;
-        if (head < args_.group) smem_store(partial_address(warp_, head, i * 16 + g + (j / 2) * 8), output[i][j]);
+        if (head < args_.group)
+          smem_store(partial_address(warp_, head, i * 16 + g + (j / 2) * 8), output[i][j]);
       }
     }
   }
   static constexpr int kHeadChunks = Traits::kHeadDim / 4;  // four floats
   KVLAPSE_DEVICE int n_chunks() const { return args_.group * kHeadChunks; }
-  KVLAPSE_DEVICE int own_chunks(int rank) const { return (n_chunks() - rank + args_.n_splits - 1) / args_.n_splits; }
+  KVLAPSE_DEVICE int own_chunks(int rank) const {
+    return (n_chunks() - rank + args_.n_splits - 1) / args_.n_splits;
+  }
   KVLAPSE_DEVICE int most_chunks() const { return (n_chunks() + args_.n_splits - 1) / args_.n_splits; }
 
   KVLAPSE_DEVICE Float4 sum_of_warps(int chunk) const {
@@ -626,7 +653,9 @@ class DecodeCta {
       add(total, smem_load4(partial_address(w, chunk / kHeadChunks, chunk % kHeadChunks * 4)));
     return total;
   }
-  KVLAPSE_DEVICE static void add(Float4& a, const Float4& b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
+  KVLAPSE_DEVICE static void add(Float4& a, const Float4& b) {
+    a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
+  }
   KVLAPSE_DEVICE void store_output(int item, int chunk, const Float4& v) {
     const float scale = small_.inverse_sum[chunk / kHeadChunks];
     uint32_t* to = static_cast<uint32_t*>(args_.out) + (static_cast<int64_t>(item) * n_chunks() + chunk) * 2;
@@ -644,7 +673,8 @@ class DecodeCta {
       const int owner = chunk % args_.n_splits;
       const SmemAddress at =
           received_ + static_cast<uint32_t>((rank_ * most_chunks() + chunk / args_.n_splits) * 16);
-      remote_store4(remote_address(at, owner), sum_of_warps(chunk), remote_address(bar(small_.output_bar), owner));
+      remote_store4(remote_address(at, owner), sum_of_warps(chunk),
+                    remote_address(bar(small_.output_bar), owner));
     }
     mbarrier_wait_cluster(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
     for (int i = thread_index(); i < own_chunks(rank_); i += kConsumerThreads) {
@@ -655,7 +685,8 @@ class DecodeCta {
     }
   }
   KVLAPSE_DEVICE void exchange_output_in_memory(int item) {
-    Float4* scratch = reinterpret_cast<Float4*>(args_.split_output) + static_cast<int64_t>(item) * args_.n_splits * n_chunks();
+    Float4* scratch = reinterpret_cast<Float4*>(args_.split_output) +
+                      static_cast<int64_t>(item) * args_.n_splits * n_chunks();
     for (int chunk = thread_index(); chunk < n_chunks(); chunk += kConsumerThreads)
       scratch[rank_ * n_chunks() + chunk] = sum_of_warps(chunk);
     named_barrier(kConsumerBarrier, kConsumerThreads);
@@ -664,7 +695,8 @@ class DecodeCta {
     for (int i = thread_index(); i < own_chunks(rank_); i += kConsumerThreads) {
       const int chunk = i * args_.n_splits + rank_;
       Float4 total{0, 0, 0, 0};
-      for (int r = 0; r < args_.n_splits; ++r) add(total, load_shared_by_device(scratch + r * n_chunks() + chunk));
+      for (int r = 0; r < args_.n_splits; ++r)
+        add(total, load_shared_by_device(scratch + r * n_chunks() + chunk));
       store_output(item, chunk, total);
     }
   }
@@ -675,7 +707,8 @@ class DecodeCta {
     return count_arrival(args_.arrivals + item / args_.n_kv_heads * kMaxDecodeSplits + rank_, last) == last;
   }
 
-  // The last of the layer's heads to arrive at this share of the slots sums their scores in head order and picks.
+  // The last of the layer's heads to arrive at this share of the slots sums their scores in head order and
+  // picks.
   KVLAPSE_DEVICE void choose_for_layer(int item, const ItemInfo& info, const Tiles& tiles) {
     const int first_item = item / args_.n_kv_heads * args_.n_kv_heads;
     const int end = tiles.end * kTileSlots < info.n ? tiles.end * kTileSlots : info.n;

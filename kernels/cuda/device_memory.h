@@ -1,4 +1,5 @@
-// Owners of device memory, streams, events and graphs. Movable, not copyable; freed on the device that is current.
+// Owners of device memory, streams, events and graphs. Movable, not copyable; freed on the device that is
+// current.
 #pragma once
 
 #include <cstddef>
@@ -33,10 +34,12 @@ class DeviceBuffer {
   size_t size() const { return size_; }
   size_t bytes() const { return size_ * sizeof(T); }
   void upload(std::span<const T> values) {
-    if (!values.empty()) KVLAPSE_CUDA_CHECK(cudaMemcpy(data_, values.data(), values.size_bytes(), cudaMemcpyHostToDevice));
+    if (!values.empty())
+      KVLAPSE_CUDA_CHECK(cudaMemcpy(data_, values.data(), values.size_bytes(), cudaMemcpyHostToDevice));
   }
   void download(std::span<T> values) const {
-    if (!values.empty()) KVLAPSE_CUDA_CHECK(cudaMemcpy(values.data(), data_, values.size_bytes(), cudaMemcpyDeviceToHost));
+    if (!values.empty())
+      KVLAPSE_CUDA_CHECK(cudaMemcpy(values.data(), data_, values.size_bytes(), cudaMemcpyDeviceToHost));
   }
   std::vector<T> download() const {
     std::vector<T> values(size_);

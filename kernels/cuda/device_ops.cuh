@@ -1,7 +1,7 @@
-// The machine operations that the decode kernels are written in, one thin wrapper each: all inline PTX of the decode
-// path is here. tests/support/kernels/emulated_device.h defines the same names for the CPU, so that the kernels'
-// logic (pipelines, barriers, fragment layouts, exchanges) is tested without a GPU.
-// Shared memory is addressed by 32-bit addresses (SmemAddress). Fragment layouts: PTX ISA, mma.m16n8k16.
+// The machine operations that the decode kernels are written in, one thin wrapper each: all inline PTX of the
+// decode path is here. tests/support/kernels/emulated_device.h defines the same names for the CPU, so that
+// the kernels' logic (pipelines, barriers, fragment layouts, exchanges) is tested without a GPU. Shared
+// memory is addressed by 32-bit addresses (SmemAddress). Fragment layouts: PTX ISA, mma.m16n8k16.
 #pragma once
 
 #include <cuda.h>
@@ -16,7 +16,7 @@
 
 namespace kvlapse::device {
 
-struct F16 {};   // element tags
+struct F16 {};  // element tags
 struct Bf16 {};
 using TensorMap = CUtensorMap;
 using SmemAddress = uint32_t;
@@ -25,16 +25,23 @@ struct alignas(16) Float4 {
   float x, y, z, w;
 };
 
-KVLAPSE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-KVLAPSE_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
-KVLAPSE_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
+KVLAPSE_DEVICE int thread_index() {
+  return static_cast<int>(threadIdx.x);
+}
+KVLAPSE_DEVICE int block_index() {
+  return static_cast<int>(blockIdx.x);
+}
+KVLAPSE_DEVICE int block_count() {
+  return static_cast<int>(gridDim.x);
+}
 
 // ---- shared memory ----
 KVLAPSE_DEVICE SmemAddress smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 KVLAPSE_DEVICE void smem_store4(SmemAddress at, Float4 v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
 }
 KVLAPSE_DEVICE Float4 smem_load4(SmemAddress at) {
   Float4 v;
@@ -76,7 +83,8 @@ KVLAPSE_DEVICE void mbarrier_arrive(SmemAddress bar) {
 }
 KVLAPSE_DEVICE void mbarrier_arrive_expect(SmemAddress bar, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(bar), "r"(bytes)
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(bar),
+               "r"(bytes)
                : "memory");
 #endif
 }
@@ -103,7 +111,8 @@ KVLAPSE_DEVICE void mbarrier_wait_cluster(SmemAddress bar, uint32_t parity) {
   uint32_t done = 0;
   while (!done)
     asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, "
+        "1, 0, p; }"
         : "=r"(done)
         : "r"(bar), "r"(parity)
         : "memory");
@@ -129,7 +138,8 @@ KVLAPSE_DEVICE void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, in
                                  uint64_t policy) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, "
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+      "{%3, %4, "
       "%5}], [%2], %6;" ::"r"(to),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(bar), "r"(x), "r"(y), "r"(z), "l"(policy)
       : "memory");
@@ -172,16 +182,20 @@ KVLAPSE_DEVICE uint32_t transpose_matrix(uint32_t r) {
 template <class Element>
 KVLAPSE_DEVICE void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
-KVLAPSE_DEVICE void multiply_add_16x8x16<F16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+KVLAPSE_DEVICE void multiply_add_16x8x16<F16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
-KVLAPSE_DEVICE void multiply_add_16x8x16<Bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+KVLAPSE_DEVICE void multiply_add_16x8x16<Bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                               uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -217,15 +231,21 @@ template <>
 KVLAPSE_DEVICE void unpack2<Bf16>(uint32_t packed, float& low, float& high) {
   low = __uint_as_float(packed << 16), high = __uint_as_float(packed & 0xffff0000u);
 }
-KVLAPSE_DEVICE uint32_t float_bits(float v) { return __float_as_uint(v); }
+KVLAPSE_DEVICE uint32_t float_bits(float v) {
+  return __float_as_uint(v);
+}
 
 // ---- warp and block ----
 template <class T>
 KVLAPSE_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
 }
-KVLAPSE_DEVICE void warp_sync() { __syncwarp(); }
-KVLAPSE_DEVICE void block_sync() { __syncthreads(); }
+KVLAPSE_DEVICE void warp_sync() {
+  __syncwarp();
+}
+KVLAPSE_DEVICE void block_sync() {
+  __syncthreads();
+}
 KVLAPSE_DEVICE void named_barrier(int id, int n_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
@@ -253,24 +273,25 @@ KVLAPSE_DEVICE SmemAddress remote_address(SmemAddress local, int rank) {
 KVLAPSE_DEVICE void remote_store4(SmemAddress to, Float4 v, SmemAddress bar) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to),
-      "r"(__float_as_uint(v.x)), "r"(__float_as_uint(v.y)), "r"(__float_as_uint(v.z)), "r"(__float_as_uint(v.w)),
-      "r"(bar)
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
+          to),
+      "r"(__float_as_uint(v.x)), "r"(__float_as_uint(v.y)), "r"(__float_as_uint(v.z)),
+      "r"(__float_as_uint(v.w)), "r"(bar)
       : "memory");
 #endif
 }
 
 // ---- device-wide ----
-// Adds one and wraps to zero after `last`; orders this thread's (and, behind a barrier, its block's) earlier writes
-// before it and later reads after it. Returns the old value.
+// Adds one and wraps to zero after `last`; orders this thread's (and, behind a barrier, its block's) earlier
+// writes before it and later reads after it. Returns the old value.
 KVLAPSE_DEVICE uint32_t count_arrival(uint32_t* counter, uint32_t last) {
   __threadfence();
   const uint32_t old = atomicInc(counter, last);
   __threadfence();
   return old;
 }
-// A barrier among `n` resident blocks on one zero-initialised word, reusable (as cooperative_groups' grid barrier:
-// the top bit flips when all have arrived). Called by one thread of each block.
+// A barrier among `n` resident blocks on one zero-initialised word, reusable (as cooperative_groups' grid
+// barrier: the top bit flips when all have arrived). Called by one thread of each block.
 KVLAPSE_DEVICE void resident_barrier(uint32_t* word, int rank, int n) {
   __threadfence();
   const uint32_t add = rank == 0 ? 0x80000000u - static_cast<uint32_t>(n - 1) : 1u;
@@ -279,13 +300,15 @@ KVLAPSE_DEVICE void resident_barrier(uint32_t* word, int rank, int n) {
   }
   __threadfence();
 }
-KVLAPSE_DEVICE float load_shared_by_device(const float* p) { return __ldcg(p); }  // past L1
+KVLAPSE_DEVICE float load_shared_by_device(const float* p) {
+  return __ldcg(p);
+}  // past L1
 KVLAPSE_DEVICE Float4 load_shared_by_device(const Float4* p) {
   const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
   return {v.x, v.y, v.z, v.w};
 }
-// Programmatic dependent launch: waits until the kernels before this one are complete and visible; lets the next
-// one start.
+// Programmatic dependent launch: waits until the kernels before this one are complete and visible; lets the
+// next one start.
 KVLAPSE_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

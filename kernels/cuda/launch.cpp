@@ -14,7 +14,8 @@ void log_cuda_error(cudaError_t error, const char* call, const char* file, int l
   std::fprintf(stderr, "CUDA: %s at %s:%d: %s\n", call, file, line, cudaGetErrorString(error));
 }
 
-void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape, const void* kernel, void** args) {
+void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape, const void* kernel,
+                   void** args) {
   cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.n_blocks));

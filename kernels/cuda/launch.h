@@ -1,5 +1,5 @@
-// The only place that launches kernels. A launch names itself and the bytes that it should move through device
-// memory (modelled); the log of them is what a recording sets beside measured bytes.
+// The only place that launches kernels. A launch names itself and the bytes that it should move through
+// device memory (modelled); the log of them is what a recording sets beside measured bytes.
 #pragma once
 
 #include <cstdint>
@@ -49,12 +49,13 @@ struct LaunchInfo {
   LaunchLog* log = nullptr;
 };
 
-void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape, const void* kernel, void** args);
+void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape, const void* kernel,
+                   void** args);
 
 // `kernel` takes one argument struct by value.
 template <class Args>
-void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape, void (*kernel)(Args),
-                   const Args& args) {
+void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape,
+                   void (*kernel)(Args), const Args& args) {
   void* pointers[] = {const_cast<Args*>(&args)};
   launch_kernel(stream, info, shape, reinterpret_cast<const void*>(kernel), pointers);
 }

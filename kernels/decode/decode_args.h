@@ -1,12 +1,14 @@
-// What the fused decode step reads and writes, as one by-value argument; shared by host, kernels and the emulator.
+// What the fused decode step reads and writes, as one by-value argument; shared by host, kernels and the
+// emulator.
 //
-// One launch, for every (sequence b, kv head h): the token's k, v are stored in the slot that the device chose in the
-// step before; attention over the valid slots; every slot's exact score; the next victim. State lives on the device,
-// so a step needs no host.
+// One launch, for every (sequence b, kv head h): the token's k, v are stored in the slot that the device
+// chose in the step before; attention over the valid slots; every slot's exact score; the next victim. State
+// lives on the device, so a step needs no host.
 //
-// Which slot a token takes: n0 tokens are held (count[b,h], or min(step_pos[b], budget) when there is no count).
-// n0 < budget: slot n0. Otherwise the slot in the low half of min(victim_keys[b,h,0..n_splits)).
-// A victim key is (bits of the score << 32) | slot, all ones: no candidate. Ties go to the lowest slot; NaN sorts last.
+// Which slot a token takes: n0 tokens are held (count[b,h], or min(step_pos[b], budget) when there is no
+// count). n0 < budget: slot n0. Otherwise the slot in the low half of min(victim_keys[b,h,0..n_splits)). A
+// victim key is (bits of the score << 32) | slot, all ones: no candidate. Ties go to the lowest slot; NaN
+// sorts last.
 //
 // Sequences with step_pos[b] < 0 are skipped and their output is zero.
 #pragma once
@@ -21,14 +23,15 @@ inline constexpr int kDecodeTileSlots = 64;
 inline constexpr int kDecodeConsumerWarps = 8;
 inline constexpr int kMaxDecodeStages = 24;
 inline constexpr int kDecodeSmallBytes = 3072;  // barriers and exchange buffers in front of the ring
-inline constexpr int kDecodeOutputPad = 4;      // floats between heads of the output reduction, against bank conflicts
+inline constexpr int kDecodeOutputPad =
+    4;  // floats between heads of the output reduction, against bank conflicts
 
 // What a slot's score is made of, p its probability in this step, summed over the query heads that decide.
 enum class FusedScore : uint8_t {
-  none,                 // plain attention, no victim
-  attention,            // p (TOVA)
-  contribution,         // p * ||v||_1 (LongFlow)
-  accumulated,          // sum of p over the steps since the slot was written (H2O)
+  none,                      // plain attention, no victim
+  attention,                 // p (TOVA)
+  contribution,              // p * ||v||_1 (LongFlow)
+  accumulated,               // sum of p over the steps since the slot was written (H2O)
   accumulated_contribution,  // that, * ||v||_1 (VATP)
 };
 
@@ -40,25 +43,27 @@ constexpr bool score_accumulates(FusedScore s) {
 }
 
 enum DecodeFlag : uint32_t {
-  kFlagNoCandidate = 1u,  // a token needed a slot and every slot was protected: slot 0 or the oldest recent one taken
+  kFlagNoCandidate =
+      1u,  // a token needed a slot and every slot was protected: slot 0 or the oldest recent one taken
 };
 
 template <class TensorMap>
 struct DecodeArgs {
-  // Tensor maps over k and v: dims {D, S, B*H}, box {min(D,64), 64, 1}, 128-byte swizzle. Unused by the cp.async path.
+  // Tensor maps over k and v: dims {D, S, B*H}, box {min(D,64), 64, 1}, 128-byte swizzle. Unused by the
+  // cp.async path.
   TensorMap k_map;
   TensorMap v_map;
 
-  const void* q;            // [B, Hq, D] element type
-  const void* k_new;        // [B, H, D]; null: nothing is appended
-  const void* v_new;        // [B, H, D]
-  void* k;                  // [B, H, S, D]
-  void* v;                  // [B, H, S, D]
-  void* out;                // [B, Hq, D]
-  float* value_l1;          // [B, H, S] sum over D of |v|; null when the score has no norm
-  float* accumulated;       // [B, H, S]; null unless the score accumulates
-  float* importance;        // [B, H, S] scores of this step; optional, needed when the layer shares its victim
-  uint16_t* protect;        // [B, H, ceil(S/64)*4] one bit a slot: never a victim. Bits of pinned slots stay set
+  const void* q;       // [B, Hq, D] element type
+  const void* k_new;   // [B, H, D]; null: nothing is appended
+  const void* v_new;   // [B, H, D]
+  void* k;             // [B, H, S, D]
+  void* v;             // [B, H, S, D]
+  void* out;           // [B, Hq, D]
+  float* value_l1;     // [B, H, S] sum over D of |v|; null when the score has no norm
+  float* accumulated;  // [B, H, S]; null unless the score accumulates
+  float* importance;   // [B, H, S] scores of this step; optional, needed when the layer shares its victim
+  uint16_t* protect;   // [B, H, ceil(S/64)*4] one bit a slot: never a victim. Bits of pinned slots stay set
   int32_t* recent_slots;    // [B, H, recent] slot of the token at position p, at p % recent
   int32_t* positions;       // [B, H, S] position of the token in each slot; optional
   int32_t* count;           // [B, H] tokens held; optional (see above)
@@ -71,18 +76,18 @@ struct DecodeArgs {
   float* split_output;      // [B*H, n_splits, G*D]
   uint32_t* split_barrier;  // [B*H]
 
-  int32_t n_items;      // B * H
-  int32_t n_kv_heads;   // H
-  int32_t group;        // G, query heads per kv head
-  int32_t n_slots;      // S, capacity
-  int32_t budget;       // <= S
-  int32_t recent;       // newest tokens that are never evicted
-  int32_t pinned;       // positions below it are never evicted (sinks, prompt)
-  int32_t n_splits;     // CTAs that share one (b, h)
-  int32_t n_stages;     // tiles of the ring in shared memory
-  int32_t logits_bytes; // shared memory for logits and the output reduction
-  float logit_scale;    // log2(e) / sqrt(D)
-  float score_scale;    // factor of the published mean
+  int32_t n_items;       // B * H
+  int32_t n_kv_heads;    // H
+  int32_t group;         // G, query heads per kv head
+  int32_t n_slots;       // S, capacity
+  int32_t budget;        // <= S
+  int32_t recent;        // newest tokens that are never evicted
+  int32_t pinned;        // positions below it are never evicted (sinks, prompt)
+  int32_t n_splits;      // CTAs that share one (b, h)
+  int32_t n_stages;      // tiles of the ring in shared memory
+  int32_t logits_bytes;  // shared memory for logits and the output reduction
+  float logit_scale;     // log2(e) / sqrt(D)
+  float score_scale;     // factor of the published mean
   FusedScore score;
   bool shared;       // the layer's heads share one victim
   bool early_state;  // the kernel just before this one in the stream does not write this state or K, V

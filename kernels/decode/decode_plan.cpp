@@ -8,9 +8,12 @@ namespace kvlapse {
 namespace {
 
 constexpr int kMinStages = 4;
-constexpr double kEnoughBlocks = 0.75;  // of the multiprocessors: deep rings keep the memory busy from fewer than all
+constexpr double kEnoughBlocks =
+    0.75;  // of the multiprocessors: deep rings keep the memory busy from fewer than all
 
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
+int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
 
 // What the other splits send of the output.
 int split_output_bytes(const DecodeShape& shape, int n_splits) {
@@ -31,9 +34,10 @@ void check(const DecodeShape& s) {
   if (s.dtype != DType::f16 && s.dtype != DType::bf16)
     fail("decode kernel: dtype: expected fp16 or bf16, found {}", dtype_name(s.dtype));
   if (s.n_kv_heads < 1 || s.n_q_heads % s.n_kv_heads != 0 || s.group() < 1 || s.group() > kMaxDecodeGroup)
-    fail("decode kernel: query heads per kv head: expected 1 to {}, found {} / {}", kMaxDecodeGroup, s.n_q_heads,
-         s.n_kv_heads);
-  if (s.batch < 1 || s.n_slots < 1) fail("decode kernel: expected a batch and slots, found {} and {}", s.batch, s.n_slots);
+    fail("decode kernel: query heads per kv head: expected 1 to {}, found {} / {}", kMaxDecodeGroup,
+         s.n_q_heads, s.n_kv_heads);
+  if (s.batch < 1 || s.n_slots < 1)
+    fail("decode kernel: expected a batch and slots, found {} and {}", s.batch, s.n_slots);
 }
 
 }  // namespace
@@ -54,15 +58,18 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, int
     while (splits < most && !fits(splits)) splits *= 2;
     // More splits while blocks are few, as long as every item still has its cluster at once.
     auto resident = [&](int n) {
-      return limits.resident_clusters ? limits.resident_clusters(n, limits.smem_bytes) : limits.n_multiprocessors / n;
+      return limits.resident_clusters ? limits.resident_clusters(n, limits.smem_bytes)
+                                      : limits.n_multiprocessors / n;
     };
-    while (splits < most && shape.n_items() * splits < kEnoughBlocks * limits.n_multiprocessors && splits * 2 <= tiles &&
-           resident(splits * 2) >= shape.n_items())
+    while (splits < most && shape.n_items() * splits < kEnoughBlocks * limits.n_multiprocessors &&
+           splits * 2 <= tiles && resident(splits * 2) >= shape.n_items())
       splits *= 2;
   }
   if (splits < 1 || splits > most || !fits(splits))
-    fail("decode kernel: {} slots of {} query heads do not fit {} bytes of shared memory in {} splits (at most {})",
-         shape.n_slots, shape.group(), limits.smem_bytes, splits, most);
+    fail(
+        "decode kernel: {} slots of {} query heads do not fit {} bytes of shared memory in {} splits (at "
+        "most {})",
+        shape.n_slots, shape.group(), limits.smem_bytes, splits, most);
 
   DecodePlan plan;
   plan.bulk = limits.clusters;
@@ -75,8 +82,11 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, int
   plan.smem_bytes = fixed_bytes(splits) + plan.n_stages * tile_bytes;
 
   int resident = limits.n_multiprocessors / splits;
-  if (limits.resident_clusters) resident = std::min(resident, limits.resident_clusters(splits, plan.smem_bytes));
-  if (resident < 1) fail("decode kernel: no cluster of {} blocks with {} bytes of shared memory fits", splits, plan.smem_bytes);
+  if (limits.resident_clusters)
+    resident = std::min(resident, limits.resident_clusters(splits, plan.smem_bytes));
+  if (resident < 1)
+    fail("decode kernel: no cluster of {} blocks with {} bytes of shared memory fits", splits,
+         plan.smem_bytes);
   const int rounds = ceil_div(shape.n_items(), resident);
   plan.n_ctas = ceil_div(shape.n_items(), rounds) * splits;
   return plan;

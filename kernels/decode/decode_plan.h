@@ -1,5 +1,6 @@
-// How a fused decode step is cut over a device: splits of a (b, kv head), persistent CTAs, ring depth, shared memory.
-// Pure host arithmetic. The number of splits decides the order of sums, so a recording stores it and a replay fixes it.
+// How a fused decode step is cut over a device: splits of a (b, kv head), persistent CTAs, ring depth, shared
+// memory. Pure host arithmetic. The number of splits decides the order of sums, so a recording stores it and
+// a replay fixes it.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +12,11 @@
 namespace kvlapse {
 
 struct DecodeShape {
-  int batch = 0;        // B
-  int n_q_heads = 0;    // Hq
-  int n_kv_heads = 0;   // H
-  int head_dim = 0;     // D: 32, 64, 128 or 256
-  int n_slots = 0;      // S, capacity
+  int batch = 0;             // B
+  int n_q_heads = 0;         // Hq
+  int n_kv_heads = 0;        // H
+  int head_dim = 0;          // D: 32, 64, 128 or 256
+  int n_slots = 0;           // S, capacity
   DType dtype = DType::f16;  // f16 or bf16
 
   int group() const { return n_q_heads / n_kv_heads; }
@@ -27,9 +28,9 @@ struct DecodeShape {
 
 struct DecodeLimits {
   int n_multiprocessors = 132;
-  int smem_bytes = 232448;   // of one block
-  bool clusters = true;      // copy engine and clusters: sm_90; otherwise cp.async and exchange through memory
-  int max_splits = 8;        // largest cluster
+  int smem_bytes = 232448;  // of one block
+  bool clusters = true;     // copy engine and clusters: sm_90; otherwise cp.async and exchange through memory
+  int max_splits = 8;       // largest cluster
   // Clusters of n blocks with that much shared memory that can run at once; blocks per n when empty.
   std::function<int(int n, int smem_bytes)> resident_clusters;
 };

@@ -1,5 +1,5 @@
-// The CUDA decode kernel's own text, run thread by thread on the CPU emulator and judged by fp64. What this cannot
-// show (caches, memory order, speed) the tests labelled gpu do.
+// The CUDA decode kernel's own text, run thread by thread on the CPU emulator and judged by fp64. What this
+// cannot show (caches, memory order, speed) the tests labelled gpu do.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -85,8 +85,9 @@ TEST_P(EmulatedDecode, ClosedLoopStaysAsDefined) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Paths, EmulatedDecode, testing::Bool(),
-                         [](const auto& i) { return i.param ? "bulk_copy_and_clusters" : "cp_async_and_memory"; });
+INSTANTIATE_TEST_SUITE_P(Paths, EmulatedDecode, testing::Bool(), [](const auto& i) {
+  return i.param ? "bulk_copy_and_clusters" : "cp_async_and_memory";
+});
 
 TEST(EmulatedDecode, AllProtectedTakesTheOldestAndSaysSo) {
   DecodeCase c;

@@ -1,5 +1,6 @@
-// The cases that every decode kernel must pass, emulated or on a GPU: geometries, scores, protections and the data
-// that breaks kernels (huge logits, ties, zero values, one slot, empty, all protected, ragged, odd slot counts).
+// The cases that every decode kernel must pass, emulated or on a GPU: geometries, scores, protections and the
+// data that breaks kernels (huge logits, ties, zero values, one slot, empty, all protected, ragged, odd slot
+// counts).
 #pragma once
 
 #include <string>

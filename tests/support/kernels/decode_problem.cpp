@@ -17,7 +17,8 @@ constexpr uint16_t kPoison = 0x7fff;  // NaN in fp16 and bf16
 // Mean 0, variance 1: the sum of four uniform numbers, cheap enough for gigabytes.
 double normal(uint64_t seed, uint64_t stream, uint64_t index) {
   const uint64_t bits = counter_random({seed, stream, index});
-  const double sum = static_cast<double>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48));
+  const double sum =
+      static_cast<double>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48));
   return (sum / 65536 - 2) * 1.7320508;
 }
 
@@ -34,7 +35,9 @@ void for_each_index(size_t n, Work work) {
   run();
 }
 
-int protect_words(const DecodeShape& s) { return (s.n_slots + 63) / 64 * 4; }
+int protect_words(const DecodeShape& s) {
+  return (s.n_slots + 63) / 64 * 4;
+}
 
 bool should_protect(const DecodeProblem& p, int token_pos, int step) {
   return token_pos < p.pinned || token_pos > step - p.recent;
@@ -77,7 +80,8 @@ void draw_decode_token(DecodeProblem& p, const DecodeCase& c, uint64_t step) {
   for (size_t i = 0; i < p.k_new.size(); ++i) {
     double k = normal(c.seed, 101 + step * 3, i), v = normal(c.seed, 102 + step * 3, i);
     const size_t d = i % p.shape.head_dim;
-    if (c.data == DecodeCase::Data::equal_rows) k = std::sin(static_cast<double>(d)), v = std::cos(static_cast<double>(d));
+    if (c.data == DecodeCase::Data::equal_rows)
+      k = std::sin(static_cast<double>(d)), v = std::cos(static_cast<double>(d));
     if (c.data == DecodeCase::Data::zero_values) v = 0;
     p.k_new[i] = p.from_float(static_cast<float>(k));
     p.v_new[i] = p.from_float(static_cast<float>(v));
@@ -114,8 +118,8 @@ DecodeProblem make_decode_problem(const DecodeCase& c, int n_splits) {
       n = std::min(n, n * (h + 1) / s.n_kv_heads + 1);
       p.count[item] = n;
     }
-    // Pinned tokens and the newest ones are held; the positions between were thinned out. Slots are in a fixed
-    // pseudo-random order, as after many evictions (the same in all heads when they share victims).
+    // Pinned tokens and the newest ones are held; the positions between were thinned out. Slots are in a
+    // fixed pseudo-random order, as after many evictions (the same in all heads when they share victims).
     std::vector<int> held;
     for (int i = 0; i < n; ++i) held.push_back(i < std::min(n, c.pinned) ? i : step - (n - i));
     const uint64_t shuffle_seed = c.shared ? b : item;
@@ -135,7 +139,8 @@ DecodeProblem make_decode_problem(const DecodeCase& c, int n_splits) {
       float l1 = 0;
       for (size_t d = 0; d < D; ++d) {
         double k = normal(c.seed, 1, row * D + d), v = normal(c.seed, 2, row * D + d);
-        if (c.data == DecodeCase::Data::equal_rows) k = std::sin(static_cast<double>(d)), v = std::cos(static_cast<double>(d));
+        if (c.data == DecodeCase::Data::equal_rows)
+          k = std::sin(static_cast<double>(d)), v = std::cos(static_cast<double>(d));
         if (c.data == DecodeCase::Data::zero_values) v = 0;
         if (c.data == DecodeCase::Data::one_hot) k = i == n / 2 ? 40 * (d % 2 ? 1 : -1) : 0;
         p.k[row * D + d] = p.from_float(static_cast<float>(k));
@@ -156,8 +161,8 @@ DecodeProblem make_decode_problem(const DecodeCase& c, int n_splits) {
 namespace {
 
 // Everything of one (b, kv head) but its victim. `scores`: fp64, of every valid slot.
-void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t item, std::vector<double>& scores,
-                DecodeCheck& check) {
+void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t item,
+                std::vector<double>& scores, DecodeCheck& check) {
   const DecodeShape& s = before.shape;
   const size_t D = s.head_dim, G = s.group(), S = s.n_slots;
   const double infinity = std::numeric_limits<double>::infinity();
@@ -168,7 +173,8 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
   // The cache: the new row in its slot, every other byte as it was.
   std::vector<uint16_t> k(before.k.begin() + item * S * D, before.k.begin() + (item + 1) * S * D);
   std::vector<uint16_t> v(before.v.begin() + item * S * D, before.v.begin() + (item + 1) * S * D);
-  std::vector<int32_t> positions(before.positions.begin() + item * S, before.positions.begin() + (item + 1) * S);
+  std::vector<int32_t> positions(before.positions.begin() + item * S,
+                                 before.positions.begin() + (item + 1) * S);
   if (slot >= 0) {
     std::copy_n(before.k_new.begin() + item * D, D, k.begin() + slot * D);
     std::copy_n(before.v_new.begin() + item * D, D, v.begin() + slot * D);
@@ -229,11 +235,13 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
     if (score_accumulates(before.score)) {
       base += i == slot ? 0 : before.accumulated[row];
       if (!(std::abs(after.accumulated[row] - base) <= tolerance * base + 1e-30))
-        report(check, "b {} head {} slot {}: accumulated: expected {:.9g}, found {:.9g}", b, h, i, base, after.accumulated[row]);
+        report(check, "b {} head {} slot {}: accumulated: expected {:.9g}, found {:.9g}", b, h, i, base,
+               after.accumulated[row]);
     }
     if (score_uses_norm(before.score)) {
       if (!(std::abs(after.value_l1[row] - norm[i]) <= 1e-6 * norm[i]))
-        report(check, "b {} head {} slot {}: |v|: expected {:.9g}, found {:.9g}", b, h, i, norm[i], after.value_l1[row]);
+        report(check, "b {} head {} slot {}: |v|: expected {:.9g}, found {:.9g}", b, h, i, norm[i],
+               after.value_l1[row]);
       base *= norm[i];
     }
     scores[i] = base * before.score_scale();
@@ -242,17 +250,19 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
       const double error = std::abs(found - scores[i]) / std::max(scores[i], 1e-30);
       if (scores[i] > 1e-30) check.score_error = std::max(check.score_error, error);
       if (!(error <= tolerance))
-        report(check, "b {} head {} slot {}: score: expected {:.9g}, found {:.9g}", b, h, i, scores[i], found);
+        report(check, "b {} head {} slot {}: score: expected {:.9g}, found {:.9g}", b, h, i, scores[i],
+               found);
     }
     const bool expected = should_protect(before, positions[i], slot >= 0 ? step : step - 1);
     const bool bit = (after.protect[item * protect_words(s) + i / 16] >> (i % 16)) & 1;
     if (bit != expected)
-      report(check, "b {} head {} slot {} (position {}): protected: expected {}, found {}", b, h, i, positions[i], expected, bit);
+      report(check, "b {} head {} slot {} (position {}): protected: expected {}, found {}", b, h, i,
+             positions[i], expected, bit);
   }
 }
 
-void check_victim(const DecodeProblem& before, const DecodeProblem& after, size_t item, const std::vector<double>& scores,
-                  DecodeCheck& check) {
+void check_victim(const DecodeProblem& before, const DecodeProblem& after, size_t item,
+                  const std::vector<double>& scores, DecodeCheck& check) {
   const uint64_t* keys = &after.victim_keys[item * kMaxDecodeSplits];
   const uint64_t key = *std::min_element(keys, keys + before.n_splits);
   auto is_protected = [&](int slot) {
@@ -272,8 +282,10 @@ void check_victim(const DecodeProblem& before, const DecodeProblem& after, size_
   } else if (found != best) {
     ++check.near_ties;
     if (!(scores[found] <= scores[best] * (1 + 1e-4) + 1e-30))
-      report(check, "item {}: victim: expected slot {} ({:.9g}), found {} ({:.9g})", item, best, scores[best], found, scores[found]);
-    if (scores[found] == scores[best]) report(check, "item {}: tie: expected the lowest slot {}, found {}", item, best, found);
+      report(check, "item {}: victim: expected slot {} ({:.9g}), found {} ({:.9g})", item, best, scores[best],
+             found, scores[found]);
+    if (scores[found] == scores[best])
+      report(check, "item {}: tie: expected the lowest slot {}, found {}", item, best, found);
   }
 }
 

@@ -1,5 +1,5 @@
-// One fused decode step as plain host arrays, and its definition in fp64. The emulated and the GPU kernel run on the
-// same problems and are judged by the same check.
+// One fused decode step as plain host arrays, and its definition in fp64. The emulated and the GPU kernel run
+// on the same problems and are judged by the same check.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ struct DecodeProblem {
   std::vector<uint64_t> victim_keys;
   std::vector<uint32_t> arrivals, flags;
 
-  int held(int b, int h) const;                // before the step
-  int slot_of_new_token(int b, int h) const;   // -1: none
+  int held(int b, int h) const;               // before the step
+  int slot_of_new_token(int b, int h) const;  // -1: none
   float score_scale() const;
   float to_float(uint16_t bits) const;
   uint16_t from_float(float value) const;
@@ -39,12 +39,13 @@ struct DecodeCase {
   FusedScore score = FusedScore::contribution;
   bool shared = false;
   bool appends = true;
-  int budget = 0;              // 0: every slot
+  int budget = 0;  // 0: every slot
   int recent = 0, pinned = 0;
-  std::vector<int> tokens;     // [B] seen so far, which is the position of the step's token; -1 skips the sequence
-  double logit_range = 3;      // standard deviation of the logits
+  std::vector<int>
+      tokens;  // [B] seen so far, which is the position of the step's token; -1 skips the sequence
+  double logit_range = 3;  // standard deviation of the logits
   enum class Data : uint8_t { random, equal_rows, zero_values, one_hot } data = Data::random;
-  bool ragged = false;         // heads hold different counts
+  bool ragged = false;  // heads hold different counts
   uint64_t seed = 1;
 };
 
@@ -55,9 +56,9 @@ DecodeProblem make_decode_problem(const DecodeCase& c, int n_splits);
 void draw_decode_token(DecodeProblem& p, const DecodeCase& c, uint64_t step);
 
 struct DecodeCheck {
-  std::string failure;  // empty: as defined
+  std::string failure;                       // empty: as defined
   double output_error = 0, score_error = 0;  // largest relative ones
-  int near_ties = 0;    // victims that differ from fp64's within rounding
+  int near_ties = 0;                         // victims that differ from fp64's within rounding
 };
 
 // Whether `after` is what the step makes of `before`.

@@ -26,9 +26,11 @@ void run(const DecodeArgs<device::TensorMap>& args, const DecodePlan& plan, uint
 template <int kHeadDim>
 void run_dim(const DecodeArgs<device::TensorMap>& args, DType dtype, const DecodePlan& plan, uint64_t seed) {
   if (dtype == DType::f16)
-    plan.bulk ? run<kHeadDim, device::F16, true>(args, plan, seed) : run<kHeadDim, device::F16, false>(args, plan, seed);
+    plan.bulk ? run<kHeadDim, device::F16, true>(args, plan, seed)
+              : run<kHeadDim, device::F16, false>(args, plan, seed);
   else
-    plan.bulk ? run<kHeadDim, device::Bf16, true>(args, plan, seed) : run<kHeadDim, device::Bf16, false>(args, plan, seed);
+    plan.bulk ? run<kHeadDim, device::Bf16, true>(args, plan, seed)
+              : run<kHeadDim, device::Bf16, false>(args, plan, seed);
 }
 
 }  // namespace
@@ -66,11 +68,16 @@ void run_decode_emulated(DecodeProblem& p, const DecodePlan& plan, uint64_t seed
   args.split_output = aligned(output);
   args.split_barrier = barrier.data();
   switch (D) {
-    case 32: return run_dim<32>(args, p.shape.dtype, plan, seed);
-    case 64: return run_dim<64>(args, p.shape.dtype, plan, seed);
-    case 128: return run_dim<128>(args, p.shape.dtype, plan, seed);
-    case 256: return run_dim<256>(args, p.shape.dtype, plan, seed);
-    default: fail("decode emulator: head_dim: expected 32, 64, 128 or 256, found {}", D);
+    case 32:
+      return run_dim<32>(args, p.shape.dtype, plan, seed);
+    case 64:
+      return run_dim<64>(args, p.shape.dtype, plan, seed);
+    case 128:
+      return run_dim<128>(args, p.shape.dtype, plan, seed);
+    case 256:
+      return run_dim<256>(args, p.shape.dtype, plan, seed);
+    default:
+      fail("decode emulator: head_dim: expected 32, 64, 128 or 256, found {}", D);
   }
 }
 

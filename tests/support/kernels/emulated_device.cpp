@@ -30,7 +30,7 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   int block = 0, thread = 0;
   bool done = false;
-  std::function<bool()> ready;         // empty: can run
+  std::function<bool()> ready;               // empty: can run
   std::deque<std::function<void()>> copies;  // copy_async of this thread, in order
   std::vector<unsigned char> exchanged;
 };
@@ -100,10 +100,13 @@ Barrier& barrier_at(SmemAddress at) {
 }
 
 void* pointer_in(SmemAddress at, int bytes) {
-  const int block = static_cast<int>(at >> kBlockShift) - 1, offset = static_cast<int>(at & ((1u << kBlockShift) - 1));
+  const int block = static_cast<int>(at >> kBlockShift) - 1,
+            offset = static_cast<int>(at & ((1u << kBlockShift) - 1));
   if (block < 0 || block >= machine->launch.n_blocks || offset + bytes > machine->launch.smem_bytes)
-    fail("emulator: shared address {:#x} + {}: expected within {} bytes of a block", at, bytes, machine->launch.smem_bytes);
-  if (offset % std::min(bytes, 16) != 0) fail("emulator: shared address {:#x}: expected alignment {}", at, bytes);
+    fail("emulator: shared address {:#x} + {}: expected within {} bytes of a block", at, bytes,
+         machine->launch.smem_bytes);
+  if (offset % std::min(bytes, 16) != 0)
+    fail("emulator: shared address {:#x}: expected alignment {}", at, bytes);
   return machine->smem[block] + offset;
 }
 
@@ -164,7 +167,8 @@ void schedule() {
     bool late = false;
     const uint64_t burst = ran ? m.next_random() % 4 : 1;
     for (uint64_t i = 0; i < burst; ++i) late |= run_late_event();
-    if (!ran && !late && left > 0) fail("emulator: deadlock: {} threads wait for ever (seed {})", left, m.launch.seed);
+    if (!ran && !late && left > 0)
+      fail("emulator: deadlock: {} threads wait for ever (seed {})", left, m.launch.seed);
   }
 }
 
@@ -206,18 +210,28 @@ void run_emulated(const EmulatedLaunch& launch, const std::function<void(unsigne
   machine = outer;
 }
 
-int thread_index() { return machine->current->thread; }
-int block_index() { return machine->current->block; }
-int block_count() { return machine->launch.n_blocks; }
-int lane_index() { return thread_index() % 32; }
+int thread_index() {
+  return machine->current->thread;
+}
+int block_index() {
+  return machine->current->block;
+}
+int block_count() {
+  return machine->launch.n_blocks;
+}
+int lane_index() {
+  return thread_index() % 32;
+}
 
 SmemAddress smem_address(const void* pointer) {
   const auto offset = static_cast<const unsigned char*>(pointer) - machine->smem[block_index()];
-  if (offset < 0 || offset >= machine->launch.smem_bytes) fail("emulator: pointer outside this block's shared memory");
+  if (offset < 0 || offset >= machine->launch.smem_bytes)
+    fail("emulator: pointer outside this block's shared memory");
   return (static_cast<uint32_t>(block_index() + 1) << kBlockShift) | static_cast<uint32_t>(offset);
 }
 void* smem_pointer(SmemAddress at, int bytes) {
-  if (static_cast<int>(at >> kBlockShift) - 1 != block_index()) fail("emulator: plain access to another block's memory");
+  if (static_cast<int>(at >> kBlockShift) - 1 != block_index())
+    fail("emulator: plain access to another block's memory");
   return pointer_in(at, bytes);
 }
 
@@ -248,7 +262,8 @@ void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, Sme
         const uint32_t at = static_cast<uint32_t>(row * row_bytes + chunk * 16);
         void* target = pointer_in(to + (at ^ ((at >> 3) & 0x70u)), 16);
         if (y + row < map->ny)
-          std::memcpy(target, map->base + (static_cast<size_t>(z) * map->ny + y + row) * map->nx + x + chunk * 8, 16);
+          std::memcpy(target,
+                      map->base + (static_cast<size_t>(z) * map->ny + y + row) * map->nx + x + chunk * 8, 16);
         else
           std::memset(target, 0, 16);
       }
@@ -277,15 +292,16 @@ void copy_async_arrive(SmemAddress bar) {
 
 const void* warp_exchange(const char* operation, const void* value, int bytes) {
   Fiber* self = machine->current;
-  Warp& warp = machine->warps[(static_cast<size_t>(self->block) * machine->launch.n_threads + self->thread) / 32];
+  Warp& warp =
+      machine->warps[(static_cast<size_t>(self->block) * machine->launch.n_threads + self->thread) / 32];
   const uint64_t round = warp.rounds;
   std::vector<unsigned char>& values = warp.values[round % 2];
   if (warp.arrived == 0) {
     values.resize(static_cast<size_t>(bytes) * 32);
     warp.operation = operation;
   } else if (std::strcmp(warp.operation, operation) != 0) {
-    fail("emulator: block {} warp {}: lanes diverge: '{}' meets '{}'", self->block, self->thread / 32, operation,
-         warp.operation);
+    fail("emulator: block {} warp {}: lanes diverge: '{}' meets '{}'", self->block, self->thread / 32,
+         operation, warp.operation);
   }
   std::memcpy(values.data() + static_cast<size_t>(self->thread % 32) * bytes, value, bytes);
   if (++warp.arrived == 32) {
@@ -314,8 +330,12 @@ void load_matrices(uint32_t (&r)[4], SmemAddress row, bool transposed) {
 }
 }  // namespace
 
-void load_matrix4(uint32_t (&r)[4], SmemAddress row) { load_matrices(r, row, false); }
-void load_matrix4_transposed(uint32_t (&r)[4], SmemAddress row) { load_matrices(r, row, true); }
+void load_matrix4(uint32_t (&r)[4], SmemAddress row) {
+  load_matrices(r, row, false);
+}
+void load_matrix4_transposed(uint32_t (&r)[4], SmemAddress row) {
+  load_matrices(r, row, true);
+}
 uint32_t transpose_matrix(uint32_t r) {
   const uint32_t* all = warp_exchange("movmatrix", r);
   const int g = lane_index() / 4, t = lane_index() % 4;
@@ -358,9 +378,15 @@ void meet(NamedBarrier& bar, int n_threads) {
 }
 }  // namespace
 
-void named_barrier(int id, int n_threads) { meet(machine->named[{block_index(), id}], n_threads); }
-void block_sync() { meet(machine->named[{block_index(), 0}], machine->launch.n_threads); }
-void cluster_arrive() { ++machine->cluster_barriers[block_index() / machine->launch.cluster].arrived; }
+void named_barrier(int id, int n_threads) {
+  meet(machine->named[{block_index(), id}], n_threads);
+}
+void block_sync() {
+  meet(machine->named[{block_index(), 0}], machine->launch.n_threads);
+}
+void cluster_arrive() {
+  ++machine->cluster_barriers[block_index() / machine->launch.cluster].arrived;
+}
 void cluster_wait() {
   NamedBarrier& bar = machine->cluster_barriers[block_index() / machine->launch.cluster];
   wait_until([&bar] { return bar.arrived == machine->launch.cluster * machine->launch.n_threads; });

@@ -1,8 +1,9 @@
-// The operations of kernels/cuda/device_ops.cuh on the CPU: every GPU thread is a fiber, scheduled in random order
-// from a seed; copies and remote stores complete late and out of order. Kernel text that includes this instead of
-// device_ops.cuh runs as it is, so barriers, pipelines, fragment layouts and exchanges are tested without a GPU: a
-// wrong wait count deadlocks (and is reported), a missing barrier makes results depend on the seed.
-// Warp-wide operations check that all 32 lanes meet in the same one. Not emulated: caches, proxies, memory order.
+// The operations of kernels/cuda/device_ops.cuh on the CPU: every GPU thread is a fiber, scheduled in random
+// order from a seed; copies and remote stores complete late and out of order. Kernel text that includes this
+// instead of device_ops.cuh runs as it is, so barriers, pipelines, fragment layouts and exchanges are tested
+// without a GPU: a wrong wait count deadlocks (and is reported), a missing barrier makes results depend on
+// the seed. Warp-wide operations check that all 32 lanes meet in the same one. Not emulated: caches, proxies,
+// memory order.
 #pragma once
 
 #include <cmath>
@@ -23,7 +24,8 @@ struct EmulatedLaunch {
   int smem_bytes = 0;
   uint64_t seed = 0;
 };
-// Runs `body(shared memory)` in every thread. Throws Error on deadlock, divergence or an access out of bounds.
+// Runs `body(shared memory)` in every thread. Throws Error on deadlock, divergence or an access out of
+// bounds.
 void run_emulated(const EmulatedLaunch& launch, const std::function<void(unsigned char*)>& body);
 
 struct F16 {};
@@ -44,23 +46,32 @@ int block_count();
 SmemAddress smem_address(const void* pointer);
 void* smem_pointer(SmemAddress at, int bytes);  // of this block; checks bounds
 
-inline void smem_store4(SmemAddress at, Float4 v) { std::memcpy(smem_pointer(at, 16), &v, 16); }
+inline void smem_store4(SmemAddress at, Float4 v) {
+  std::memcpy(smem_pointer(at, 16), &v, 16);
+}
 inline Float4 smem_load4(SmemAddress at) {
   Float4 v;
   std::memcpy(&v, smem_pointer(at, 16), 16);
   return v;
 }
-inline void smem_store(SmemAddress at, float v) { std::memcpy(smem_pointer(at, 4), &v, 4); }
+inline void smem_store(SmemAddress at, float v) {
+  std::memcpy(smem_pointer(at, 4), &v, 4);
+}
 
 void mbarrier_init(SmemAddress bar, uint32_t count);
 inline void fence_barrier_init() {}
 void mbarrier_arrive(SmemAddress bar);
 void mbarrier_arrive_expect(SmemAddress bar, uint32_t bytes);
 void mbarrier_wait(SmemAddress bar, uint32_t parity);
-inline void mbarrier_wait_cluster(SmemAddress bar, uint32_t parity) { mbarrier_wait(bar, parity); }
+inline void mbarrier_wait_cluster(SmemAddress bar, uint32_t parity) {
+  mbarrier_wait(bar, parity);
+}
 inline void fence_proxy_async() {}
-inline uint64_t evict_first_policy() { return 0; }
-void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar, uint64_t policy);
+inline uint64_t evict_first_policy() {
+  return 0;
+}
+void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar,
+                  uint64_t policy);
 inline void prefetch_tensor_map(const TensorMap*) {}
 void copy_async16(SmemAddress to, const void* from, bool valid);
 void copy_async_arrive(SmemAddress bar);
@@ -101,7 +112,9 @@ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
   }
 }
 
-inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float exp2_approximate(float x) {
+  return std::exp2(x);
+}
 inline uint32_t float_bits(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, 4);
@@ -111,7 +124,9 @@ template <class T>
 T shuffle_xor(T v, int mask) {
   return warp_exchange("shuffle", v)[lane_index() ^ mask];
 }
-inline void warp_sync() { warp_exchange("sync", 0); }
+inline void warp_sync() {
+  warp_exchange("sync", 0);
+}
 void named_barrier(int id, int n_threads);
 void block_sync();
 
@@ -122,8 +137,12 @@ void remote_store4(SmemAddress to, Float4 v, SmemAddress bar);
 
 uint32_t count_arrival(uint32_t* counter, uint32_t last);
 void resident_barrier(uint32_t* word, int rank, int n);
-inline float load_shared_by_device(const float* p) { return *p; }
-inline Float4 load_shared_by_device(const Float4* p) { return *p; }
+inline float load_shared_by_device(const float* p) {
+  return *p;
+}
+inline Float4 load_shared_by_device(const Float4* p) {
+  return *p;
+}
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
 
