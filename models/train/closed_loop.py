@@ -63,7 +63,7 @@ def generate(model, problems, cells, attention, dtype, check_budget=False):
              for _ in range(2 * c.layers)]
     alive = [torch.ones(rows, c.kv_heads, positions, device=device, dtype=torch.bool) for _ in range(c.layers)]
     end, finished = vocabulary.ID[vocabulary.END], torch.zeros(rows, device=device, dtype=torch.bool)
-    limit = torch.tensor([cell.budget + (127 if cell.name == "rkv" else 0) or positions for cell in cells
+    limit = torch.tensor([cell.budget + (128 if cell.name == "rkv" else 0) or positions for cell in cells
                           for _ in problems], device=device)
 
     for t in range(positions - 1):
@@ -131,23 +131,29 @@ def sort_cells(cells):
     return sorted(cells, key=lambda c: order.index(c.name))  # stable: budgets stay in order
 
 
-def table(model, family, policies, budgets, args, attention):
+def tables(model, families, policies, budgets, args, attention):
+    """One table per family; all of them in one batch."""
     start = time.time()
-    problems = [tasks.make(family, TABLE_SEED + i, args.size) for i in range(args.n)]
-    longest_prompt = max(len(p.prompt) for p in problems)
-    cells = [Cell("full", 0)] + [Cell(p, b) for p in policies for b in budgets]
-    cells = sort_cells([c for c in cells if c.feasible(longest_prompt)])
+    problems = [tasks.make(f, TABLE_SEED + i, args.size) for f in families for i in range(args.n)]
+    cells = sort_cells([Cell("full", 0)] + [Cell(p, b) for p in policies for b in budgets])
+    longest_prompt = {f: max(len(p.prompt) for p in problems if p.family == f) for f in families}
+    cells = [c for c in cells if any(c.feasible(x) for x in longest_prompt.values())]
     tokens = generate(model, problems, cells, attention, args.dtype, args.check_budget)
-    rows = []
-    for i, cell in enumerate(cells):
-        mine = tokens[i * len(problems):(i + 1) * len(problems)]
-        rows.append(dict(task=family, policy=cell.policy, budget_slots=cell.budget, **summary(mine, problems)))
-    result = dict(
-        task=family, seeds=[TABLE_SEED, TABLE_SEED + args.n - 1], size=args.size or tasks.FAMILIES[family][2],
-        prompt_mean=round(np.mean([len(p.prompt) for p in problems]), 1), prompt_max=longest_prompt,
-        generated_mean=round(np.mean([len(vocabulary.encode(p.completion)) + 1 for p in problems]), 1), rows=rows)
-    print_table(result, policies, budgets, time.time() - start)
-    return result
+    results = {}
+    for k, family in enumerate(families):
+        mine = problems[k * args.n:(k + 1) * args.n]
+        rows = []
+        for i, cell in enumerate(cells):
+            if cell.feasible(longest_prompt[family]):
+                first = i * len(problems) + k * args.n
+                found = summary(tokens[first:first + args.n], mine)
+                rows.append(dict(task=family, policy=cell.policy, budget_slots=cell.budget, **found))
+        results[family] = dict(
+            task=family, seeds=[TABLE_SEED, TABLE_SEED + args.n - 1], size=args.size or tasks.FAMILIES[family][2],
+            prompt_mean=round(np.mean([len(p.prompt) for p in mine]), 1), prompt_max=longest_prompt[family],
+            generated_mean=round(np.mean([len(vocabulary.encode(p.completion)) + 1 for p in mine]), 1), rows=rows)
+        print_table(results[family], policies, budgets, time.time() - start)
+    return results
 
 
 def print_table(result, policies, budgets, seconds):
@@ -193,6 +199,8 @@ def main():
     ap.add_argument("--n-marathon", type=int, default=32)
     ap.add_argument("--size", type=int, default=0)
     ap.add_argument("--budgets", default=",".join(map(str, TABLE_BUDGETS)))
+    ap.add_argument("--policies", default=",".join(TABLE_POLICIES))
+    ap.add_argument("--together", action="store_true", help="all short families in one batch (memory: few policies)")
     ap.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further part is begun")
     ap.add_argument("--check-budget", action="store_true")
     args = ap.parse_args()
@@ -213,8 +221,8 @@ def main():
     result = dict(device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__,
                   date=time.strftime("%Y-%m-%d"), table_dtype=str(args.dtype))
 
-    def store(key, value):
-        result[key] = value
+    def store(more):
+        result.update(more)
         os.makedirs(args.out, exist_ok=True)
         with open(f"{args.out}/closed_loop.json", "w") as f:
             json.dump(result, f)
@@ -228,14 +236,16 @@ def main():
         return False
 
     if "greedy" in args.what and in_time("greedy"):
-        store("greedy", greedy(model, args, attention))
-    budgets = tuple(int(b) for b in args.budgets.split(","))
-    for family in args.families:
-        if family != "marathon" and "table" in args.what and in_time(family):
-            store(family, table(model, family, TABLE_POLICIES, budgets, args, attention))
+        store(dict(greedy=greedy(model, args, attention)))
+    if "table" in args.what:
+        budgets = tuple(int(b) for b in args.budgets.split(","))
+        short = [f for f in args.families if f != "marathon"]
+        for families in ([short] if args.together else [[f] for f in short]):
+            if families and in_time(families):
+                store(tables(model, families, args.policies.split(","), budgets, args, attention))
     if "marathon" in args.what and "marathon" in args.families and in_time("marathon"):
         args.n, args.size = args.n_marathon, 0
-        store("marathon", table(model, "marathon", MARATHON_POLICIES, MARATHON_BUDGETS, args, attention))
+        store(tables(model, ["marathon"], MARATHON_POLICIES, MARATHON_BUDGETS, args, attention))
 
 
 if __name__ == "__main__":

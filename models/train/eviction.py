@@ -1,9 +1,9 @@
 """Eviction for closed-loop evaluation: many (policy, budget, problem) rows in one batch, eviction as a mask.
 
 Step t of every row: append k and v at position t, attend over the living positions, then evict. A budget B is the
-number of slots that an attention may see, the newest token included; so B - 1 live on after a step, except R-KV, which
-lets the cache grow by up to 127 and compacts to B at (t+1) % 128 == 0. The prompt is read without eviction; when it is
-longer than B - 1 it is cut once, at its last token. Keys keep their original rotary positions.
+number of slots that an attention may see, the newest token included; so B - 1 live on after a step. R-KV is different:
+it compacts to B at (t+1) % 128 == 0 only, so that its attentions see up to B + 128. The prompt is read without
+eviction; when it is longer than B - 1 it is cut once, at its last token. Keys keep their original rotary positions.
 
 Shapes: R rows of one policy, Hq query heads, H kv heads, G = Hq/H, N positions, n = t+1 of them used, D head dim.
 Masking gives the right tokens and says nothing about speed.
@@ -209,16 +209,17 @@ class Rkv(Policy):
         for (budget, count), rows in groups.items():
             rows = torch.tensor(rows, device=self.shape.device)
             for some in rows.split(32):
-                self.compact(layer, some, budget, count, keys, alive)
+                self.compact(layer, t, some, budget, count, keys, alive)
             held[rows] = budget
 
-    def compact(self, layer, rows, budget, count, keys, alive):
+    def compact(self, layer, t, rows, budget, count, keys, alive):
         s = self.shape
         slots = self.slots[layer][rows, :, :count]
         k = keys[rows[:, None, None], torch.arange(s.kv_heads, device=s.device)[:, None], slots].float()  # [r,H,S,D]
         kept = slots.gather(2, rkv_keep(self.queries[layer][rows], k, budget))
         self.slots[layer][rows, :, :budget] = kept
         living = torch.zeros_like(alive[rows])
+        living[:, :, t + 1:] = True  # positions to come
         alive[rows] = living.scatter_(2, kept, True)
 
 
