@@ -17,9 +17,22 @@ struct Database::Connection {
   std::string file;
   ~Connection() { sqlite3_close_v2(handle); }
 
+  // errno behind the last failed call; SQLite keeps it with the file that it happened on.
+  int system_error() const {
+    if (const int error = sqlite3_system_errno(handle); error != 0) return error;
+    int error = 0;
+    sqlite3_file_control(handle, "main", SQLITE_FCNTL_LAST_ERRNO, &error);
+    sqlite3_file* journal = nullptr;  // or the WAL
+    if (error == 0 && sqlite3_file_control(handle, "main", SQLITE_FCNTL_JOURNAL_POINTER, &journal) == SQLITE_OK && journal &&
+        journal->pMethods)
+      journal->pMethods->xFileControl(journal, SQLITE_FCNTL_LAST_ERRNO, &error);
+    return error;
+  }
+
   [[noreturn]] void raise(const char* doing) const {
-    const int code = sqlite3_extended_errcode(handle), system = sqlite3_system_errno(handle);
+    const int code = sqlite3_extended_errcode(handle);
     const bool io = (code & 0xff) == SQLITE_IOERR;
+    const int system = io ? system_error() : 0;
     if ((code & 0xff) == SQLITE_FULL || (io && (system == ENOSPC || system == EFBIG || system == EDQUOT)))
       fail("{}: {}: the disk is full, or the file reached its size limit", file, doing);
     if ((code & 0xff) == SQLITE_NOTADB) fail("{}: {}: expected an SQLite file, found something else", file, doing);

@@ -117,31 +117,55 @@ TEST(TraceSurvival, KilledAtThirtyMomentsKeepsEveryCommittedStep) {
   EXPECT_GT(most_steps, 100);
 }
 
-TEST(TraceSurvival, FullDiskIsSaidAndWhatWasCommittedStays) {
-  // A tmpfs of 2 MiB where one can be mounted, otherwise a limit on the size of any file.
-  test::TemporaryFolder folder;
-  const fs::path disk = folder / "disk";
-  fs::create_directory(disk);
-  const bool mounted = mount("tmpfs", disk.c_str(), "tmpfs", 0, "size=2m") == 0;
-  RecordProperty("full_disk", mounted ? "tmpfs of 2 MiB" : "file size limit of 2 MiB");
-  const fs::path file = disk / "a.kvl";
-  std::vector<std::string> arguments = {KVLAPSE_TRACE_CHILD, file.string(), "100000"};
-  if (!mounted) arguments.push_back(std::to_string(2 << 20));
-  Child child(arguments);
+// A tmpfs, while it lives.
+class SmallDisk {
+ public:
+  explicit SmallDisk(fs::path where) : where_(std::move(where)) {
+    fs::create_directory(where_);
+    mounted_ = mount("tmpfs", where_.c_str(), "tmpfs", 0, "size=2m") == 0;
+  }
+  ~SmallDisk() {
+    if (mounted_) umount2(where_.c_str(), MNT_DETACH);
+  }
+  bool mounted() const { return mounted_; }
+
+ private:
+  fs::path where_;
+  bool mounted_ = false;
+};
+
+void expect_survives_full_disk(const fs::path& file, std::vector<std::string> arguments) {
+  Child child(std::move(arguments));
   const std::string output = child.wait();
   EXPECT_EQ(child.exit_code(), 2);
   EXPECT_THAT(output, HasSubstr("a.kvl: cannot"));
   EXPECT_THAT(output, HasSubstr("the disk is full"));
   EXPECT_THAT(output, HasSubstr("the trace is valid and holds"));
   const int64_t committed = last_number(output.substr(0, output.find("error:")));
-  EXPECT_GT(committed, 64);
+  EXPECT_GT(committed, 20);  // beyond the prompt
   expect_sound(file);
   {
     TraceReader reader(file);
     EXPECT_FALSE(reader.complete());
     EXPECT_GE(reader.n_steps(0), committed);
   }
-  if (mounted) umount(disk.c_str());
+}
+
+TEST(TraceSurvival, FullDiskIsSaidAndWhatWasCommittedStays) {
+  test::TemporaryFolder folder;
+  SmallDisk disk(folder / "disk");
+  const fs::path file = folder / "disk/a.kvl";
+  // Where nothing may be mounted, the limit of the next test stands in.
+  std::vector<std::string> arguments = {KVLAPSE_TRACE_CHILD, file.string(), "100000"};
+  if (!disk.mounted()) arguments.push_back(std::to_string(2 << 20));
+  RecordProperty("full_disk", disk.mounted() ? "tmpfs of 2 MiB" : "file size limit of 2 MiB");
+  expect_survives_full_disk(file, std::move(arguments));
+}
+
+TEST(TraceSurvival, FileSizeLimitIsSaidAndWhatWasCommittedStays) {
+  test::TemporaryFolder folder;
+  const fs::path file = folder / "a.kvl";
+  expect_survives_full_disk(file, {KVLAPSE_TRACE_CHILD, file.string(), "100000", std::to_string(2 << 20)});
 }
 
 std::vector<char> bytes_of(const fs::path& file) {
