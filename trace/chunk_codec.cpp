@@ -70,11 +70,15 @@ ChunkEncoder::ChunkEncoder(int zstd_level) : context_(std::make_unique<Context>(
 ChunkEncoder::~ChunkEncoder() = default;
 
 EncodedChunk ChunkEncoder::encode(std::span<const std::byte> raw, int element_bytes) {
-  shuffled_.resize(raw.size());
-  shuffle_bytes(raw, element_bytes, shuffled_.data());
+  std::span<const std::byte> input = raw;
+  if (element_bytes > 1) {
+    shuffled_.resize(raw.size());
+    shuffle_bytes(raw, element_bytes, shuffled_.data());
+    input = shuffled_;
+  }
   compressed_.resize(ZSTD_compressBound(raw.size()));
-  const size_t size = ZSTD_compressCCtx(context_->zstd, compressed_.data(), compressed_.size(), shuffled_.data(),
-                                        shuffled_.size(), context_->level);
+  const size_t size = ZSTD_compressCCtx(context_->zstd, compressed_.data(), compressed_.size(), input.data(),
+                                        input.size(), context_->level);
   if (ZSTD_isError(size)) fail("zstd cannot compress {} bytes: {}", raw.size(), ZSTD_getErrorName(size));
   EncodedChunk chunk;
   chunk.checksum = checksum_of(raw);
@@ -82,7 +86,7 @@ EncodedChunk ChunkEncoder::encode(std::span<const std::byte> raw, int element_by
     chunk.encoding = "raw";
     chunk.data = raw;
   } else {
-    encoding_ = fmt::format("{}{}", kShufflePrefix, element_bytes);
+    encoding_ = element_bytes > 1 ? fmt::format("{}{}", kShufflePrefix, element_bytes) : "zstd";
     chunk.encoding = encoding_;
     chunk.data = std::span(compressed_).first(size);
   }

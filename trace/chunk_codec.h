@@ -1,5 +1,5 @@
-// How the blob of a KV_CHUNK row becomes bytes and back: zstd, usually after a byte shuffle (byte b of every element
-// together), with an XXH3 checksum of the decoded bytes. Formats: trace/FORMAT.md.
+// How the blob of a KV_CHUNK row becomes bytes and back: zstd, for records after a byte shuffle (byte b of every
+// element together), with an XXH3 checksum of the decoded bytes. Formats: trace/FORMAT.md.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 namespace kvlapse {
 
 struct EncodedChunk {
-  std::string_view encoding;  // "raw" or "zstd-shuffleN"
+  std::string_view encoding;  // "raw", "zstd" or "zstd-shuffleN"
   int64_t checksum = 0;
   std::span<const std::byte> data;  // valid until the next call
 };
@@ -25,7 +25,7 @@ class ChunkEncoder {
   ~ChunkEncoder();
   ChunkEncoder(const ChunkEncoder&) = delete;
   ChunkEncoder& operator=(const ChunkEncoder&) = delete;
-  // `element_bytes` is the size of what repeats in `raw`: a number, or a record.
+  // `element_bytes` is the width of the shuffle; 1: none.
   EncodedChunk encode(std::span<const std::byte> raw, int element_bytes);
 
  private:

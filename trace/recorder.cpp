@@ -44,7 +44,8 @@ void Recorder::on_attended(int sequence, int layer, Pos pos, const TokenRows& ro
   Timer timer(prompt ? spent_prompt_ns_ : spent_in_step_ns_);
   const TraceHeader& header = writer_.header();
   const int n_heads = header.geometry.n_kv_heads;
-  for (int h = 0; h < n_heads; ++h) held_[h] = table.count(h);
+  // A prompt passes in blocks, whose tokens may be in the table together; nothing is evicted before its end.
+  for (int h = 0; h < n_heads; ++h) held_[h] = prompt ? raw(pos) + 1 : table.count(h);
   LayerRecord record;
   record.held = held_;
   record.rows = &rows;

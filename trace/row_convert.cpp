@@ -26,6 +26,34 @@ size_t f16_from_f32(const float* values, size_t n, uint16_t* out) {
   return i;
 }
 
+// Round to nearest even, NaN kept quiet: f32_to_bf16, lane by lane.
+size_t bf16_from_f32(const float* values, size_t n, uint16_t* out) {
+  const hn::ScalableTag<float> df;
+  const hn::RebindToUnsigned<decltype(df)> du;
+  const hn::RebindToSigned<decltype(df)> di;
+  const hn::Rebind<uint16_t, decltype(df)> dh;
+  const size_t lanes = hn::Lanes(df);
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const auto value = hn::LoadU(df, values + i);
+    const auto bits = hn::BitCast(du, value);
+    const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
+    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fffu))));
+    const auto quiet = hn::Or(hn::ShiftRight<16>(bits), hn::Set(du, 0x40u));
+    const auto is_nan = hn::RebindMask(du, hn::IsNaN(value));
+    hn::StoreU(hn::DemoteTo(dh, hn::BitCast(di, hn::IfThenElse(is_nan, quiet, rounded))), dh, out + i);
+  }
+  return i;
+}
+
+size_t copy_f32(const float* values, size_t n, float* out) {
+  const hn::ScalableTag<float> df;
+  const size_t lanes = hn::Lanes(df);
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) hn::StoreU(hn::LoadU(df, values + i), df, out + i);
+  return i;
+}
+
 size_t f32_from_f16(const uint16_t* data, size_t n, float* out) {
   const hn::ScalableTag<float> df;
   const hn::Rebind<hwy::float16_t, decltype(df)> dh;
@@ -45,6 +73,8 @@ namespace kvlapse {
 namespace {
 
 HWY_EXPORT(f16_from_f32);
+HWY_EXPORT(bf16_from_f32);
+HWY_EXPORT(copy_f32);
 HWY_EXPORT(f32_from_f16);
 
 [[noreturn]] void refuse(DType type) {
@@ -55,10 +85,15 @@ HWY_EXPORT(f32_from_f16);
 
 void store_rows(const float* values, size_t n, DType type, std::byte* out) {
   switch (type) {
-    case DType::f32: std::memcpy(out, values, n * sizeof(float)); return;
+    case DType::f32: {
+      // Rows of a few KiB fall where the C library copies by `rep movsb`, which starts slowly on many CPUs.
+      auto* copy = reinterpret_cast<float*>(out);
+      for (size_t i = HWY_DYNAMIC_DISPATCH(copy_f32)(values, n, copy); i < n; ++i) copy[i] = values[i];
+      return;
+    }
     case DType::bf16: {
       auto* bits = reinterpret_cast<uint16_t*>(out);
-      for (size_t i = 0; i < n; ++i) bits[i] = f32_to_bf16(values[i]);
+      for (size_t i = HWY_DYNAMIC_DISPATCH(bf16_from_f32)(values, n, bits); i < n; ++i) bits[i] = f32_to_bf16(values[i]);
       return;
     }
     case DType::f16: {

@@ -1,13 +1,13 @@
 #include "trace/sketch.h"
 
 #include <algorithm>
+#include <bit>
 #include <functional>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "trace/sketch.cpp"
 #include "hwy/foreach_target.h"
 // After foreach_target: this header changes with the target.
-#include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
 #ifndef KVLAPSE_SKETCH_BLOCK
@@ -22,35 +22,51 @@ namespace kvlapse {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// mean[i] = mean over the group, zero from n to `padded`; block_max[b] = largest of each kSketchBlock. Returns the
-// entropy. The sums' order depends on the vector width: a sketch is a summary, no decision is taken from it.
+// Natural logarithm of a positive normal number, relative error of p log p below 2e-6: m in [sqrt(1/2), sqrt(2)),
+// log m = 2 atanh((m - 1) / (m + 1)), three terms of its series.
+template <class D, class V = hn::Vec<D>>
+V log_of(D d, V x) {
+  const hn::RebindToSigned<D> di;
+  const auto bits = hn::BitCast(di, x);
+  const auto exponent = hn::ShiftRight<23>(hn::Sub(bits, hn::Set(di, 0x3f3504f3)));
+  const auto m = hn::BitCast(d, hn::Sub(bits, hn::ShiftLeft<23>(exponent)));
+  const auto one = hn::Set(d, 1.0f);
+  const auto s = hn::Div(hn::Sub(m, one), hn::Add(m, one));
+  const auto s2 = hn::Mul(s, s);
+  const auto series = hn::MulAdd(hn::MulAdd(hn::Set(d, 0.4f), s2, hn::Set(d, 2.0f / 3.0f)), s2, hn::Set(d, 2.0f));
+  return hn::MulAdd(hn::ConvertTo(d, exponent), hn::Set(d, 0.69314718f), hn::Mul(s, series));
+}
+
+// mean[i] = mean over the group, zero from n to the end of the last block; block_max[b] = largest of each
+// kSketchBlock. Returns the entropy. The sums' order depends on the vector width: a sketch is a summary, no decision
+// is taken from it.
 float reduce(const std::span<const float>* weights, size_t group, size_t n, float* mean, float* block_max) {
   const hn::CappedTag<float, kSketchBlock> d;
   const size_t lanes = hn::Lanes(d);
-  const size_t padded = (n + kSketchBlock - 1) / kSketchBlock * kSketchBlock;
   const float scale = 1.0f / static_cast<float>(group);
-  const size_t whole = n / lanes * lanes;
-  for (size_t i = 0; i < whole; i += lanes) {
-    auto total = hn::LoadU(d, weights[0].data() + i);
-    for (size_t g = 1; g < group; ++g) total = hn::Add(total, hn::LoadU(d, weights[g].data() + i));
-    hn::StoreU(hn::Mul(total, hn::Set(d, scale)), d, mean + i);
-  }
-  for (size_t i = whole; i < padded; ++i) {
-    float total = 0;
-    if (i < n)
-      for (size_t g = 0; g < group; ++g) total += weights[g][i];
-    mean[i] = total * scale;
-  }
-  const auto tiny = hn::Set(d, 1e-30f);
+  const auto vector_scale = hn::Set(d, scale), tiny = hn::Set(d, 1e-30f);
   auto entropy = hn::Zero(d);
-  for (size_t b = 0; b * kSketchBlock < padded; ++b) {
+  for (size_t begin = 0; begin < n; begin += kSketchBlock) {
+    const size_t end = begin + kSketchBlock;
+    if (end <= n) {
+      for (size_t i = begin; i < end; i += lanes) {
+        auto total = hn::LoadU(d, weights[0].data() + i);
+        for (size_t g = 1; g < group; ++g) total = hn::Add(total, hn::LoadU(d, weights[g].data() + i));
+        hn::StoreU(hn::Mul(total, vector_scale), d, mean + i);
+      }
+    } else {
+      for (size_t i = begin; i < end; ++i) {
+        mean[i] = 0;
+        for (size_t g = 0; g < group && i < n; ++g) mean[i] += weights[g][i] * scale;
+      }
+    }
     auto most = hn::Zero(d);
-    for (size_t i = b * kSketchBlock; i < (b + 1) * kSketchBlock; i += lanes) {
+    for (size_t i = begin; i < end; i += lanes) {
       const auto p = hn::LoadU(d, mean + i);
       most = hn::Max(most, p);
-      entropy = hn::NegMulAdd(p, hn::CallLog(d, hn::Max(p, tiny)), entropy);  // p log p -> 0 as p -> 0
+      entropy = hn::NegMulAdd(p, log_of(d, hn::Max(p, tiny)), entropy);  // p log p -> 0 as p -> 0
     }
-    block_max[b] = hn::GetLane(hn::MaxOfLanes(d, most));
+    block_max[begin / kSketchBlock] = hn::GetLane(hn::MaxOfLanes(d, most));
   }
   return hn::GetLane(hn::SumOfLanes(d, entropy));
 }
@@ -80,22 +96,21 @@ void Sketcher::sketch(std::span<const std::span<const float>> weights, std::span
     std::nth_element(ranking_.begin(), ranking_.begin() + kSketchTop - 1, ranking_.end(), std::greater<>());
     floor = ranking_[kSketchTop - 1];
   }
+  // Weights are not negative, so they order like their bits; behind them the position orders equals.
   candidates_.clear();
   for (size_t b = 0; b < n_blocks; ++b) {
     if (block_max_[b] < floor) continue;
     for (size_t i = b * kSketchBlock; i < std::min(n, (b + 1) * kSketchBlock); ++i)
-      if (mean_[i] >= floor) candidates_.push_back(static_cast<int>(i));
+      if (mean_[i] >= floor)
+        candidates_.push_back(uint64_t{std::bit_cast<uint32_t>(mean_[i])} << 32 | static_cast<uint32_t>(raw(positions[i])));
   }
-  auto ahead = [&](int a, int b) {
-    return mean_[a] != mean_[b] ? mean_[a] > mean_[b] : positions[a] > positions[b];
-  };
-  const size_t top = std::min<size_t>(kSketchTop, candidates_.size());
-  if (candidates_.size() > top)
-    std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<ptrdiff_t>(top), candidates_.end(), ahead);
-  std::sort(candidates_.begin(), candidates_.begin() + static_cast<ptrdiff_t>(top), ahead);
-  for (size_t i = 0; i < top; ++i) {
-    out.pos[i] = raw(positions[candidates_[i]]);
-    out.weight[i] = mean_[candidates_[i]];
+  const auto top = static_cast<ptrdiff_t>(std::min<size_t>(kSketchTop, candidates_.size()));
+  if (static_cast<ptrdiff_t>(candidates_.size()) > top)
+    std::nth_element(candidates_.begin(), candidates_.begin() + top, candidates_.end(), std::greater<>());
+  std::sort(candidates_.begin(), candidates_.begin() + top, std::greater<>());
+  for (ptrdiff_t i = 0; i < top; ++i) {
+    out.pos[i] = static_cast<int32_t>(candidates_[i] & 0xffffffffu);
+    out.weight[i] = std::bit_cast<float>(static_cast<uint32_t>(candidates_[i] >> 32));
   }
 }
 

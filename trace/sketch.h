@@ -18,7 +18,7 @@ class Sketcher {
 
  private:
   std::vector<float> mean_, block_max_, ranking_;
-  std::vector<int> candidates_;
+  std::vector<uint64_t> candidates_;
 };
 
 }  // namespace kvlapse

@@ -46,6 +46,10 @@ std::shared_ptr<std::byte[]> copy_bytes(const void* data, size_t bytes) {
   return copy;
 }
 
+// Width of the byte shuffle by kind, from real recordings at zstd's level 1: tokens, evictions and sketches become 15
+// to 35 % smaller; occupancy repeats whole numbers and becomes larger; q, k, v gain 1 % at two thirds of the speed.
+constexpr int kNoShuffle = 1;
+
 int chunk_end(int step) { return (step / kChunkSteps + 1) * kChunkSteps; }
 
 // Rows of one kind and layer: q, k, v or sketches. A full chunk is handed over at once, its rows never change.
@@ -147,7 +151,7 @@ struct TraceWriter::Impl {
       const bool full = end == chunk_end(begin);
       if (end <= begin || !(full || (partial && end > streams.occupancy_flushed))) break;
       const size_t values = static_cast<size_t>(end - begin) * n_heads, bytes = values * sizeof(int32_t);
-      push(sequence, ChunkMessage{chunk_kind::kOccupancy, id, layer, begin, end, sizeof(int32_t),
+      push(sequence, ChunkMessage{chunk_kind::kOccupancy, id, layer, begin, end, kNoShuffle,
                                   copy_bytes(streams.occupancy.data(), bytes), bytes});
       streams.occupancy_flushed = end;
       if (!full) break;
@@ -286,11 +290,10 @@ void TraceWriter::begin_sequence(int id, uint64_t seed, int budget_slots, std::s
   sequence.layers.resize(g.n_layers);
   for (int l = 0; l < g.n_layers; ++l) {
     LayerStreams& layer = sequence.layers[l];
-    const auto element_bytes = static_cast<int>(dtype_bytes(g.dtype));
     if (impl_->header.has_rows(l)) {
-      layer.q = RowStream("q", g.n_q_heads * g.row_bytes(), element_bytes);
-      layer.k = RowStream("k", g.n_kv_heads * g.row_bytes(), element_bytes);
-      layer.v = RowStream("v", g.n_kv_heads * g.row_bytes(), element_bytes);
+      layer.q = RowStream("q", g.n_q_heads * g.row_bytes(), kNoShuffle);
+      layer.k = RowStream("k", g.n_kv_heads * g.row_bytes(), kNoShuffle);
+      layer.v = RowStream("v", g.n_kv_heads * g.row_bytes(), kNoShuffle);
     }
     if (impl_->header.has_sketch(l)) layer.sketch = RowStream(chunk_kind::kSketch, g.n_kv_heads * sizeof(SketchRow), sizeof(float));
   }

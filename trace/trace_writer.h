@@ -74,8 +74,8 @@ class TraceWriter {
   std::unique_ptr<Impl> impl_;
 };
 
-// Expected size of a trace of `tokens` forward passes per sequence. Modelled: raw sizes times the compression that
-// was measured on real recordings of each dtype.
-int64_t estimate_trace_bytes(const TraceHeader& header, int64_t tokens);
+// Expected size of a trace of `tokens` forward passes per sequence, `n_prompt` of them of the prompt. Modelled: raw
+// sizes times the compression that was measured on real recordings of each dtype.
+int64_t estimate_trace_bytes(const TraceHeader& header, int64_t tokens, int64_t n_prompt = 0);
 
 }  // namespace kvlapse
