@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "core/base/simd-inl.h"
 
@@ -162,10 +163,16 @@ HWY_INLINE void weighted_columns(const T* data, size_t stride, const int32_t* in
                                  const float* weights, size_t weight_stride, float* out, size_t out_stride) {
   constexpr int kWide = X == 1 ? 8 : X == 2 ? 4 : 2;
   size_t d = 0;
-  for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
-    weighted_tile<kWide, X>(data + d, stride, index, n, weights, weight_stride, out + d, out_stride);
-  for (; d + kLanes <= dim; d += kLanes)
-    weighted_tile<1, X>(data + d, stride, index, n, weights, weight_stride, out + d, out_stride);
+  auto tiles = [&](auto width) HWY_ATTR {
+    constexpr int kV = decltype(width)::value;
+    if constexpr (kV <= kWide)
+      for (; d + kV * kLanes <= dim; d += kV * kLanes)
+        weighted_tile<kV, X>(data + d, stride, index, n, weights, weight_stride, out + d, out_stride);
+  };
+  tiles(std::integral_constant<int, 8>());
+  tiles(std::integral_constant<int, 4>());
+  tiles(std::integral_constant<int, 2>());
+  tiles(std::integral_constant<int, 1>());
   for (; d < dim; ++d)
     for (int j = 0; j < X; ++j) {
       float total = 0;

@@ -5,6 +5,7 @@
 #include "core/base/row_math.h"
 #include "core/model/tensor_file.h"
 #include "kernels/cpu/activations.h"
+#include "kernels/cpu/quantised_dot.h"
 
 namespace kvlapse {
 namespace {
@@ -30,6 +31,11 @@ void matmul_rows(const Matrix& w, int64_t begin, int64_t end, const float* x, si
     dot_rows(rows, static_cast<size_t>(end - begin), columns, x, x_stride, n_x, 1.0f, y + begin, y_stride);
     return;
   }
+  if (has_quantised_dot(w.type) && n_x < kPanelFrom) {
+    quantised_rows(w.type, w.row(begin), w.row_bytes(), static_cast<size_t>(end - begin), columns, x,
+                   x_stride, n_x, y + begin, y_stride);
+    return;
+  }
   for (int64_t r = begin; r < end; r += kPanelRows) {
     const int64_t n = std::min(kPanelRows, end - r);
     for (int64_t i = 0; i < n; ++i) matrix_row(w, r + i, scratch + i * w.columns);
@@ -39,8 +45,11 @@ void matmul_rows(const Matrix& w, int64_t begin, int64_t end, const float* x, si
 }
 
 void matrix_row(const Matrix& w, int64_t row, float* out) {
+  const auto columns = static_cast<size_t>(w.columns);
   if (is_float(w.type))
-    widen(float_type(w.type), w.row(row), static_cast<size_t>(w.columns), out);
+    widen(float_type(w.type), w.row(row), columns, out);
+  else if (has_quantised_dot(w.type))
+    widen_quantised(w.type, w.row(row), columns, out);
   else
     dequantize(w.type, w.row(row), w.columns, out);
 }

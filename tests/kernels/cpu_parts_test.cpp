@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <random>
 
@@ -11,6 +12,7 @@
 #include "core/base/rng.h"
 #include "core/base/scalar_math.h"
 #include "core/base/vector_math.h"
+#include "core/model/tensor_file.h"
 #include "core/policy/spec.h"
 #include "kernels/cpu/activations.h"
 #include "kernels/cpu/bench/bench.h"
@@ -94,6 +96,39 @@ TEST(Matmul, EveryOutputIsTheRowsDot) {
           const float expected = r < 3 ? 7.0f : scalar::dot(row.data(), x.data() + j * columns, columns);
           ASSERT_EQ(std::bit_cast<uint32_t>(y[j * rows + r]), std::bit_cast<uint32_t>(expected)) << r;
         }
+    }
+  }
+}
+
+TEST(Matmul, QuantisedRowsAreThoseOfTheDequantisedMatrix) {
+  std::mt19937 rng(6);
+  const int64_t rows = 21, columns = 256;
+  for (TensorType type :
+       {TensorType::q8_0, TensorType::q4_0, TensorType::q4_1, TensorType::q5_1, TensorType::q6_k}) {
+    std::vector<std::byte> blocks(columns / block_elements(type) * block_bytes(type) * rows);
+    for (std::byte& b : blocks) b = static_cast<std::byte>(rng());
+    // Scales of moderate size at every fp16 place that a type may have one.
+    for (size_t b = 0; b < blocks.size(); b += block_bytes(type))
+      for (size_t at : {size_t{0}, size_t{2}, size_t{208}})
+        if (at + 2 <= block_bytes(type)) {
+          const uint16_t half = f32_to_f16(0.01f * static_cast<float>(rng() % 200) - 1);
+          std::memcpy(blocks.data() + b + at, &half, 2);
+        }
+    const Matrix w{type, rows, columns, blocks.data()};
+    std::vector<float> row(columns), widened(columns), scratch(matmul_scratch(columns));
+    for (size_t n_x : {1, 2, 3, 7}) {
+      const std::vector<float> x = random_values(rng, n_x * columns);
+      std::vector<float> y(n_x * rows);
+      matmul_rows(w, 0, rows, x.data(), columns, n_x, y.data(), rows, scratch.data());
+      for (int64_t r = 0; r < rows; ++r) {
+        dequantize(type, w.row(r), columns, row.data());
+        matrix_row(w, r, widened.data());
+        ASSERT_EQ(row, widened) << tensor_type_name(type);
+        for (size_t j = 0; j < n_x; ++j)
+          ASSERT_EQ(std::bit_cast<uint32_t>(y[j * rows + r]),
+                    std::bit_cast<uint32_t>(scalar::dot(row.data(), x.data() + j * columns, columns)))
+              << tensor_type_name(type) << " row " << r;
+      }
     }
   }
 }
