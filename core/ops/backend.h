@@ -115,6 +115,10 @@ class Backend {
   // Logits row i of the last head(): [V].
   virtual std::span<const float> logits(int row) = 0;
 
+  // The residual stream [width] of a row of the step in progress, for comparisons with a reference. Empty:
+  // this backend does not show it.
+  virtual std::span<const float> residual(int /*row*/) { return {}; }
+
   // Runs task(i) for i in [0, n) on the backend's host threads; tasks are independent. For policies'
   // decisions.
   virtual void parallel(int n, const std::function<void(int)>& task) = 0;

@@ -191,6 +191,10 @@ class CpuBackend final : public Backend {
     return {logits_.data() + static_cast<size_t>(row) * w_->n_vocab, static_cast<size_t>(w_->n_vocab)};
   }
 
+  std::span<const float> residual(int row) override {
+    return {x_.data() + static_cast<size_t>(row) * w_->width, static_cast<size_t>(w_->width)};
+  }
+
   void parallel(int n, const std::function<void(int)>& task) override {
     if (n == 1) return task(0);
     std::atomic<int> next{0};
