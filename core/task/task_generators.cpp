@@ -258,7 +258,11 @@ TaskText generate_sort(TaskRng& rng, int size) {
   };
   std::vector<Item> items;
   for (int key : rng.distinct(10, 99, size)) items.push_back({key, kLetters[rng.below(kLetters.size())]});
-  const int passes = rng.between((3 * size + 3) / 4, size);
+  // Never the largest two of a long list: who has lost most of it often still knows those.
+  const int least = (3 * size + 3) / 4, most = std::max(least, size - 2);
+  int passes = 0;
+  do passes = rng.between(least, size);
+  while (passes > most);
 
   auto item_text = [](const Item& item) { return num(item.key) + item.label; };
   auto list_text = [&](char separator) {
