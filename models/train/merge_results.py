@@ -8,6 +8,10 @@ import sys
 KEYS = ("device", "torch", "date", "table_dtype")
 
 
+def lines(rows):
+    return ",\n  ".join(json.dumps(r) for r in rows)
+
+
 def main():
     out, paths = sys.argv[1], sys.argv[2:]
     families, greedy, runs = {}, {}, []
@@ -26,7 +30,6 @@ def main():
             for row in table["rows"]:
                 rows[row["policy"], row["budget_slots"]] = dict(row, open_loop=False)
     with open(out, "w") as f:
-        lines = lambda rows: ",\n  ".join(json.dumps(r) for r in rows)
         f.write('{"runs": ' + json.dumps(runs) + ',\n "families": ' +
                 json.dumps([head for head, _ in families.values()]) + ',\n "greedy": [\n  ' + lines(greedy.values()) +
                 '],\n "rows": [\n  ' + lines(r for _, rows in families.values() for r in rows.values()) + "]}\n")

@@ -26,6 +26,7 @@ import packing
 import qwen3
 import tasks
 import vocabulary
+from muon import Muon
 
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 # Sizes of the teacher-forced check: the default and a long one.
@@ -102,10 +103,8 @@ def check(model, count, device, parts, tokens=131072, sizes=CHECK_SIZES):
 
 def train(model, stage, args, parts, log):
     device = args.device
-    is_matrix = lambda name, p: p.dim() == 2 and "embed" not in name
-    matrices = [p for n, p in model.named_parameters() if is_matrix(n, p)]
-    others = [p for n, p in model.named_parameters() if not is_matrix(n, p)]
-    from muon import Muon
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n]
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
     server = packing.PackServer(f"{args.seed}/{stage.vanish}", args.tokens // 2, Curriculum(stage, 2), args.workers)
