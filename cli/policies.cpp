@@ -9,8 +9,8 @@
 namespace kvlapse::cli {
 namespace {
 
-constexpr std::string_view kSignalNames[] = {"logits", "attention", "output",      "value_l1",
-                                             "keys",   "values",    "query_window"};
+constexpr std::string_view kSignalNames[] = {"logits", "attention",    "output", "value_l1", "keys",
+                                             "values", "query_window", "rope",   "future"};
 constexpr std::string_view kGqaNames[] = {"mean", "max", "sum"};
 constexpr std::string_view kReclaimNames[] = {"fill: the next token overwrites the victim's slot",
                                               "compact: slot order kept",
@@ -24,9 +24,16 @@ Json describe(const PolicyInfo& info) {
   Json signals = Json::array(), parameters = Json::array(), deviations = Json::array();
   for (size_t i = 0; i < std::size(kSignalNames); ++i)
     if (info.signals & (1u << i)) signals.push_back(kSignalNames[i]);
-  for (const ParameterInfo& p : info.parameters)
-    parameters.push_back(
-        {{"name", p.name}, {"default", p.value}, {"min", p.min}, {"max", p.max}, {"summary", p.summary}});
+  for (const ParameterInfo& p : info.parameters) {
+    if (p.choices.empty())
+      parameters.push_back(
+          {{"name", p.name}, {"default", p.value}, {"min", p.min}, {"max", p.max}, {"summary", p.summary}});
+    else
+      parameters.push_back({{"name", p.name},
+                            {"default", p.choices[static_cast<size_t>(p.value)]},
+                            {"choices", p.choices},
+                            {"summary", p.summary}});
+  }
   for (std::string_view d : info.deviations) deviations.push_back(d);
   const EvictionRule& rule = info.rule;
   return {{"policy", info.name},
@@ -66,8 +73,12 @@ void print_one(const PolicyInfo& info) {
   if (!info.parameters.empty()) {
     Table table({"    parameter", "default", "range", "meaning"});
     for (const ParameterInfo& p : info.parameters)
-      table.add({fmt::format("    {}", p.name), fmt::format("{:g}", p.value),
-                 fmt::format("[{:g}, {:g}]", p.min, p.max), std::string(p.summary)});
+      table.add({fmt::format("    {}", p.name),
+                 p.choices.empty() ? fmt::format("{:g}", p.value)
+                                   : std::string(p.choices[static_cast<size_t>(p.value)]),
+                 p.choices.empty() ? fmt::format("[{:g}, {:g}]", p.min, p.max)
+                                   : fmt::format("{}", fmt::join(p.choices, "|")),
+                 std::string(p.summary)});
     fmt::print("\n{}", table.text());
   }
   if (!info.deviations.empty()) fmt::print("\n  deviations from the reference or the paper\n");

@@ -9,6 +9,7 @@ namespace kvlapse {
 
 SlotTable::SlotTable(int n_kv_heads, int capacity) : capacity_(capacity), heads_(n_kv_heads) {
   for (Head& head : heads_) head.positions.reserve(capacity);
+  scratch_.reserve(capacity);
 }
 
 int SlotTable::count(int kv_head) const {
@@ -35,12 +36,14 @@ Slot SlotTable::next_slot(int kv_head) const {
 void SlotTable::append(Pos pos) {
   for (int h = 0; h < n_kv_heads(); ++h) {
     Head& head = heads_[h];
+    head.newest = next_slot(h);
     if (head.vacant) {
       head.positions[raw(*head.vacant)] = pos;
       head.vacant.reset();
     } else {
       if (static_cast<int>(head.positions.size()) >= capacity_)
-        fail("slot table: kv head {} holds {} tokens, no slot is left for position {}", h, capacity_, raw(pos));
+        fail("slot table: kv head {} holds {} tokens, no slot is left for position {}", h, capacity_,
+             raw(pos));
       head.positions.push_back(pos);
     }
   }
@@ -55,14 +58,13 @@ void SlotTable::vacate(int kv_head, Slot slot) {
 
 void SlotTable::compact(int kv_head, std::span<const Slot> order) {
   Head& head = heads_[kv_head];
-  std::vector<Pos> kept;
-  kept.reserve(capacity_);
+  scratch_.clear();
   for (Slot slot : order) {
     assert(head.positions[raw(slot)] != kNoPos);
-    kept.push_back(head.positions[raw(slot)]);
+    scratch_.push_back(head.positions[raw(slot)]);
     head.positions[raw(slot)] = kNoPos;  // catches a slot named twice
   }
-  head.positions = std::move(kept);
+  head.positions.assign(scratch_.begin(), scratch_.end());
   head.vacant.reset();
 }
 

@@ -2,22 +2,30 @@
 
 #include <algorithm>
 
+#include "core/base/error.h"
 #include "core/policy/checked_inputs.h"
 
 namespace kvlapse {
 
 CacheSite::CacheSite(const CacheGeometry& geometry, int layer, const Policy& policy, int budget, int n_prompt,
-                     LayerMemory& memory)
+                     LayerMemory& memory, const SiteFacts& facts)
     : policy_(policy),
       memory_(memory),
       table_(geometry.n_kv_heads, geometry.n_slots),
       state_(policy.info().state_columns, geometry.n_kv_heads, geometry.n_slots) {
-  check_budget(policy, budget, n_prompt);
+  const PolicyInfo& info = policy.info();
+  if (contains(info.signals, Signal::rope) && facts.rope_theta <= 0)
+    fail("policy {}: needs the RoPE base of the model, which is unknown here", info.name);
+  if (contains(info.signals, Signal::future) && !facts.future)
+    fail("policy {}: is an oracle and needs a finished trace: it can be replayed, not decoded", info.name);
+  check_budget(policy, policy.layer_budget(layer, geometry.n_layers, budget), n_prompt);
   context_.geometry = geometry;
   context_.layer = layer;
   context_.n_prompt = n_prompt;
   context_.budget = policy.layer_budget(layer, geometry.n_layers, budget);
   context_.rule = policy.info().rule;
+  context_.rope_theta = facts.rope_theta;
+  context_.future = facts.future;
   context_.table = &table_;
 }
 
@@ -39,7 +47,7 @@ void CacheSite::append_prompt(Pos pos, const TokenRows& rows, bool attend) {
 }
 
 const EvictionPlan* CacheSite::finish_prompt() {
-  const int target = context_.budget - policy_.info().rule.headroom;
+  const int target = context_.budget - policy_.prompt_rule(context_.budget).headroom;
   if (!policy_.info().evicts || table_.max_count() <= target) return nullptr;
   memory_.attend(table_, context_.step);
   return evict(/*prompt_end=*/true);
@@ -60,17 +68,22 @@ const EvictionPlan* CacheSite::finish(Pos) {
 }
 
 const EvictionPlan* CacheSite::evict(bool prompt_end) {
-  plan_ = evictor_.decide(policy_, context_, memory_, state_, prompt_end);
-  if (!plan_) return nullptr;
-  memory_.apply(*plan_);
-  apply_plan(*plan_, table_, state_);
-  return &*plan_;
+  const EvictionPlan* plan = evictor_.decide(policy_, context_, memory_, state_, prompt_end);
+  if (!plan) return nullptr;
+  memory_.apply(*plan);
+  apply_plan(*plan, table_, state_);
+  return plan;
 }
 
-int CacheSite::capacity(const Policy& policy, int budget, int n_prompt, int total_tokens) {
+int CacheSite::capacity(const Policy& policy, int layer_budget, int n_kv_heads, int n_prompt,
+                        int total_tokens) {
   if (!policy.info().evicts) return total_tokens;
-  int peak = budget;
-  peak = policy.info().rule.peak_slots(peak);
+  const EvictionRule& rule = policy.info().rule;
+  int peak = rule.peak_slots(layer_budget);
+  if (rule.ragged) {  // one head may hold what the others give up, down to their floor
+    const int floor_slots = static_cast<int>(rule.ragged_floor * layer_budget);
+    peak += (n_kv_heads - 1) * std::max(0, layer_budget - rule.headroom - floor_slots);
+  }
   return std::min(total_tokens, std::max(n_prompt, peak));
 }
 

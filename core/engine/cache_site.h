@@ -1,6 +1,6 @@
-// CacheSite: the cache of one sequence in one layer. It is given q, k, v of the next token, appends, attends, lets
-// the policy choose, and hands back the attention output. Live decode and offline replay run this same code over
-// two implementations of LayerMemory. One thread at a time per site; sites are independent.
+// CacheSite: the cache of one sequence in one layer. It is given q, k, v of the next token, appends, attends,
+// lets the policy choose, and hands back the attention output. Live decode and offline replay run this same
+// code over two implementations of LayerMemory. One thread at a time per site; sites are independent.
 #pragma once
 
 #include <span>
@@ -29,17 +29,26 @@ class LayerMemory : public LayerInputs {
   virtual void apply(const EvictionPlan& plan) = 0;
 };
 
+// What some policies need to know beyond the cache.
+struct SiteFacts {
+  double rope_theta = 0;           // 0: unknown
+  FutureInputs* future = nullptr;  // oracles only
+};
+
 class CacheSite {
  public:
-  // geometry.n_slots is the capacity: at least peak_slots and the prompt's length. Throws Error (check_budget).
-  CacheSite(const CacheGeometry& geometry, int layer, const Policy& policy, int budget, int n_prompt, LayerMemory& memory);
+  // geometry.n_slots is the capacity: at least peak_slots and the prompt's length. Throws Error
+  // (check_budget).
+  CacheSite(const CacheGeometry& geometry, int layer, const Policy& policy, int budget, int n_prompt,
+            LayerMemory& memory, const SiteFacts& facts = {});
 
   // One token of the prompt, in order. Attends only when the policy observes, or when `attend` is set.
   void append_prompt(Pos pos, const TokenRows& rows, bool attend = false);
-  // After the prompt's last token: the cut of a prompt that exceeds the budget. Null when nothing was evicted.
+  // After the prompt's last token: the cut of a prompt that exceeds the budget. Null when nothing was
+  // evicted.
   const EvictionPlan* finish_prompt();
-  // One generated token: append, attend, evict. Null when nothing was evicted. The attention output of a query head
-  // is memory.output(head) until the next call.
+  // One generated token: append, attend, evict. Null when nothing was evicted. The attention output of a
+  // query head is memory.output(head) until the next call.
   const EvictionPlan* step(Pos pos, const TokenRows& rows);
 
   // The parts of step(), for a driver that attends for many sites at once between them.
@@ -48,9 +57,10 @@ class CacheSite {
 
   const SlotTable& table() const { return table_; }
   int budget() const { return context_.budget; }  // of this layer
+  Evictor& evictor() { return evictor_; }
 
-  // Capacity that a site needs for a sequence of `total_tokens`.
-  static int capacity(const Policy& policy, int budget, int n_prompt, int total_tokens);
+  // Slots that the fullest head of a layer with that budget needs for a sequence of `total_tokens`.
+  static int capacity(const Policy& policy, int layer_budget, int n_kv_heads, int n_prompt, int total_tokens);
 
  private:
   const EvictionPlan* evict(bool prompt_end);
@@ -61,7 +71,6 @@ class CacheSite {
   SlotState state_;
   Evictor evictor_;
   LayerContext context_;
-  std::optional<EvictionPlan> plan_;
 };
 
 }  // namespace kvlapse

@@ -16,9 +16,9 @@ using Clock = std::chrono::steady_clock;
 // One layer of one sequence.
 struct Layer {
   Layer(Backend& backend, const CacheGeometry& geometry, int layer, const Policy& policy, int budget,
-        int n_prompt, int total)
-      : memory(backend, geometry, std::min(policy.info().query_window, total)),
-        site(geometry, layer, policy, budget, n_prompt, memory) {}
+        int n_prompt, int total_tokens, double rope_theta)
+      : memory(backend, geometry, std::min(policy.info().query_window, total_tokens)),
+        site(geometry, layer, policy, budget, n_prompt, memory, {.rope_theta = rope_theta}) {}
   LiveMemory memory;
   CacheSite site;
 };
@@ -334,13 +334,13 @@ int DecodeSession::add_sequence(SequenceRequest request) {
   s.state.n_prompt = n_prompt;
   s.state.budget_slots = budget;
   s.teacher = std::move(request.teacher);
+  // A scaled rotation is not undone by the base alone.
+  const double rope_theta = spec.rope.scaling == RopeSpec::Scaling::none ? spec.rope.theta : 0;
   for (int layer = 0; layer < spec.n_layers; ++layer) {
     const int layer_budget = policy.layer_budget(layer, spec.n_layers, budget);
-    int capacity = CacheSite::capacity(policy, layer_budget, n_prompt, total);
-    // Heads that share one budget may hold more than their part of it.
-    if (policy.info().rule.ragged) capacity = std::min(total, capacity * spec.layer.n_kv_heads);
+    const int capacity = CacheSite::capacity(policy, layer_budget, spec.layer.n_kv_heads, n_prompt, total);
     s.layers.emplace_back(impl_->backend, spec.cache_geometry(capacity, options.kv_dtype), layer, policy,
-                          budget, n_prompt, total);
+                          budget, n_prompt, total, rope_theta);
   }
   impl_->sequences.push_back(std::move(s));
   return n_sequences() - 1;

@@ -21,6 +21,8 @@ enum class Signal : uint32_t {
   keys = 1u << 4,          // K rows
   values = 1u << 5,        // V rows
   query_window = 1u << 6,  // the last w queries and their logits
+  rope = 1u << 7,          // LayerContext::rope_theta, to undo the rotation of queries or keys
+  future = 1u << 8,        // LayerContext::future: only a replay of a finished trace has it
 };
 
 using SignalSet = uint32_t;
@@ -44,11 +46,35 @@ class LayerInputs {
   virtual std::span<const float> value_l1(int kv_head) = 0;  // [n]
   virtual std::span<const float> keys(int kv_head) = 0;      // [n, D]
   virtual std::span<const float> values(int kv_head) = 0;    // [n, D]
+  // One V row [D]; cheaper than values() where V is not kept as fp32. Declared as Signal::values.
+  virtual std::span<const float> value_row(int kv_head, Slot slot, int head_dim) {
+    return values(kv_head).subspan(static_cast<size_t>(raw(slot)) * head_dim, head_dim);
+  }
 
   // The newest min(w, tokens seen) queries, oldest first; the last row is the newest token's.
   virtual std::span<const float> window_queries(int w) = 0;  // [rows, Hq, D]
   // Their logits against the held keys; -inf where the key is newer than the query.
   virtual std::span<const float> window_logits(int q_head, int w) = 0;  // [rows, n]
+};
+
+// What an oracle may read: full-cache attention of the steps (step, step + horizon] of a finished trace, mean
+// over the query heads of a kv head, for the tokens at `positions`. Implemented by replay; horizon 0 means to
+// the end.
+class FutureInputs {
+ public:
+  virtual ~FutureInputs() = default;
+  // Sum of the attention weights.
+  virtual void mass(int kv_head, Pos step, int horizon, std::span<const Pos> positions,
+                    std::span<float> out) = 0;
+  // Largest mean weight over blocks of `block` steps.
+  virtual void peak(int kv_head, Pos step, int horizon, int block, std::span<const Pos> positions,
+                    std::span<float> out) = 0;
+  // Steps until the weight next exceeds `threshold`; +inf when it does not.
+  virtual void next_use(int kv_head, Pos step, int horizon, float threshold, std::span<const Pos> positions,
+                        std::span<float> out) = 0;
+  // Sum of the exact leave-one-out output error, a / (1 - a) * |o - v|.
+  virtual void error(int kv_head, Pos step, int horizon, std::span<const Pos> positions,
+                     std::span<float> out) = 0;
 };
 
 }  // namespace kvlapse

@@ -18,7 +18,9 @@ namespace kvlapse {
 enum class Granularity : uint8_t { layer, kv_head };  // who shares a victim
 enum class GqaRule : uint8_t { mean, max, sum };      // how a group's query heads become one kv head
 enum class ScoreCast : uint8_t { fp32, fp16, bf16 };  // precision in which scores are compared
-enum class TieOrder : uint8_t { first, last };        // which slot goes first among equal scores
+// Which slot goes first among equal scores. `torch`: the survivors are those that torch.topk keeps on the
+// CPU, in its order (libstdc++'s nth_element and sort over slot order); references whose scores tie need it.
+enum class TieOrder : uint8_t { first, last, torch };
 
 enum class Reclaim : uint8_t {
   fill,              // one victim; the next token overwrites its slot (LongFlow)
@@ -31,6 +33,7 @@ enum class Reclaim : uint8_t {
 struct EvictionRule {
   int cadence = 1;   // evicts after token t when (t + 1) % cadence == 0
   int headroom = 1;  // slots left free by an eviction; 1: attention never sees more than `budget` tokens
+  int slack = 0;     // tokens above the target (budget - headroom) that do not yet trigger an eviction
   Granularity granularity = Granularity::kv_head;
   GqaRule gqa = GqaRule::mean;
   Reclaim reclaim = Reclaim::fill;
@@ -43,7 +46,7 @@ struct EvictionRule {
   double ragged_floor = 0;  // share of the budget that every head keeps when ragged
 
   // Most tokens that attention sees at once, prompt aside.
-  int peak_slots(int budget) const { return budget - headroom + cadence; }
+  int peak_slots(int budget) const { return budget - headroom + slack + cadence; }
   int recent_slots(int budget) const {
     return recent < 1 ? static_cast<int>(recent * budget) : static_cast<int>(recent);
   }
@@ -54,7 +57,12 @@ struct ParameterInfo {
   double value = 0;  // default in the catalogue, resolved value in an instance
   double min = 0, max = 0;
   std::string_view summary;
+  std::vector<std::string_view> choices =
+      {};  // when not empty the value is an index into it and written by name
 };
+
+// PolicyInfo::query_window of a policy that may ask for the queries of every token.
+inline constexpr int kAllQueries = 1 << 24;
 
 struct PolicyInfo {
   std::string_view name;
@@ -79,9 +87,11 @@ struct PolicyInfo {
 struct LayerContext {
   CacheGeometry geometry;
   int layer = 0;
-  Pos step{0};       // position of the newest token
-  int n_prompt = 0;  // tokens of the prompt
-  int budget = 0;    // slots per kv head in this layer
+  Pos step{0};                     // position of the newest token
+  int n_prompt = 0;                // tokens of the prompt
+  int budget = 0;                  // slots per kv head in this layer
+  double rope_theta = 0;           // base of the half-split rotation of q and k; 0: unknown
+  FutureInputs* future = nullptr;  // null in a live decode
   EvictionRule rule;
   const SlotTable* table = nullptr;
 
@@ -110,6 +120,7 @@ class Scores {
   void reset(int n_rows, int n_parts, std::span<const int> counts);
   int n_rows() const { return static_cast<int>(offsets_.size()) - 1; }
   int n_parts() const { return static_cast<int>(parts_.size()); }
+  bool shared() const { return n_rows() == 1; }
   std::span<float> row(int row) { return {values_.data() + offsets_[row], size(row)}; }
   std::span<const float> row(int row) const { return {values_.data() + offsets_[row], size(row)}; }
   std::span<float> part(int part, int row) { return {parts_[part].data() + offsets_[row], size(row)}; }

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "core/policy/policy.h"
+#include "core/policy/spec.h"
 
 namespace kvlapse {
 
@@ -15,6 +16,9 @@ struct PolicyEntry {
   PolicyInfo (*info)();
   // `info` comes with resolved parameters and rule.
   std::unique_ptr<Policy> (*make)(PolicyInfo info);
+  // The entry for these options, when they decide which parameters there are (adakv:base=...); otherwise
+  // null.
+  PolicyInfo (*specialise)(const PolicySpec& spec) = nullptr;
 };
 
 std::span<const PolicyEntry> policy_registry();

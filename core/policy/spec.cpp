@@ -31,19 +31,24 @@ double number(std::string_view policy, std::string_view key, std::string_view te
   return value;
 }
 
-template <typename Enum, size_t N>
-Enum choice(std::string_view policy, std::string_view key, std::string_view text,
-            const std::string_view (&names)[N]) {
-  for (size_t i = 0; i < N; ++i)
-    if (names[i] == text) return static_cast<Enum>(i);
+size_t choice_index(std::string_view policy, std::string_view key, std::string_view text,
+                    std::span<const std::string_view> names) {
+  for (size_t i = 0; i < names.size(); ++i)
+    if (names[i] == text) return i;
   std::string all;
   for (std::string_view name : names) all += (all.empty() ? "" : ", ") + std::string(name);
   fail_usage("policy {}: {}: expected one of {}, found '{}'", policy, key, all, text);
 }
 
+template <typename Enum, size_t N>
+Enum choice(std::string_view policy, std::string_view key, std::string_view text,
+            const std::string_view (&names)[N]) {
+  return static_cast<Enum>(choice_index(policy, key, text, names));
+}
+
 constexpr std::string_view kGqaNames[] = {"mean", "max", "sum"};
 constexpr std::string_view kCastNames[] = {"fp32", "fp16", "bf16"};
-constexpr std::string_view kTieNames[] = {"first", "last"};
+constexpr std::string_view kTieNames[] = {"first", "last", "torch"};
 constexpr std::string_view kGranularityNames[] = {"layer", "kv_head"};
 
 // True when the key is one that every policy has.
@@ -90,7 +95,9 @@ const PolicyEntry& find_entry(const PolicySpec& spec, PolicyInfo& info) {
     names.push_back(info.name);
     if (info.name != spec.name) continue;
     references.push_back(info.reference);
-    if (spec.reference.empty() || spec.reference == info.reference) return entry;
+    if (!spec.reference.empty() && spec.reference != info.reference) continue;
+    if (entry.specialise) info = entry.specialise(spec);
+    return entry;
   }
   if (references.empty()) fail_usage("policy: unknown name '{}'{}", spec.name, suggest(spec.name, names));
   std::string known;
@@ -148,13 +155,18 @@ std::unique_ptr<Policy> make_policy(const PolicySpec& spec) {
     auto parameter = std::find_if(info.parameters.begin(), info.parameters.end(),
                                   [&](const ParameterInfo& p) { return p.name == key; });
     if (parameter != info.parameters.end()) {
-      parameter->value = number(info.name, key, value, parameter->min, parameter->max);
+      if (parameter->choices.empty())
+        parameter->value = number(info.name, key, value, parameter->min, parameter->max);
+      else
+        parameter->value = static_cast<double>(choice_index(info.name, key, value, parameter->choices));
     } else if (!set_rule(info, key, value)) {
       std::vector<std::string_view> known(std::begin(kRuleKeys), std::end(kRuleKeys));
       for (const ParameterInfo& p : info.parameters) known.push_back(p.name);
       fail_usage("policy {}: unknown key '{}'{}", info.name, key, suggest(key, known));
     }
   }
+  // Holes can only be filled one at a time, as the tokens come.
+  if (info.rule.cadence > 1 && info.rule.reclaim == Reclaim::fill) info.rule.reclaim = Reclaim::compact;
   return entry.make(std::move(info));
 }
 
@@ -165,15 +177,19 @@ std::unique_ptr<Policy> make_policy(std::string_view spec) {
 std::string canonical_spec(const Policy& policy) {
   const PolicyInfo& info = policy.info();
   PolicyInfo plain;
-  const PolicyEntry& entry = find_entry({std::string(info.name), std::string(info.reference), {}}, plain);
+  PolicySpec bare{std::string(info.name), std::string(info.reference), {}};
+  for (const ParameterInfo& p : info.parameters)  // what an entry specialises on is named by a choice
+    if (!p.choices.empty()) bare.options.emplace_back(p.name, p.choices[static_cast<size_t>(p.value)]);
+  const PolicyEntry& entry = find_entry(bare, plain);
   // The default instance, not the catalogue entry: a factory may derive its rule from parameters.
   std::unique_ptr<Policy> base = entry.make(plain);
   const EvictionRule &a = info.rule, &b = base->info().rule;
   std::string text(info.name);
   if (!info.reference.empty()) text += fmt::format("@{}", info.reference);
   for (size_t i = 0; i < info.parameters.size(); ++i)
-    if (info.parameters[i].value != plain.parameters[i].value)
-      text += fmt::format(":{}={:.17g}", info.parameters[i].name, info.parameters[i].value);
+    if (const ParameterInfo& p = info.parameters[i]; p.value != plain.parameters[i].value)
+      text += p.choices.empty() ? fmt::format(":{}={}", p.name, p.value)
+                                : fmt::format(":{}={}", p.name, p.choices[static_cast<size_t>(p.value)]);
   if (a.cadence != b.cadence) text += fmt::format(":cadence={}", a.cadence);
   if (a.cast != b.cast) text += fmt::format(":cast={}", kCastNames[static_cast<int>(a.cast)]);
   if (a.gqa != b.gqa) text += fmt::format(":gqa={}", kGqaNames[static_cast<int>(a.gqa)]);

@@ -1,22 +1,44 @@
-// Declarations of every policy's catalogue entry and factory, one pair per file of this folder.
+// Declarations of every policy's catalogue entry and factory, one line per entry of this folder.
 #pragma once
 
 #include <memory>
 
 #include "core/policy/policy.h"
+#include "core/policy/spec.h"
+
+// <name>_info() is the catalogue entry with default parameters, make_<name>() builds from a resolved one.
+#define KVLAPSE_POLICY(name) \
+  PolicyInfo name##_info();  \
+  std::unique_ptr<Policy> make_##name(PolicyInfo info)
 
 namespace kvlapse {
 
-PolicyInfo full_info();
-std::unique_ptr<Policy> make_full(PolicyInfo info);
-
-PolicyInfo streaming_llm_info();
-std::unique_ptr<Policy> make_streaming_llm(PolicyInfo info);
-
-PolicyInfo random_info();
-std::unique_ptr<Policy> make_random(PolicyInfo info);
-
-PolicyInfo longflow_info();
-std::unique_ptr<Policy> make_longflow(PolicyInfo info);
+KVLAPSE_POLICY(full);
+KVLAPSE_POLICY(window);
+KVLAPSE_POLICY(streaming_llm);
+KVLAPSE_POLICY(streaming_llm_zefan_cai);
+KVLAPSE_POLICY(streaming_llm_kvpress);
+KVLAPSE_POLICY(random);
+KVLAPSE_POLICY(h2o_fminference);
+KVLAPSE_POLICY(h2o_longflow);
+KVLAPSE_POLICY(observed_attention);
+KVLAPSE_POLICY(tova);
+KVLAPSE_POLICY(tova_kvpress);
+KVLAPSE_POLICY(snapkv_zefan_cai);
+KVLAPSE_POLICY(snapkv_kvpress);
+KVLAPSE_POLICY(pyramidkv);
+KVLAPSE_POLICY(adakv);
+PolicyInfo adakv_info_for(const PolicySpec& spec);
+KVLAPSE_POLICY(vatp_guozhiyu);
+KVLAPSE_POLICY(vatp_longflow);
+KVLAPSE_POLICY(longflow);
+KVLAPSE_POLICY(rkv_zefan_cai);
+KVLAPSE_POLICY(rkv_longflow);
+KVLAPSE_POLICY(knorm);
+KVLAPSE_POLICY(keydiff);
+KVLAPSE_POLICY(lagkv);
+KVLAPSE_POLICY(expected_attention);
 
 }  // namespace kvlapse
+
+#undef KVLAPSE_POLICY

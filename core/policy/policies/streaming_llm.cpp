@@ -1,19 +1,24 @@
 #include "core/policy/policies/policies.h"
+#include "core/policy/scoring/recency.h"
 
 namespace kvlapse {
 namespace {
 
-class StreamingLlm final : public Policy {
- public:
-  using Policy::Policy;
-  void score(const LayerContext& at, LayerInputs&, const SlotState&, Scores& out) const override {
-    for (int r = 0; r < out.n_rows(); ++r) {
-      std::span<const Pos> positions = at.positions(r);
-      std::span<float> row = out.row(r);
-      for (size_t s = 0; s < row.size(); ++s) row[s] = static_cast<float>(raw(positions[s]));
-    }
-  }
-};
+std::unique_ptr<Policy> with_sinks(PolicyInfo info) {
+  info.rule.sinks = static_cast<int>(info.parameters[0].value);
+  return std::make_unique<Recency>(std::move(info));
+}
+
+PolicyInfo periodic(std::string_view reference, std::string_view source) {
+  PolicyInfo info = streaming_llm_info();
+  info.reference = reference;
+  info.source = source;
+  info.summary = "the first tokens (attention sinks) and the newest ones, compacted every 128 tokens";
+  info.rule.cadence = 128;
+  info.rule.headroom = 0;
+  info.rule.reclaim = Reclaim::compact;
+  return info;
+}
 
 }  // namespace
 
@@ -23,18 +28,36 @@ PolicyInfo streaming_llm_info() {
   info.summary = "the first tokens (attention sinks) and the newest ones";
   info.formula = "score = position; the first `sinks` positions are protected";
   info.paper = "arXiv 2309.17453";
-  info.source = "Zefan-Cai/R-KV d15c976 (absolute positions: keys keep their original rotation)";
   info.deviations = {
-      "the paper numbers positions inside the cache; like most reasoning papers this keeps absolute ones"};
+      "the paper numbers positions inside the cache; like most reasoning papers this keeps absolute ones: "
+      "keys keep their original rotation"};
   info.parameters = {{"sinks", 4, 0, 4096, "first positions that are never evicted"}};
   info.rule.granularity = Granularity::layer;
   info.rule.sinks = 4;
   return info;
 }
 
+PolicyInfo streaming_llm_zefan_cai_info() {
+  return periodic("zefan-cai", "Zefan-Cai/R-KV d15c976, rkv/compression/streamingllm.py");
+}
+
+PolicyInfo streaming_llm_kvpress_info() {
+  PolicyInfo info =
+      periodic("kvpress", "NVIDIA/kvpress 0.5.5, presses/streaming_llm_press.py in DecodingPress");
+  info.deviations.push_back(
+      "sinks are positions; in DecodingPress they are slots, and after a compaction any tokens may sit "
+      "there");
+  return info;
+}
+
 std::unique_ptr<Policy> make_streaming_llm(PolicyInfo info) {
-  info.rule.sinks = static_cast<int>(info.parameters[0].value);
-  return std::make_unique<StreamingLlm>(std::move(info));
+  return with_sinks(std::move(info));
+}
+std::unique_ptr<Policy> make_streaming_llm_zefan_cai(PolicyInfo info) {
+  return with_sinks(std::move(info));
+}
+std::unique_ptr<Policy> make_streaming_llm_kvpress(PolicyInfo info) {
+  return with_sinks(std::move(info));
 }
 
 }  // namespace kvlapse

@@ -1,0 +1,68 @@
+#include "core/policy/scoring/redundancy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "core/base/vector_math.h"
+
+namespace kvlapse {
+namespace {
+
+constexpr float kEpsilon = 1e-8f;
+
+std::vector<float> scaled_keys(std::span<const float> keys, int head_dim, bool by_square) {
+  std::vector<float> unit(keys.size());
+  const size_t d = head_dim;
+  for (size_t i = 0; i < keys.size(); i += d) {
+    const float square = dot(&keys[i], &keys[i], d), norm = std::sqrt(square);
+    const float divisor = (by_square ? norm * norm : norm) + kEpsilon;
+    for (size_t j = 0; j < d; ++j) unit[i + j] = keys[i + j] / divisor;
+  }
+  return unit;
+}
+
+// out[j] = mean over i of u_i . u_j, which is the product with the mean of all.
+void mean_products(std::span<const float> unit, int head_dim, std::span<float> out) {
+  const size_t n = out.size(), d = head_dim;
+  std::vector<double> total(d, 0.0);
+  for (size_t i = 0; i < n; ++i)
+    for (size_t j = 0; j < d; ++j) total[j] += unit[i * d + j];
+  std::vector<float> mean(d);
+  for (size_t j = 0; j < d; ++j) mean[j] = static_cast<float>(total[j] / static_cast<double>(n));
+  for (size_t j = 0; j < n; ++j) out[j] = dot(mean.data(), &unit[j * d], d);
+}
+
+}  // namespace
+
+void forgiving_redundancy(std::span<const float> keys, int head_dim, float threshold, std::span<float> out) {
+  const std::vector<float> unit = scaled_keys(keys, head_dim, false);
+  const size_t n = out.size(), d = head_dim;
+  mean_products(unit, head_dim, out);
+  // Only the forgiven entry of a row must be known: found from the end, most rows need few products.
+  std::vector<float> forgiven(n, 0.0f);
+  for (size_t i = 0; i < n; ++i) {
+    const float* row = &unit[i * d];
+    forgiven[i] += dot(row, row, d);
+    size_t last = 0;
+    float cosine = 0;
+    for (size_t j = n; j-- > 0;) {
+      cosine = j == i ? 0.0f : dot(row, &unit[j * d], d);
+      if (cosine > threshold || j == 0) {
+        last = j;
+        break;
+      }
+    }
+    forgiven[last] += cosine;
+  }
+  const float scale = 1.0f / static_cast<float>(n);
+  for (size_t j = 0; j < n; ++j) out[j] -= forgiven[j] * scale;
+  softmax(out, out);
+}
+
+void plain_redundancy(std::span<const float> keys, int head_dim, std::span<float> out) {
+  mean_products(scaled_keys(keys, head_dim, true), head_dim, out);
+  softmax(out, out);
+}
+
+}  // namespace kvlapse

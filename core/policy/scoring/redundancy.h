@@ -1,0 +1,16 @@
+// How much a key says that others say too: R-KV's redundancy and its relatives. For the files of
+// core/policy/policies.
+#pragma once
+
+#include <span>
+
+namespace kvlapse {
+
+// R-KV (Zefan-Cai/R-KV, cal_similarity with "last"): softmax over all slots of the mean over rows of the
+// keys' cosines, the diagonal and one entry a row forgiven: the last one above `threshold`, or slot 0.
+void forgiving_redundancy(std::span<const float> keys, int head_dim, float threshold, std::span<float> out);
+
+// The LongFlow repository's port: keys divided by their squared norm, nothing forgiven.
+void plain_redundancy(std::span<const float> keys, int head_dim, std::span<float> out);
+
+}  // namespace kvlapse
