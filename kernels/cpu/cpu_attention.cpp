@@ -23,6 +23,10 @@ void CpuAttention::decode(std::span<const CpuAttendRow> rows) {
   const float factor = attention_scale(g.head_dim);
 
   units_.clear();
+  size_t most_units = 0;
+  for (const CpuAttendRow& row : rows)
+    most_units += static_cast<size_t>(g.n_kv_heads) * chunks_of(row.store->geometry().n_slots);
+  units_.reserve(most_units);  // grows with the capacity, not with the tokens held
   for (int r = 0; r < static_cast<int>(rows.size()); ++r)
     for (int h = 0; h < g.n_kv_heads; ++h) {
       const int n = rows[r].table->count(h);

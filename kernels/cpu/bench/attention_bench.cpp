@@ -51,6 +51,9 @@ class Tokens {
 std::vector<BenchRow> bench_attention(const AttentionBench& bench, const Policy& policy) {
   if (!policy.info().evicts || policy.info().rule.cadence != 1)
     fail_usage("bench attention: expected a policy that evicts every step, found {}", policy.info().name);
+  if (bench.n_q_heads % bench.n_kv_heads != 0)
+    fail_usage("bench attention: kv heads: expected a divisor of {} query heads, found {}", bench.n_q_heads,
+               bench.n_kv_heads);
   std::unique_ptr<Backend> backend = make_cpu_backend(bench.n_threads);
   TransformerWeights shape;
   shape.width = shape.ffn_width = shape.n_vocab = 8;
