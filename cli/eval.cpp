@@ -67,7 +67,7 @@ class Evaluation {
   Evaluation(const Options& options, const Context& context)
       : options_(options),
         model_(load_model(find_model(options.model))),
-        backend_(options.threads),
+        backend_(make_cpu_backend(options.threads)),
         kv_dtype_(parse_dtype(options.kv_dtype)),
         enabled_(!context.quiet) {}
 
@@ -106,7 +106,7 @@ class Evaluation {
       session_options.budget = budget;
       session_options.kv_dtype = kv_dtype_;
       session_options.interrupt = &interrupted();
-      DecodeSession session(backend_, model_, session_options);
+      DecodeSession session(*backend_, model_, session_options);
       for (size_t i = begin; i < end; ++i) {
         SequenceRequest request;
         request.prompt = model_.tokenizer->encode(problems[i].prompt, SpecialTokens::parse);
@@ -165,7 +165,7 @@ class Evaluation {
 
   const Options& options_;
   Model model_;
-  CpuBackend backend_;
+  std::unique_ptr<Backend> backend_;
   DType kv_dtype_;
   bool enabled_;
   int budget_slots_ = 0;
