@@ -1,0 +1,113 @@
+#include <fmt/format.h>
+
+#include <fstream>
+
+#include "cli/command.h"
+#include "cli/progress.h"
+#include "trace/trace_reader.h"
+
+namespace kvlapse::cli {
+namespace {
+
+Json trace_info(const TraceReader& reader) {
+  const TraceHeader& header = reader.header();
+  std::map<std::string, std::string> meta = reader.meta();
+  auto fact = [&](const char* key) { return meta.count(key) ? meta[key] : std::string(); };
+  int64_t steps = 0;
+  Json sequences = Json::array();
+  for (int s = 0; s < reader.n_sequences(); ++s) {
+    TraceSequence sequence = reader.sequence(s);
+    steps += sequence.n_steps;
+    Json row = {{"sequence", s},
+                {"seed", sequence.seed},
+                {"task", sequence.task},
+                {"prompt_tokens", sequence.n_prompt},
+                {"steps", sequence.n_steps},
+                {"think_begin", sequence.think_begin},
+                {"think_end", sequence.think_end},
+                {"answer", sequence.answer},
+                {"end_reason", sequence.end_reason}};
+    if (sequence.answer_right) row["answer_right"] = *sequence.answer_right;
+    sequences.push_back(std::move(row));
+  }
+  const std::string counters = fact("counters").empty() ? "none" : fact("counters");
+  return {{"kind", "trace"},
+          {"format_version", reader.format_version()},
+          {"complete", reader.complete()},
+          {"interrupted", reader.interrupted()},
+          {"model", fact("model")},
+          {"policy", header.policy.spec},
+          {"budget", header.budget_text},
+          {"budget_slots", header.budget_slots},
+          {"steps", steps},
+          {"layers", header.geometry.n_layers},
+          {"kv_heads", header.geometry.n_kv_heads},
+          {"q_heads", header.geometry.n_q_heads},
+          {"head_dim", header.geometry.head_dim},
+          {"kv_dtype", dtype_name(header.geometry.dtype)},
+          {"kv_bytes_per_token", header.geometry.token_bytes()},
+          {"tier", tier_name(header.tier)},
+          {"recorded_layers", {header.layer_begin, header.layer_end}},
+          {"device", fact("device")},
+          {"counters",
+           {{"name", counters},
+            {"provenance", counters == "none" ? "none" : "measured"},
+            {"reason_if_missing",
+             counters == "none" ? "recorded on the CPU, or without --counters" : fact("counters_reason")}}},
+          {"content_hash", reader.content_hash()},
+          {"sequences", sequences},
+          {"meta", meta}};
+}
+
+void print_trace(const Json& info) {
+  auto line = [](const char* name, const std::string& value) { fmt::print("  {:<14}{}\n", name, value); };
+  line("state", info["complete"].get<bool>()      ? "complete"
+                : info["interrupted"].get<bool>() ? "interrupted, valid up to its last step"
+                                                  : "not finished: still written, or killed");
+  line("model", fmt::format("{}: {} layers, {} q heads, {} kv heads of {}", info["model"].get<std::string>(),
+                            info["layers"].get<int>(), info["q_heads"].get<int>(),
+                            info["kv_heads"].get<int>(), info["head_dim"].get<int>()));
+  line("cache", fmt::format("{}, {} a token", info["kv_dtype"].get<std::string>(),
+                            format_bytes(static_cast<double>(info["kv_bytes_per_token"].get<int64_t>()))));
+  std::string budget = info["budget"].get<std::string>();
+  line("policy", info["policy"].get<std::string>() +
+                     (budget.empty() ? ""
+                                     : fmt::format(" at {} = {} slots per kv head", budget,
+                                                   info["budget_slots"].get<int>())));
+  line("tier", fmt::format("{}, layers {} to {}", info["tier"].get<std::string>(),
+                           info["recorded_layers"][0].get<int>(), info["recorded_layers"][1].get<int>() - 1));
+  line("device", info["device"].get<std::string>());
+  line("counters", info["counters"]["name"].get<std::string>());
+  line("content", info["content_hash"].get<std::string>());
+  for (const Json& s : info["sequences"])
+    line("sequence",
+         fmt::format(
+             "{}: {} prompt tokens, {} steps, ended by {}{}{}", s["sequence"].get<int>(),
+             s["prompt_tokens"].get<int>(), s["steps"].get<int>(),
+             s["end_reason"].get<std::string>().empty() ? "nothing yet" : s["end_reason"].get<std::string>(),
+             s["task"].get<std::string>().empty() ? "" : ", task " + s["task"].get<std::string>(),
+             !s.contains("answer_right")     ? ""
+             : s["answer_right"].get<bool>() ? ", answer right"
+                                             : ", answer wrong"));
+}
+
+}  // namespace
+
+void add_info(CLI::App& app, Context& context) {
+  CLI::App* command = add_command(app, context, "info", "what is in a trace",
+                                  "  kvlapse info run.kvl\n  kvlapse info run.kvl --json");
+  auto file = std::make_shared<std::string>();
+  command->add_option("file", *file, "trace")->required();
+  command->callback([file, &context] {
+    TraceReader reader(*file);
+    Json info = trace_info(reader);
+    if (context.json)
+      print_json(info);
+    else {
+      fmt::print("{}\n", *file);
+      print_trace(info);
+    }
+  });
+}
+
+}  // namespace kvlapse::cli
