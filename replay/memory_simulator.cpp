@@ -10,7 +10,9 @@ namespace {
 constexpr std::string_view kTableNames[] = {"layer", "head"};
 constexpr std::string_view kModeNames[] = {"holes", "compact", "fill"};
 
-int pages(int tokens, int block) { return (tokens + block - 1) / block; }
+int pages(int tokens, int block) {
+  return (tokens + block - 1) / block;
+}
 
 }  // namespace
 
@@ -26,8 +28,12 @@ FreeMode parse_free_mode(std::string_view name) {
   fail_usage("--mode: expected holes, compact or fill, found '{}'", name);
 }
 
-std::string_view block_table_name(BlockTable table) { return kTableNames[static_cast<int>(table)]; }
-std::string_view free_mode_name(FreeMode mode) { return kModeNames[static_cast<int>(mode)]; }
+std::string_view block_table_name(BlockTable table) {
+  return kTableNames[static_cast<int>(table)];
+}
+std::string_view free_mode_name(FreeMode mode) {
+  return kModeNames[static_cast<int>(mode)];
+}
 
 FreeMode natural_mode(const Policy& policy) {
   return policy.info().rule.reclaim == Reclaim::fill ? FreeMode::fill : FreeMode::compact;
@@ -36,7 +42,8 @@ FreeMode natural_mode(const Policy& policy) {
 int64_t policy_state_bytes(const Policy& policy, const CacheGeometry& g, int capacity) {
   const PolicyInfo& info = policy.info();
   int64_t columns = int64_t{4} * info.state_columns * g.n_layers * g.n_kv_heads * capacity;
-  int64_t ring = static_cast<int64_t>(info.query_window) * g.n_q_heads * static_cast<int64_t>(g.row_bytes()) * g.n_layers;
+  int64_t ring = static_cast<int64_t>(info.query_window) * g.n_q_heads * static_cast<int64_t>(g.row_bytes()) *
+                 g.n_layers;
   return columns + ring;
 }
 
@@ -44,14 +51,18 @@ int64_t policy_workspace_bytes(const Policy& policy, const CacheGeometry& g, int
   const PolicyInfo& info = policy.info();
   if (!info.evicts) return 0;
   int64_t rows = info.rule.granularity == Granularity::layer ? 1 : g.n_kv_heads;
-  int64_t per_slot = rows * (1 + static_cast<int64_t>(info.score_parts.size())) + int64_t{g.n_kv_heads} * info.workspace_floats_per_slot;
+  int64_t per_slot = rows * (1 + static_cast<int64_t>(info.score_parts.size())) +
+                     int64_t{g.n_kv_heads} * info.workspace_floats_per_slot;
   int64_t scores = 4 * per_slot * slots;
   // Rules that compare keys pairwise, as their reference does it: one similarity matrix per kv head.
-  int64_t pairs = info.pairwise_similarity ? static_cast<int64_t>(dtype_bytes(g.dtype)) * g.n_kv_heads * slots * slots : 0;
+  int64_t pairs = info.pairwise_similarity
+                      ? static_cast<int64_t>(dtype_bytes(g.dtype)) * g.n_kv_heads * slots * slots
+                      : 0;
   return scores + pairs;
 }
 
-MemorySimulator::MemorySimulator(const CacheGeometry& geometry, const Policy& policy, int budget, int capacity, MemoryOptions options)
+MemorySimulator::MemorySimulator(const CacheGeometry& geometry, const Policy& policy, int budget,
+                                 int capacity, MemoryOptions options)
     : geometry_(geometry),
       policy_(policy),
       budget_(budget),
@@ -59,7 +70,8 @@ MemorySimulator::MemorySimulator(const CacheGeometry& geometry, const Policy& po
       options_(options),
       heads_(static_cast<size_t>(geometry.n_layers) * geometry.n_kv_heads),
       allocated_(heads_.size(), 0) {
-  if (options.block_tokens < 1) fail_usage("--block: expected at least 1 token, found {}", options.block_tokens);
+  if (options.block_tokens < 1)
+    fail_usage("--block: expected at least 1 token, found {}", options.block_tokens);
   summary_.state_bytes = policy_state_bytes(policy, geometry, capacity);
 }
 
@@ -184,7 +196,8 @@ MemoryPoint MemorySimulator::finish_step() {
   peak.compacted = std::max(peak.compacted, point.compacted);
   peak.with_state = std::max(peak.with_state, point.with_state);
   ++steps_;
-  summary_.mean_logical += (static_cast<double>(point.logical) - summary_.mean_logical) / static_cast<double>(steps_);
+  summary_.mean_logical +=
+      (static_cast<double>(point.logical) - summary_.mean_logical) / static_cast<double>(steps_);
   summary_.mean_held += (static_cast<double>(point.held) - summary_.mean_held) / static_cast<double>(steps_);
   summary_.last = point;
   return point;
@@ -195,11 +208,14 @@ MemorySummary MemorySimulator::summary() const {
   s.full_bytes = static_cast<int64_t>(geometry_.cache_bytes(n_tokens_));
   if (s.full_bytes > 0) {
     s.saved_peak_ratio = 1 - static_cast<double>(s.peak.held) / static_cast<double>(s.full_bytes);
-    s.saved_nominal_ratio = policy_.info().evicts ? 1 - static_cast<double>(budget_) / static_cast<double>(n_tokens_) : 0;
+    s.saved_nominal_ratio =
+        policy_.info().evicts ? 1 - static_cast<double>(budget_) / static_cast<double>(n_tokens_) : 0;
   }
   return s;
 }
 
-std::vector<int> MemorySimulator::block_map(int layer, int kv_head) const { return head(layer, kv_head).live; }
+std::vector<int> MemorySimulator::block_map(int layer, int kv_head) const {
+  return head(layer, kv_head).live;
+}
 
 }  // namespace kvlapse

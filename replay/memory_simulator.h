@@ -1,13 +1,13 @@
-// What an eviction really gives back: the K/V pages that one generation holds, step by step, under a block table.
-// Fed with the slot tables and plans of a run (live or replayed); all numbers are modelled from them, in bytes of
-// the whole model. One thread at a time.
+// What an eviction really gives back: the K/V pages that one generation holds, step by step, under a block
+// table. Fed with the slot tables and plans of a run (live or replayed); all numbers are modelled from them,
+// in bytes of the whole model. One thread at a time.
 //
 // The three ways in which engines deal with a dropped token:
 //   holes    rows stay where they were appended; a page returns only when its last token is gone
 //   compact  survivors move down after every eviction (R-KV); costs copies and a gather buffer
 //   fill     the next token overwrites the victim's row (LongFlow); pages never grow past the budget
-// and the two kinds of block table: per kv head, or one for the layer, whose pages hold a slot of all its heads, so
-// that a page is free only when no head needs it (union over heads).
+// and the two kinds of block table: per kv head, or one for the layer, whose pages hold a slot of all its
+// heads, so that a page is free only when no head needs it (union over heads).
 #pragma once
 
 #include <cstdint>
@@ -50,24 +50,25 @@ struct MemorySummary {
   MemoryPoint peak;  // each field's own maximum
   MemoryPoint last;
   double mean_logical = 0, mean_held = 0;  // over steps
-  int64_t full_bytes = 0;   // K and V of all tokens, no eviction, no pages
-  int64_t copied_bytes = 0; // K/V rows moved by compaction, read + written
-  int64_t state_bytes = 0;  // per-slot columns and query ring, for the whole run
-  int64_t workspace_bytes = 0;  // largest temporary of one decision (scores, similarity, gather buffer)
-  int peak_slots = 0;       // most tokens that one head held while attention ran
+  int64_t full_bytes = 0;                  // K and V of all tokens, no eviction, no pages
+  int64_t copied_bytes = 0;                // K/V rows moved by compaction, read + written
+  int64_t state_bytes = 0;                 // per-slot columns and query ring, for the whole run
+  int64_t workspace_bytes = 0;     // largest temporary of one decision (scores, similarity, gather buffer)
+  int peak_slots = 0;              // most tokens that one head held while attention ran
   double saved_peak_ratio = 0;     // 1 - peak held / full
   double saved_nominal_ratio = 0;  // 1 - budget / tokens: what papers print
 };
 
-// Bytes that a policy keeps beside K and V: state columns and query ring. And its largest temporary when it decides
-// over `slots` tokens: scores, and for a rule with pairwise similarity its slots x slots matrix.
+// Bytes that a policy keeps beside K and V: state columns and query ring. And its largest temporary when it
+// decides over `slots` tokens: scores, and for a rule with pairwise similarity its slots x slots matrix.
 int64_t policy_state_bytes(const Policy& policy, const CacheGeometry& geometry, int capacity);
 int64_t policy_workspace_bytes(const Policy& policy, const CacheGeometry& geometry, int slots);
 
 class MemorySimulator {
  public:
   // capacity: most slots a head can hold (CacheSite::capacity).
-  MemorySimulator(const CacheGeometry& geometry, const Policy& policy, int budget, int capacity, MemoryOptions options);
+  MemorySimulator(const CacheGeometry& geometry, const Policy& policy, int budget, int capacity,
+                  MemoryOptions options);
 
   // A token was appended in every layer and kv head; attention runs now.
   void append(Pos pos);
@@ -77,17 +78,22 @@ class MemorySimulator {
   MemoryPoint finish_step();
 
   MemorySummary summary() const;
-  // Pages of one layer and head (head 0 for a layer table) at the current step: live tokens in each, for a block map.
+  // Pages of one layer and head (head 0 for a layer table) at the current step: live tokens in each, for a
+  // block map.
   std::vector<int> block_map(int layer, int kv_head) const;
 
  private:
   struct Head {
-    std::vector<Pos> slots;       // as SlotTable, mirrored here so that plans suffice
+    std::vector<Pos> slots;  // as SlotTable, mirrored here so that plans suffice
     int vacant = -1;
-    std::vector<int> live;        // [page] live tokens, by position page (holes) or slot page
+    std::vector<int> live;  // [page] live tokens, by position page (holes) or slot page
   };
-  Head& head(int layer, int kv_head) { return heads_[static_cast<size_t>(layer) * geometry_.n_kv_heads + kv_head]; }
-  const Head& head(int layer, int kv_head) const { return heads_[static_cast<size_t>(layer) * geometry_.n_kv_heads + kv_head]; }
+  Head& head(int layer, int kv_head) {
+    return heads_[static_cast<size_t>(layer) * geometry_.n_kv_heads + kv_head];
+  }
+  const Head& head(int layer, int kv_head) const {
+    return heads_[static_cast<size_t>(layer) * geometry_.n_kv_heads + kv_head];
+  }
   int count(const Head& h) const { return static_cast<int>(h.slots.size()) - (h.vacant >= 0 ? 1 : 0); }
   int page_of(Pos pos, int slot) const;
   MemoryPoint measure() const;
@@ -97,9 +103,10 @@ class MemorySimulator {
   int budget_, capacity_;
   MemoryOptions options_;
   std::vector<Head> heads_;
-  std::vector<int> allocated_;      // [layer][head] pages allocated so far (high water), head 0 only for layer tables
+  std::vector<int>
+      allocated_;  // [layer][head] pages allocated so far (high water), head 0 only for layer tables
   int64_t n_tokens_ = 0, steps_ = 0;
-  bool decided_ = false;            // some layer evicted in this step
+  bool decided_ = false;  // some layer evicted in this step
   MemorySummary summary_;
 };
 

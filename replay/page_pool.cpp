@@ -22,17 +22,20 @@ struct Waiting {
 
 }  // namespace
 
-PoolReport simulate_pool(std::span<const PoolRequest> requests, std::span<const int64_t> pages_at, std::span<const int64_t> logical_at,
-                         int64_t page_bytes, int64_t pool_pages) {
+PoolReport simulate_pool(std::span<const PoolRequest> requests, std::span<const int64_t> pages_at,
+                         std::span<const int64_t> logical_at, int64_t page_bytes, int64_t pool_pages) {
   int64_t largest = *std::max_element(pages_at.begin(), pages_at.end());
-  if (largest > pool_pages) fail("page pool: one request needs {} pages, the pool holds {}", largest, pool_pages);
+  if (largest > pool_pages)
+    fail("page pool: one request needs {} pages, the pool holds {}", largest, pool_pages);
   for (const PoolRequest& r : requests)
     if (r.n_prompt < 1 || r.n_output < 1 || static_cast<size_t>(r.n_prompt + r.n_output) > pages_at.size())
-      fail("page pool: a request of {} + {} tokens exceeds the memory curve of {} tokens", r.n_prompt, r.n_output, pages_at.size());
+      fail("page pool: a request of {} + {} tokens exceeds the memory curve of {} tokens", r.n_prompt,
+           r.n_output, pages_at.size());
 
   std::vector<int> order(requests.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return requests[a].arrival_step < requests[b].arrival_step; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return requests[a].arrival_step < requests[b].arrival_step; });
 
   PoolReport report;
   std::deque<Waiting> waiting;
@@ -41,8 +44,10 @@ PoolReport simulate_pool(std::span<const PoolRequest> requests, std::span<const 
   int64_t used = 0;
   double running_sum = 0, used_sum = 0, fragmentation_sum = 0;
   while (next_arrival < order.size() || !waiting.empty() || !running.empty()) {
-    if (running.empty() && waiting.empty()) report.steps = std::max<int64_t>(report.steps, requests[order[next_arrival]].arrival_step);
-    for (; next_arrival < order.size() && requests[order[next_arrival]].arrival_step <= report.steps; ++next_arrival)
+    if (running.empty() && waiting.empty())
+      report.steps = std::max<int64_t>(report.steps, requests[order[next_arrival]].arrival_step);
+    for (; next_arrival < order.size() && requests[order[next_arrival]].arrival_step <= report.steps;
+         ++next_arrival)
       waiting.push_back({order[next_arrival], 0});
 
     // Admission: first come, first served, while the prompt's pages are there.
@@ -91,7 +96,8 @@ PoolReport simulate_pool(std::span<const PoolRequest> requests, std::span<const 
     report.pages_peak = std::max(report.pages_peak, used);
     running_sum += static_cast<double>(running.size());
     used_sum += static_cast<double>(used) / static_cast<double>(pool_pages);
-    if (used > 0) fragmentation_sum += 1 - static_cast<double>(logical) / static_cast<double>(used * page_bytes);
+    if (used > 0)
+      fragmentation_sum += 1 - static_cast<double>(logical) / static_cast<double>(used * page_bytes);
     ++report.steps;
 
     std::erase_if(running, [&](const Running& r) {
@@ -111,7 +117,8 @@ PoolReport simulate_pool(std::span<const PoolRequest> requests, std::span<const 
   return report;
 }
 
-std::vector<PoolRequest> draw_requests(int n, int prompt_min, int prompt_max, int output_min, int output_max, int gap_steps, uint64_t seed) {
+std::vector<PoolRequest> draw_requests(int n, int prompt_min, int prompt_max, int output_min, int output_max,
+                                       int gap_steps, uint64_t seed) {
   std::vector<PoolRequest> requests(n);
   for (int i = 0; i < n; ++i) {
     auto draw = [&](int low, int high, uint64_t which) {
