@@ -7,6 +7,7 @@
 #include "cli/table.h"
 #include "core/base/error.h"
 #include "core/model/model_config.h"
+#include "core/policy/evictor.h"
 #include "core/policy/spec.h"
 #include "replay/published.h"
 #include "replay/throughput_model.h"
@@ -158,7 +159,7 @@ void run_reproduce_rkv(Context& context) {
   const char* remark =
       "The 16K row of the full cache at batch 30 is slower than its bytes say: a cache that grows by "
       "concatenation is\n"
-      "copied at every step, at batch 30 up to 65 GB of it, which the fitted rows (short or bounded caches) "
+      "copied at every step, at batch 30 up to 64 GB of it, which the fitted rows (short or bounded caches) "
       "do not show.\n";
   if (context.json) {
     print_json({{"source", table.source},
