@@ -16,7 +16,13 @@ constexpr int kExitFailed = 2, kExitUsage = 64;
 void add_commands(CLI::App& app, Context& context) {
   add_conformance(app, context);
   add_doctor(app, context);
+  add_eval(app, context);
+  add_info(app, context);
   add_policies(app, context);
+  add_predict(app, context);
+  add_record(app, context);
+  add_sql(app, context);
+  add_verify(app, context);
 }
 
 void set_up_log(const Context& context) {

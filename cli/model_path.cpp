@@ -1,6 +1,11 @@
 #include "cli/model_path.h"
 
+#include <xxhash.h>
+
+#include <algorithm>
 #include <cstdlib>
+#include <fstream>
+#include <memory>
 
 #include "core/base/error.h"
 
@@ -44,6 +49,27 @@ fs::path find_model(const std::string& name) {
   }
   fail("model '{}': no such file or folder, and no model of that name in {} (`make models` fetches smollm2)",
        wanted, searched);
+}
+
+std::string model_content_hash(const fs::path& model) {
+  std::vector<fs::path> files;
+  if (fs::is_regular_file(model)) {
+    files.push_back(model);
+  } else {
+    for (const auto& entry : fs::directory_iterator(model))
+      if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
+    std::sort(files.begin(), files.end());
+  }
+  std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state(XXH3_createState(), XXH3_freeState);
+  XXH3_128bits_reset(state.get());
+  std::vector<char> block(1 << 20);
+  for (const fs::path& file : files) {
+    std::ifstream in(file, std::ios::binary);
+    while (in.read(block.data(), static_cast<std::streamsize>(block.size())), in.gcount() > 0)
+      XXH3_128bits_update(state.get(), block.data(), static_cast<size_t>(in.gcount()));
+  }
+  XXH128_hash_t hash = XXH3_128bits_digest(state.get());
+  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
 }
 
 }  // namespace kvlapse::cli

@@ -180,8 +180,8 @@ class Recording {
     session_options_.observers = {&recorder};
     DecodeSession session(*backend_, model_, session_options_);
     for (size_t i = 0; i < requests_.size(); ++i) {
-      recorder.set_seed(static_cast<int>(i), requests_[i].sequence.seed);
-      session.add_sequence(requests_[i].sequence);
+      const int s = session.add_sequence(requests_[i].sequence);
+      recorder.set_sequence(s, requests_[i].sequence.seed, session.sequence(s).budget_slots);
     }
     decode(session, recorder, static_cast<double>(total_tokens));
     for (size_t i = 0; i < requests_.size(); ++i) describe(session, recorder, static_cast<int>(i));
@@ -206,7 +206,7 @@ class Recording {
     header.rope_theta = spec.rope.theta;
     header.n_sequences = static_cast<int>(requests_.size());
     header.meta = {{"model", spec.name},
-                   {"model_hash", model_.content_hash},
+                   {"model_hash", model_content_hash(model_.path)},
                    {"device", backend_->describe()},
                    {"program", std::string("kvlapse ") + KVLAPSE_VERSION},
                    {"temperature", fmt::format("{:g}", options_.temperature)},
@@ -215,7 +215,6 @@ class Recording {
                    {"ignore_eos", options_.ignore_eos ? "1" : "0"},
                    {"teacher", options_.teacher.empty() ? "0" : "1"},
                    {"max_tokens", fmt::format("{}", session_options_.max_tokens)},
-                   {"rope_convention", "half-split, keys post-RoPE at their original position"},
                    {"counters", "none"}};
     return header;
   }
