@@ -162,12 +162,12 @@ class Recording {
   }
 
   void run() {
+    // Everything that can be refused is refused before a file is made.
     int64_t total_tokens = 0, longest = 0;
     for (const Request& request : requests_) {
-      int64_t tokens = static_cast<int64_t>(request.sequence.prompt.size()) + request.sequence.max_tokens;
-      tokens = std::min<int64_t>(tokens, model_.spec.context);
-      total_tokens += request.sequence.max_tokens;
-      longest = std::max(longest, tokens);
+      const RequestPlan plan = plan_request(model_.spec, session_options_, request.sequence);
+      total_tokens += plan.max_tokens;
+      longest = std::max<int64_t>(longest, plan.total_tokens);
     }
     TraceHeader header = make_header(static_cast<int>(longest));
     if (!context_.quiet)
@@ -197,10 +197,8 @@ class Recording {
     std::tie(header.layer_begin, header.layer_end) = parse_layers(options_.layers, spec.n_layers);
     header.tier = parse_tier(options_.tier);
     const bool evicts = policy_->info().evicts;
-    const Request& first = requests_.front();
-    int total =
-        std::min(static_cast<int>(first.sequence.prompt.size()) + first.sequence.max_tokens, spec.context);
-    header.budget_slots = evicts ? session_options_.budget.slots(total) : 0;
+    header.budget_slots =
+        plan_request(model_.spec, session_options_, requests_.front().sequence).budget_slots;
     header.budget_text = evicts ? session_options_.budget.text() : "";
     header.policy = describe_policy(*policy_, header.budget_slots, spec.n_layers);
     header.rope_theta = spec.rope.theta;

@@ -309,10 +309,8 @@ DecodeSession::DecodeSession(Backend& backend, const Model& model, SessionOption
 
 DecodeSession::~DecodeSession() = default;
 
-int DecodeSession::add_sequence(SequenceRequest request) {
-  const ModelSpec& spec = impl_->spec;
-  const SessionOptions& options = impl_->options;
-  if (impl_->started) fail("sequence: expected before the first step, found after it");
+RequestPlan plan_request(const ModelSpec& spec, const SessionOptions& options,
+                         const SequenceRequest& request) {
   const int n_prompt = static_cast<int>(request.prompt.size());
   if (n_prompt < 1) fail("prompt: expected at least 1 token, found 0");
   if (n_prompt >= spec.context)
@@ -321,14 +319,28 @@ int DecodeSession::add_sequence(SequenceRequest request) {
   for (const std::vector<int32_t>* ids : {&request.prompt, &request.teacher})
     for (int32_t id : *ids)
       if (id < 0 || id >= spec.n_vocab) fail("token id: expected one of [0, {}), found {}", spec.n_vocab, id);
+  RequestPlan plan;
+  plan.max_tokens = request.max_tokens > 0 ? request.max_tokens : options.max_tokens;
+  if (!request.teacher.empty())
+    plan.max_tokens = std::min(plan.max_tokens, static_cast<int>(request.teacher.size()));
+  plan.total_tokens = std::min(n_prompt + plan.max_tokens, spec.context);
+  if (options.policy->info().evicts) plan.budget_slots = options.budget.slots(plan.total_tokens);
+  check_budget(*options.policy, plan.budget_slots, n_prompt);
+  return plan;
+}
+
+int DecodeSession::add_sequence(SequenceRequest request) {
+  const ModelSpec& spec = impl_->spec;
+  const SessionOptions& options = impl_->options;
+  if (impl_->started) fail("sequence: expected before the first step, found after it");
+  const RequestPlan plan = plan_request(spec, options, request);
+  const int n_prompt = static_cast<int>(request.prompt.size()), total = plan.total_tokens;
+  const int budget = plan.budget_slots;
+  const Policy& policy = *options.policy;
 
   Sequence s;
   s.seed = request.seed;
-  s.limit = request.max_tokens > 0 ? request.max_tokens : options.max_tokens;
-  if (!request.teacher.empty()) s.limit = std::min(s.limit, static_cast<int>(request.teacher.size()));
-  const int total = std::min(n_prompt + s.limit, spec.context);
-  const Policy& policy = *options.policy;
-  const int budget = policy.info().evicts ? options.budget.slots(total) : 0;
+  s.limit = plan.max_tokens;
   s.state.tokens = std::move(request.prompt);
   s.state.tokens.reserve(total);
   s.state.n_prompt = n_prompt;

@@ -50,6 +50,17 @@ struct SequenceRequest {
   int max_tokens = 0;  // 0: the session's
 };
 
+// What a request comes to under a session's options.
+struct RequestPlan {
+  int max_tokens = 0;    // generated at most
+  int total_tokens = 0;  // prompt and generation at most, within the context
+  int budget_slots = 0;  // per kv head; 0 when the policy never evicts
+};
+// What add_sequence does first: throws Error for a prompt that is empty or longer than the context, an id
+// outside the vocabulary, a budget below the protected set.
+RequestPlan plan_request(const ModelSpec& spec, const SessionOptions& options,
+                         const SequenceRequest& request);
+
 struct SequenceState {
   std::vector<int32_t> tokens;  // prompt, then generation
   int n_prompt = 0;
