@@ -14,13 +14,16 @@ namespace {
 constexpr int kExitFailed = 2, kExitUsage = 64;
 
 void add_commands(CLI::App& app, Context& context) {
+  add_choose(app, context);
   add_conformance(app, context);
   add_doctor(app, context);
   add_eval(app, context);
   add_info(app, context);
+  add_merge(app, context);
   add_policies(app, context);
   add_predict(app, context);
   add_record(app, context);
+  add_replay(app, context);
   add_sql(app, context);
   add_verify(app, context);
 }

@@ -1,0 +1,308 @@
+#include "replay/metrics.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+#include <limits>
+
+#include "core/base/vector_math.h"
+#include "replay/dense_kernels.h"
+
+namespace kvlapse {
+namespace {
+
+// Below this share of the full mass the held tokens' exponentials may have underflowed: such a row is recomputed
+// against its own maximum.
+constexpr float kTinyMass = 1e-6f;
+
+}  // namespace
+
+void QHeadMetrics::merge(const QHeadMetrics& other) {
+  steps += other.steps;
+  recall += other.recall;
+  recall_no_sinks += other.recall_no_sinks;
+  output_error += other.output_error;
+  cosine_error += other.cosine_error;
+  topk_recall += other.topk_recall;
+  missing += other.missing;
+  missing_sketch.merge(other.missing_sketch);
+  missing_no_sinks_sketch.merge(other.missing_no_sinks_sketch);
+  error_sketch.merge(other.error_sketch);
+  cosine_sketch.merge(other.cosine_sketch);
+}
+
+void KvHeadMetrics::merge(const KvHeadMetrics& other) {
+  steps += other.steps;
+  retained += other.retained;
+  held_sum += other.held_sum;
+  held_peak = std::max(held_peak, other.held_peak);
+  evictions += other.evictions;
+  prompt_evictions += other.prompt_evictions;
+  for (int c = 0; c < kTokenClasses; ++c) {
+    evicted_by_class[c] += other.evicted_by_class[c];
+    lifetime_by_class[c] += other.lifetime_by_class[c];
+  }
+  lifetime_sketch.merge(other.lifetime_sketch);
+  revived += other.revived;
+  future_missed += other.future_missed;
+  future_mass += other.future_mass;
+  churn += other.churn;
+  prompt_tokens += other.prompt_tokens;
+  prompt_kept += other.prompt_kept;
+}
+
+MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& retention)
+    : shared_(shared), retention_(retention) {
+  const CacheGeometry& g = shared.geometry();
+  const int n_tokens = shared.sequence().n_tokens;
+  metrics_.q_heads.resize(g.n_q_heads);
+  metrics_.kv_heads.resize(g.n_kv_heads);
+  metrics_.held_by_step.resize(n_tokens);
+  series_sums_.resize(static_cast<size_t>(kSeriesKinds) * g.n_q_heads * kSeriesBins);
+  series_counts_.resize(series_sums_.size());
+  decisions_.resize(g.n_kv_heads);
+  victims_.resize(g.n_kv_heads);
+  previous_held_.assign(g.n_kv_heads, -1);
+  previous_drops_.assign(g.n_kv_heads, 0);
+  revived_.resize(static_cast<size_t>(g.n_kv_heads) * n_tokens);
+}
+
+void MetricsCollector::add_series(SeriesKind kind, int q_head, int step, double value) {
+  const size_t bin = static_cast<size_t>(step) * kSeriesBins / static_cast<size_t>(shared_.sequence().n_tokens);
+  const size_t at = (static_cast<size_t>(kind) * metrics_.q_heads.size() + q_head) * kSeriesBins + bin;
+  series_sums_[at] += value;
+  ++series_counts_[at];
+}
+
+TokenClass MetricsCollector::class_of(int pos, int step) const {
+  if (pos < kSinkTokens) return TokenClass::sink;
+  if (pos < shared_.sequence().n_prompt) return TokenClass::prompt;
+  return step - pos < kRecentTokens ? TokenClass::recent : TokenClass::think;
+}
+
+void MetricsCollector::on_attended(const SlotTable& table, int step) {
+  const int group = shared_.geometry().group();
+  for (int h = 0; h < table.n_kv_heads(); ++h) {
+    KvHeadMetrics& m = metrics_.kv_heads[h];
+    const int held = table.count(h);
+    const double retained = static_cast<double>(held) / (step + 1);
+    ++m.steps;
+    m.retained += retained;
+    m.held_sum += held;
+    m.held_peak = std::max(m.held_peak, held);
+    metrics_.held_by_step[step] += held;
+    if (previous_held_[h] >= 0) {
+      const int both = previous_held_[h] - previous_drops_[h], either = held + previous_drops_[h];
+      m.churn += 1.0 - static_cast<double>(both) / either;
+    }
+    previous_held_[h] = held;
+    previous_drops_[h] = 0;
+    for (int q = h * group; q < (h + 1) * group; ++q) add_series(SeriesKind::retained, q, step, retained);
+  }
+}
+
+void MetricsCollector::on_evicted(const EvictionPlan& plan) {
+  const int n_heads = shared_.geometry().n_kv_heads, step = raw(plan.step);
+  for (const Drop& drop : plan.drops) {
+    const int first = drop.kv_head == kWholeLayer ? 0 : drop.kv_head;
+    const int end = drop.kv_head == kWholeLayer ? n_heads : drop.kv_head + 1;
+    const int pos = raw(drop.pos);
+    const auto c = static_cast<size_t>(class_of(pos, step));
+    for (int h = first; h < end; ++h) {
+      KvHeadMetrics& m = metrics_.kv_heads[h];
+      ++m.evictions;
+      if (plan.reason == EvictionReason::prompt_over_budget) ++m.prompt_evictions;
+      ++m.evicted_by_class[c];
+      m.lifetime_by_class[c] += step - pos;
+      m.lifetime_sketch.add(static_cast<float>(step - pos));
+      ++previous_drops_[h];
+      victims_[h].push_back(pos);
+      if (decisions_[h].empty() || decisions_[h].back() != step) decisions_[h].push_back(step);
+    }
+  }
+}
+
+void MetricsCollector::finish_block(int begin, int end) {
+  assert(begin / kMetricSteps == (end - 1) / kMetricSteps);
+  for (int h = 0; h < shared_.geometry().n_kv_heads; ++h) {
+    outputs(h, begin, end);
+    future(h, begin, end);
+  }
+}
+
+// Recomputes one row over the held tokens against their own maximum.
+void MetricsCollector::exact_row(int q_head, int step, float* output) const {
+  const int h = shared_.geometry().kv_head_of(q_head), dim = shared_.geometry().head_dim;
+  const int32_t* last = retention_.last(h);
+  const float* logits = shared_.logits(q_head, step);
+  float most = -std::numeric_limits<float>::infinity();
+  for (int i = 0; i <= step; ++i)
+    if (last[i] >= step) most = std::max(most, logits[i]);
+  double total = 0;
+  std::vector<double> sum(dim);
+  for (int i = 0; i <= step; ++i) {
+    if (last[i] < step) continue;
+    const double weight = std::exp(static_cast<double>(logits[i]) - most);
+    total += weight;
+    const float* row = shared_.value(h, i);
+    for (int d = 0; d < dim; ++d) sum[d] += weight * row[d];
+  }
+  for (int d = 0; d < dim; ++d) output[d] = static_cast<float>(sum[d] / total);
+}
+
+void MetricsCollector::outputs(int h, int begin, int end) {
+  const CacheGeometry& g = shared_.geometry();
+  const int group = g.group();
+  const auto dim = static_cast<size_t>(g.head_dim);
+  const int32_t* last = retention_.last(h);
+
+  // Tokens that are held (dropped) at every step of the block, and those that are evicted inside it.
+  kept_.clear();
+  dropped_.clear();
+  changed_.clear();
+  for (int i = 0; i < end; ++i) {
+    if (last[i] < begin)
+      dropped_.push_back(i);
+    else if (last[i] >= end - 1)
+      kept_.push_back(i);
+    else
+      changed_.push_back(i);
+  }
+  const bool sum_dropped = dropped_.size() <= kept_.size();
+  const std::vector<int32_t>& tokens = sum_dropped ? dropped_ : kept_;
+  const size_t columns = shared_.token_columns(), n_changed = changed_.size();
+  const float* weights = shared_.token_weights(h, begin);
+  const size_t first_column = static_cast<size_t>(begin % kMetricSteps) * group;
+  sums_.assign(columns * dim, 0.0f);
+  masses_.assign(columns, 0.0f);
+  dense::weighted_rows(weights, columns, columns, tokens.data(), tokens.size(), shared_.value(h, 0), dim, sums_.data());
+  dense::sum_rows(weights, columns, columns, tokens.data(), tokens.size(), masses_.data());
+  if (n_changed > 0) {
+    // Part of the sum on one side of their eviction only.
+    changed_weights_.resize(std::max(changed_weights_.size(), n_changed * columns));
+    changed_rows_.resize(std::max(changed_rows_.size(), n_changed * dim));
+    for (size_t u = 0; u < n_changed; ++u) {
+      const int i = changed_[u];
+      const auto gone = static_cast<size_t>(last[i] + 1 - begin / kMetricSteps * kMetricSteps) * group;
+      float* row = changed_weights_.data() + u * columns;
+      std::copy_n(weights + static_cast<size_t>(i) * columns, columns, row);
+      std::fill(row + (sum_dropped ? 0 : gone), row + (sum_dropped ? gone : columns), 0.0f);
+      std::copy_n(shared_.value(h, i), dim, changed_rows_.data() + u * dim);
+    }
+    dense::weighted_rows(changed_weights_.data(), columns, columns, nullptr, n_changed, changed_rows_.data(), dim, sums_.data());
+    dense::sum_rows(changed_weights_.data(), columns, columns, nullptr, n_changed, masses_.data());
+  }
+
+  std::vector<float> exact(dim);
+  for (int t = begin; t < end; ++t) {
+    for (int j = 0; j < group; ++j) {
+      const int q = h * group + j;
+      const size_t r = first_column + static_cast<size_t>(t - begin) * group + j;
+      const AttentionRow& row = shared_.row(q, t);
+      const float* o = shared_.output(q, t);
+      float* difference = sums_.data() + r * dim;
+      const float mass = masses_[r];
+      double missing = sum_dropped ? mass / row.total : 1.0 - static_cast<double>(mass) / row.total;
+      missing = std::clamp(missing, 0.0, 1.0);
+      double recall = 1.0 - missing;
+      if (!sum_dropped) recall = std::min(1.0, static_cast<double>(mass) / row.total);
+
+      if (recall < kTinyMass) {
+        exact_row(q, t, exact.data());
+        for (size_t d = 0; d < dim; ++d) difference[d] = exact[d] - o[d];
+      } else if (sum_dropped) {
+        const auto m = static_cast<float>(missing), kept_inverse = static_cast<float>(1.0 / recall);
+        const float total_inverse = 1.0f / row.total;
+        for (size_t d = 0; d < dim; ++d) difference[d] = (m * o[d] - difference[d] * total_inverse) * kept_inverse;
+      } else {
+        const float mass_inverse = 1.0f / mass;
+        for (size_t d = 0; d < dim; ++d) difference[d] = difference[d] * mass_inverse - o[d];
+      }
+      // With o~ = o + x: 1 - cos from sin^2, which does not cancel.
+      const double oo = row.output_norm2, xx = dot(difference, difference, dim), ox = dot(o, difference, dim);
+      const double error = oo > 0 ? std::sqrt(xx / oo) : xx > 0 ? 1.0 : 0.0;
+      const double tt = std::max(0.0, oo + 2 * ox + xx);
+      double cosine_error = 0;
+      if (oo > 0 && tt > 0) {
+        const double cosine = (oo + ox) / std::sqrt(oo * tt);
+        const double sine2 = std::max(0.0, oo * xx - ox * ox) / (oo * tt);
+        cosine_error = cosine > 0 ? sine2 / (1 + std::min(1.0, cosine)) : 1 - cosine;
+      }
+
+      double held_sinks = 0;
+      for (int i = 0; i < std::min(kSinkTokens, t + 1); ++i)
+        if (last[i] >= t) held_sinks += shared_.exp_of(q, t, i);
+      const double outside = static_cast<double>(row.total) - row.sinks;
+      double missing_no_sinks = 0;
+      if (outside > 1e-6 * row.total)
+        missing_no_sinks =
+            std::clamp((missing * row.total - (static_cast<double>(row.sinks) - held_sinks)) / outside, 0.0, 1.0);
+      int top_held = 0;
+      for (int i = 0; i < row.n_top; ++i) top_held += last[row.top[i]] >= t;
+
+      QHeadMetrics& m = metrics_.q_heads[q];
+      ++m.steps;
+      m.recall += recall;
+      m.missing += missing;
+      m.recall_no_sinks += 1.0 - missing_no_sinks;
+      m.output_error += error;
+      m.cosine_error += cosine_error;
+      m.topk_recall += static_cast<double>(top_held) / row.n_top;
+      m.missing_sketch.add(static_cast<float>(missing));
+      m.missing_no_sinks_sketch.add(static_cast<float>(missing_no_sinks));
+      m.error_sketch.add(static_cast<float>(error));
+      m.cosine_sketch.add(static_cast<float>(cosine_error));
+      add_series(SeriesKind::recall, q, t, recall);
+      add_series(SeriesKind::output_error, q, t, error);
+    }
+  }
+}
+
+void MetricsCollector::future(int h, int begin, int end) {
+  const int group = shared_.geometry().group(), block = begin / kMetricSteps * kMetricSteps;
+  const int32_t* last = retention_.last(h);
+  KvHeadMetrics& m = metrics_.kv_heads[h];
+  const size_t columns = shared_.token_columns();
+  const float* weights = shared_.token_weights(h, begin);
+  // Row r of the block: (step - block) * G + g.
+  inverse_totals_.assign(columns, 0.0f);
+  for (int t = begin; t < end; ++t)
+    for (int j = 0; j < group; ++j)
+      inverse_totals_[static_cast<size_t>(t - block) * group + j] = 1.0f / shared_.row(h * group + j, t).total;
+  for (int i : victims_[h]) {
+    const int from = std::max(begin, last[i] + 1), to = std::min(end, last[i] + kFutureHorizon + 1);
+    if (from >= to) continue;
+    const size_t first = static_cast<size_t>(from - block) * group, n = static_cast<size_t>(to - from) * group;
+    m.future_missed += dot(weights + static_cast<size_t>(i) * columns + first, inverse_totals_.data() + first, n);
+  }
+  char* revived = revived_.data() + static_cast<size_t>(h) * shared_.sequence().n_tokens;
+  for (int t = begin; t < end; ++t)
+    for (int q = h * group; q < (h + 1) * group; ++q) {
+      const AttentionRow& row = shared_.row(q, t);
+      for (int s : decisions_[h])
+        if (s < t && t <= s + kFutureHorizon) m.future_mass += 1.0 - row.newest[t - s];
+      for (int32_t i : row.hot)
+        if (last[i] < t && !revived[i]) {
+          revived[i] = 1;
+          ++m.revived;
+        }
+    }
+  std::erase_if(victims_[h], [&](int i) { return last[i] + kFutureHorizon < end; });
+  std::erase_if(decisions_[h], [&](int s) { return s + kFutureHorizon < end; });
+}
+
+LayerMetrics MetricsCollector::finish() {
+  const RowSequence& sequence = shared_.sequence();
+  for (int h = 0; h < shared_.geometry().n_kv_heads; ++h) {
+    KvHeadMetrics& m = metrics_.kv_heads[h];
+    m.prompt_tokens = sequence.n_prompt;
+    for (int i = 0; i < sequence.n_prompt; ++i) m.prompt_kept += retention_.last(h)[i] == Retention::kHeld;
+  }
+  metrics_.series.resize(series_sums_.size());
+  for (size_t i = 0; i < series_sums_.size(); ++i)
+    metrics_.series[i] = series_counts_[i] > 0 ? static_cast<float>(series_sums_[i] / series_counts_[i])
+                                               : std::numeric_limits<float>::quiet_NaN();
+  return std::move(metrics_);
+}
+
+}  // namespace kvlapse

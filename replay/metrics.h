@@ -1,0 +1,101 @@
+// Metrics of one configuration over one (sequence, layer): what the policy's cache keeps of the full cache's
+// attention. They read SharedLayer and Retention only, never the decision's own arithmetic, in fixed blocks of
+// kMetricSteps steps and in order of position, so that they depend on the victims alone: not on threads, blocking
+// or the other configurations. Open loop: the reference is full attention over all recorded tokens.
+//
+// Per query head h and step t, with alpha the full attention and S the held tokens:
+//   recall            sum over S of alpha; `missing` = 1 - recall
+//   recall_no_sinks   the same over positions >= kSinkTokens, renormalised
+//   output_error      |o~ - o| / |o|, o~ the attention output over S; o~ - o = m / (1 - m) (o - v_E) is computed from
+//                     the smaller of S and its complement E
+//   cosine_error      1 - cos(o, o~)
+//   topk_recall       share of the kTopK heaviest tokens that are held
+// Per kv head: held tokens, evictions, lifetime at eviction, revival, future missed mass, churn, prompt survival.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "replay/replay_memory.h"
+#include "replay/sketch.h"
+
+namespace kvlapse {
+
+inline constexpr int kSeriesBins = 256;    // bins of a series over the steps of a sequence
+inline constexpr int kRecentTokens = 64;   // age below which an evicted token counts as recent
+
+// Class of a token at its eviction.
+enum class TokenClass : uint8_t { sink, prompt, think, recent };
+inline constexpr int kTokenClasses = 4;
+constexpr const char* token_class_name(TokenClass c) {
+  constexpr const char* kNames[kTokenClasses] = {"sink", "prompt", "think", "recent"};
+  return kNames[static_cast<int>(c)];
+}
+
+struct QHeadMetrics {
+  int64_t steps = 0;
+  double recall = 0, recall_no_sinks = 0, output_error = 0, cosine_error = 0, topk_recall = 0, missing = 0;  // sums
+  Sketch missing_sketch, missing_no_sinks_sketch, error_sketch, cosine_sketch;
+  void merge(const QHeadMetrics& other);
+};
+
+struct KvHeadMetrics {
+  int64_t steps = 0;
+  double retained = 0;      // sum over steps of held / tokens seen
+  int64_t held_sum = 0;     // sum over steps
+  int held_peak = 0;
+  int64_t evictions = 0, prompt_evictions = 0;
+  std::array<int64_t, kTokenClasses> evicted_by_class{};
+  std::array<int64_t, kTokenClasses> lifetime_by_class{};  // sums of ages at eviction
+  Sketch lifetime_sketch;
+  int64_t revived = 0;       // evicted tokens whose full attention later exceeded kHotAttention in some query head
+  double future_missed = 0, future_mass = 0;  // numerator and denominator of future missed mass
+  double churn = 0;          // sum over steps of the Jaccard distance of consecutive held sets
+  int64_t prompt_tokens = 0, prompt_kept = 0;  // at the end
+  void merge(const KvHeadMetrics& other);
+};
+
+enum class SeriesKind : uint8_t { recall, output_error, retained };
+inline constexpr int kSeriesKinds = 3;
+
+struct LayerMetrics {
+  std::vector<QHeadMetrics> q_heads;
+  std::vector<KvHeadMetrics> kv_heads;
+  std::vector<int32_t> held_by_step;  // [T] sum over kv heads of the tokens that attention saw; 0 in the prompt
+  // [kind][Hq][kSeriesBins] means over the bin's steps; NaN where a bin has none. Step t is in bin t * bins / T.
+  std::vector<float> series;
+};
+
+class MetricsCollector {
+ public:
+  MetricsCollector(const SharedLayer& shared, const Retention& retention);
+
+  // After attention, before the eviction: what each head holds.
+  void on_attended(const SlotTable& table, int step);
+  void on_evicted(const EvictionPlan& plan);
+  // Every step of [begin, end) was decided; both lie in one block and in the loaded one.
+  void finish_block(int begin, int end);
+  LayerMetrics finish();
+
+ private:
+  void outputs(int kv_head, int begin, int end);
+  void future(int kv_head, int begin, int end);
+  void exact_row(int q_head, int step, float* output) const;
+  void add_series(SeriesKind kind, int q_head, int step, double value);
+  TokenClass class_of(int pos, int step) const;
+
+  const SharedLayer& shared_;
+  const Retention& retention_;
+  LayerMetrics metrics_;
+  std::vector<double> series_sums_;      // like LayerMetrics::series
+  std::vector<int32_t> series_counts_;
+  std::vector<std::vector<int>> decisions_;  // per kv head: steps of the last kFutureHorizon that evicted
+  std::vector<std::vector<int>> victims_;    // per kv head: positions evicted in them
+  std::vector<int> previous_held_, previous_drops_;
+  std::vector<char> revived_;            // [H, T]
+  std::vector<int32_t> kept_, dropped_, changed_;  // scratch from here
+  std::vector<float> changed_weights_, changed_rows_, sums_, masses_, inverse_totals_;
+};
+
+}  // namespace kvlapse

@@ -1,0 +1,168 @@
+#include "replay/replay_engine.h"
+
+#include <tbb/global_control.h>
+#include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+
+
+namespace kvlapse {
+namespace {
+
+constexpr int kMostBlockRows = 64, kLeastBlockRows = kMetricSteps;
+constexpr int kMostWindowRows = 512;  // logits of older queries are computed when asked for
+
+size_t config_bytes(const CacheGeometry& g, int n_tokens, const ReplayConfig& config) {
+  const size_t capacity = config.policy->info().evicts ? static_cast<size_t>(std::min(n_tokens, config.budget + 512))
+                                                       : static_cast<size_t>(n_tokens);
+  const size_t retention = static_cast<size_t>(g.n_kv_heads) * n_tokens * 5;
+  const size_t slots = static_cast<size_t>(g.n_q_heads + g.n_kv_heads * (config.policy->info().state_columns + 1)) * capacity * 4;
+  return retention + slots + size_t{256} * 1024;
+}
+
+int layer_capacity(const SharedLayer& shared, const ReplayConfig& config) {
+  const CacheGeometry& g = shared.geometry();
+  return CacheSite::capacity(*config.policy, config.policy->layer_budget(shared.layer(), g.n_layers, config.budget), g.n_kv_heads,
+                             shared.sequence().n_prompt, shared.sequence().n_tokens);
+}
+
+}  // namespace
+
+SharedLayerNeeds shared_needs(const std::vector<ReplayConfig>& configs, bool metrics) {
+  SharedLayerNeeds needs;
+  needs.metrics = metrics;
+  for (const ReplayConfig& config : configs) {
+    const PolicyInfo& info = config.policy->info();
+    needs.window = std::max(needs.window, std::min(info.query_window, kMostWindowRows));
+    needs.all_queries |= info.query_window > kMostWindowRows;
+    needs.keys |= contains(info.signals, Signal::keys) || info.query_window > kMostWindowRows;
+  }
+  return needs;
+}
+
+int first_attended_step(const std::vector<ReplayConfig>& configs, const RowSequence& sequence) {
+  for (const ReplayConfig& config : configs)
+    if (config.policy->info().state_columns > 0) return 0;
+  return std::max(0, sequence.n_prompt - 1) / kMetricSteps * kMetricSteps;
+}
+
+ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, PlanVisitor visitor)
+    : shared_(shared),
+      retention_(shared.geometry().n_kv_heads, shared.sequence().n_tokens),
+      memory_(shared, retention_, layer_capacity(shared, config)),
+      visitor_(std::move(visitor)) {
+  CacheGeometry geometry = shared.geometry();
+  geometry.n_slots = layer_capacity(shared, config);
+  const SiteFacts facts{.rope_theta = shared.rope_theta(), .future = nullptr};
+  site_ = std::make_unique<CacheSite>(geometry, shared.layer(), *config.policy, config.budget,
+                                      shared.sequence().n_prompt, memory_, facts);
+  if (metrics) collector_ = std::make_unique<MetricsCollector>(shared, retention_);
+}
+
+void ConfigRun::evicted(const EvictionPlan* plan) {
+  if (plan == nullptr) return;
+  retention_.apply(*plan, shared_.geometry().n_kv_heads);
+  if (collector_) collector_->on_evicted(*plan);
+  if (visitor_) visitor_(*plan);
+}
+
+void ConfigRun::advance() {
+  const int n_prompt = shared_.sequence().n_prompt, end = shared_.end();
+  for (; next_ < end; ++next_) {
+    const Pos pos{next_};
+    if (next_ < n_prompt) {
+      site_->append_prompt(pos, {});
+      if (next_ == n_prompt - 1) evicted(site_->finish_prompt());
+      continue;
+    }
+    site_->append(pos, {});
+    memory_.attend(site_->table(), pos);
+    if (collector_) collector_->on_attended(site_->table(), next_);
+    evicted(site_->finish(pos));
+    const bool block_ends = (next_ + 1) % kMetricSteps == 0 || next_ + 1 == shared_.sequence().n_tokens;
+    if (collector_ && block_ends)
+      collector_->finish_block(std::max(n_prompt, next_ / kMetricSteps * kMetricSteps), next_ + 1);
+  }
+}
+
+ReplayEngine::ReplayEngine(const RowSource& source, ReplayOptions options)
+    : source_(source), options_(std::move(options)) {
+  layer_begin_ = options_.layer_begin < 0 ? source.layer_begin() : options_.layer_begin;
+  layer_end_ = options_.layer_end < 0 ? source.layer_end() : options_.layer_end;
+  if (layer_begin_ < source.layer_begin() || layer_end_ > source.layer_end() || layer_begin_ >= layer_end_)
+    fail("replay: layers: expected a range within the recorded {}:{}, found {}:{}", source.layer_begin(),
+         source.layer_end(), layer_begin_, layer_end_);
+}
+
+void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& configs, bool metrics,
+                               const std::function<ConfigRun::PlanVisitor(size_t, int)>& visitor,
+                               const std::function<void(int, Runs&)>& finished) const {
+  const RowSequence rows = source_.sequence(sequence);
+  const SharedLayerNeeds needs = shared_needs(configs, metrics);
+  const int threads = options_.threads > 0 ? options_.threads : tbb::this_task_arena::max_concurrency();
+  const int n_layers = layer_end_ - layer_begin_;
+  size_t of_configs = 0;
+  for (const ReplayConfig& config : configs) of_configs += config_bytes(source_.geometry(), rows.n_tokens, config);
+  int block_rows = kMostBlockRows;
+  auto layer_bytes = [&] {
+    return of_configs + SharedLayer::memory_bytes(source_.geometry(), rows.n_tokens, needs, block_rows);
+  };
+  if (layer_bytes() * static_cast<size_t>(std::min(threads, n_layers)) > options_.memory_bytes) block_rows = kLeastBlockRows;
+  if (layer_bytes() > options_.memory_bytes)
+    fail("replay: memory: one layer of {} tokens under {} configurations needs {} MiB, the setting allows {} MiB", rows.n_tokens,
+         configs.size(), (layer_bytes() >> 20) + 1, options_.memory_bytes >> 20);
+  const int at_once =
+      static_cast<int>(std::min<size_t>({static_cast<size_t>(threads), static_cast<size_t>(n_layers),
+                                         options_.memory_bytes / layer_bytes()}));
+
+  const tbb::global_control limit(tbb::global_control::max_allowed_parallelism, static_cast<size_t>(threads));
+  tbb::task_arena arena(threads);
+  std::atomic<int> next{layer_begin_}, done{0};
+  std::atomic<bool> stop{false};
+  auto over_layer = [&](int layer) {
+    SharedLayer shared(source_, sequence, layer, needs, block_rows);
+    Runs runs;
+    for (size_t c = 0; c < configs.size(); ++c)
+      runs.push_back(std::make_unique<ConfigRun>(shared, configs[c], metrics, visitor ? visitor(c, layer) : nullptr));
+    for (int begin = first_attended_step(configs, rows); begin < rows.n_tokens; begin += block_rows) {
+      if (stop) return;
+      shared.load(begin, std::min(rows.n_tokens, begin + block_rows));
+      tbb::parallel_for(size_t{0}, runs.size(), size_t{1}, [&](size_t c) { runs[c]->advance(); }, tbb::simple_partitioner());
+    }
+    finished(layer, runs);
+  };
+  arena.execute([&] {
+    // `at_once` workers take layers in turn; inside one, configurations run in parallel. A worker that waits for
+    // its own configurations must not start another layer: that would hold two layers' memory.
+    tbb::parallel_for(0, at_once, 1, [&](int) {
+      for (int layer = next++; layer < layer_end_ && !stop; layer = next++) {
+        tbb::this_task_arena::isolate([&] { over_layer(layer); });
+        if (options_.progress && !options_.progress(++done, n_layers)) stop = true;
+      }
+    }, tbb::simple_partitioner());
+  });
+  if (stop) throw Interrupted("replay: interrupted");
+}
+
+std::vector<SequenceMetrics> ReplayEngine::run(int sequence, const std::vector<ReplayConfig>& configs) const {
+  std::vector<SequenceMetrics> results(configs.size(), SequenceMetrics(layer_end_ - layer_begin_));
+  over_layers(sequence, configs, true, nullptr, [&](int layer, Runs& runs) {
+    for (size_t c = 0; c < runs.size(); ++c) results[c][layer - layer_begin_] = runs[c]->finish();
+  });
+  return results;
+}
+
+void ReplayEngine::decide(int sequence, const std::vector<ReplayConfig>& configs,
+                          const std::function<void(size_t, int, const EvictionPlan&)>& visitor) const {
+  over_layers(
+      sequence, configs, false,
+      [&](size_t c, int layer) {
+        return [&visitor, c, layer](const EvictionPlan& plan) { visitor(c, layer, plan); };
+      },
+      [](int, Runs&) {});
+}
+
+}  // namespace kvlapse

@@ -1,0 +1,123 @@
+#include "replay/replay_memory.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "core/base/row_math.h"
+#include "core/base/vector_math.h"
+#include "replay/dense_kernels.h"
+
+namespace kvlapse {
+namespace {
+
+void gather(const float* values, const int32_t* index, size_t n, float* out) {
+  for (size_t i = 0; i < n; ++i) out[i] = values[index[i]];
+}
+
+}  // namespace
+
+ReplayMemory::ReplayMemory(const SharedLayer& shared, const Retention& retention, int capacity)
+    : shared_(shared), retention_(retention), capacity_(static_cast<size_t>(capacity)) {
+  const CacheGeometry& g = shared.geometry();
+  logits_.resize(capacity_);
+  attention_.resize(static_cast<size_t>(g.n_q_heads) * capacity_);
+  output_.resize(static_cast<size_t>(g.n_q_heads) * g.head_dim);
+  has_attention_.resize(g.n_q_heads);
+  has_output_.resize(g.n_q_heads);
+}
+
+void ReplayMemory::attend(const SlotTable& table, Pos pos) {
+  table_ = &table;
+  step_ = raw(pos);
+  std::fill(has_attention_.begin(), has_attention_.end(), kUnknown);
+  std::fill(has_output_.begin(), has_output_.end(), char{0});
+}
+
+std::span<const float> ReplayMemory::logits(int q_head) {
+  const int h = shared_.geometry().kv_head_of(q_head);
+  gather(shared_.logits(q_head, step_), index(h), count(h), logits_.data());
+  return {logits_.data(), count(h)};
+}
+
+std::span<const float> ReplayMemory::attention(int q_head) {
+  const int h = shared_.geometry().kv_head_of(q_head), group = shared_.geometry().group();
+  const std::span<float> out(attention_.data() + static_cast<size_t>(q_head) * capacity_, count(h));
+  if (has_attention_[q_head] == kNormalised) return out;
+  if (has_attention_[q_head] == kUnknown) {
+    // The whole group at once: its exponentials lie together. Where the held slots have the same maximum as all
+    // tokens, the shared exponentials are theirs; otherwise they are computed anew below.
+    dense::gather_columns(shared_.exps(h, step_), static_cast<size_t>(group), index(h), out.size(),
+                   attention_.data() + static_cast<size_t>(h) * group * capacity_, capacity_);
+    std::fill_n(has_attention_.begin() + h * group, group, kGathered);
+  }
+  has_attention_[q_head] = kNormalised;
+  if (retention_.held(h, shared_.row(q_head, step_).argmax, step_)) {
+    const float inverse = 1.0f / sum(out);  // the tail of softmax
+    for (float& weight : out) weight *= inverse;
+  } else {
+    softmax(logits(q_head), out);
+  }
+  return out;
+}
+
+std::span<const float> ReplayMemory::output(int q_head) {
+  const CacheGeometry& g = shared_.geometry();
+  const int h = g.kv_head_of(q_head);
+  const auto dim = static_cast<size_t>(g.head_dim);
+  const std::span<float> out(output_.data() + static_cast<size_t>(q_head) * dim, dim);
+  if (has_output_[q_head]) return out;
+  has_output_[q_head] = 1;
+  const std::span<const float> weights = attention(q_head);
+  attention_output({shared_.value(h, 0), DType::f32, dim, index(h)}, weights.size(), dim, weights.data(), 0, 1, out.data(), 0);
+  return out;
+}
+
+std::span<const float> ReplayMemory::value_l1(int kv_head) {
+  norms_.resize(std::max(norms_.size(), capacity_));
+  gather(shared_.value_l1(kv_head), index(kv_head), count(kv_head), norms_.data());
+  return {norms_.data(), count(kv_head)};
+}
+
+std::span<const float> ReplayMemory::keys(int kv_head) {
+  const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  keys_.resize(std::max(keys_.size(), count(kv_head) * dim));
+  for (size_t i = 0; i < count(kv_head); ++i)
+    std::copy_n(shared_.key(kv_head, index(kv_head)[i]), dim, keys_.data() + i * dim);
+  return {keys_.data(), count(kv_head) * dim};
+}
+
+std::span<const float> ReplayMemory::values(int kv_head) {
+  const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  values_.resize(std::max(values_.size(), count(kv_head) * dim));
+  for (size_t i = 0; i < count(kv_head); ++i)
+    std::copy_n(shared_.value(kv_head, index(kv_head)[i]), dim, values_.data() + i * dim);
+  return {values_.data(), count(kv_head) * dim};
+}
+
+std::span<const float> ReplayMemory::window_queries(int w) {
+  const CacheGeometry& g = shared_.geometry();
+  const int rows = std::min(w, step_ + 1);
+  return {shared_.query(step_ + 1 - rows), static_cast<size_t>(rows) * g.n_q_heads * g.head_dim};
+}
+
+std::span<const float> ReplayMemory::window_logits(int q_head, int w) {
+  const int h = shared_.geometry().kv_head_of(q_head);
+  const int rows = std::min(w, step_ + 1);
+  window_.resize(static_cast<size_t>(rows) * count(h));
+  const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  for (int r = 0; r < rows; ++r) {
+    const int step = step_ + 1 - rows + r;
+    float* out = window_.data() + static_cast<size_t>(r) * count(h);
+    if (step >= shared_.begin() - shared_.window()) {
+      gather(shared_.logits(q_head, step), index(h), count(h), out);
+      continue;
+    }
+    const float* query = shared_.query(step) + static_cast<size_t>(q_head) * dim;
+    for (size_t i = 0; i < count(h); ++i)
+      out[i] = index(h)[i] > step ? -std::numeric_limits<float>::infinity()
+                                  : dot(query, shared_.key(h, index(h)[i]), dim) * shared_.scale();
+  }
+  return window_;
+}
+
+}  // namespace kvlapse

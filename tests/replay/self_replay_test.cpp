@@ -1,0 +1,117 @@
+// Live equals replay: what a real decode evicted is what the replay of its trace evicts.
+#include "replay/self_replay.h"
+
+#include <gtest/gtest.h>
+
+#include "core/policy/registry.h"
+#include "tests/support/replay/recorded_run.h"
+#include "tests/support/trace/synthetic_trace.h"
+
+namespace kvlapse {
+namespace {
+
+using test::RecordedRun;
+using test::TemporaryFolder;
+
+std::vector<int32_t> some_prompt(int n, int salt = 0) {
+  std::vector<int32_t> ids;
+  for (int i = 0; i < n; ++i) ids.push_back((i * 7 + salt * 13 + i * i) % 64);
+  return ids;
+}
+
+RecordedRun tiny_run(std::string policy, std::string budget) {
+  RecordedRun run;
+  run.model = KVLAPSE_TEST_DATA "/tiny_qwen3";
+  run.policy = std::move(policy);
+  run.budget = std::move(budget);
+  run.prompts = {some_prompt(30)};
+  run.max_tokens = 220;
+  run.temperature = 1;  // a random model repeats itself when greedy
+  return run;
+}
+
+// Every policy that can run live, with the variants that change how victims are taken.
+std::vector<std::string> live_policies() {
+  std::vector<std::string> specs;
+  for (const PolicyEntry& entry : policy_registry()) {
+    const PolicyInfo info = entry.info();
+    if (!info.evicts || contains(info.signals, Signal::future)) continue;
+    const std::string name = info.reference.empty() ? std::string(info.name) : fmt::format("{}@{}", info.name, info.reference);
+    specs.push_back(name);
+  }
+  for (const char* spec : {"longflow:granularity=kv_head", "longflow:cast=fp16", "longflow:ties=last", "random:pin_prompt=1"})
+    specs.push_back(spec);
+  return specs;
+}
+
+// Some references protect a hundred tokens and more.
+void record_at_smallest_budget(const std::filesystem::path& file, const std::string& policy) {
+  for (const auto& [budget, max_tokens] : {std::pair{"48", 220}, {"100", 250}, {"280", 330}}) {
+    RecordedRun run = tiny_run(policy, budget);
+    run.max_tokens = max_tokens;
+    if (max_tokens > 220) run.model = KVLAPSE_MODELS "/reasoner-6m";  // the tiny model's context is shorter
+    try {
+      return test::record_run(file, run);
+    } catch (const Error& error) {
+      if (std::string(error.what()).find("protected set") == std::string::npos) throw;
+    }
+  }
+  FAIL() << policy << ": no budget of the test is large enough";
+}
+
+TEST(SelfReplay, EveryLivePolicyEvictsTheSameVictims) {
+  TemporaryFolder folder;
+  for (const std::string& policy : live_policies()) {
+    record_at_smallest_budget(folder / "run.kvl", policy);
+    const SelfReplayReport report = self_replay(TraceReader(folder / "run.kvl"));
+    EXPECT_EQ(report.mismatches, 0) << policy;
+    EXPECT_FALSE(report.first_mismatch) << policy;
+    EXPECT_GT(report.decisions, 0) << policy;
+  }
+}
+
+TEST(SelfReplay, PromptLongerThanTheBudgetAndRaggedBatches) {
+  TemporaryFolder folder;
+  RecordedRun run = tiny_run("longflow", "40");
+  run.prompts = {some_prompt(90), some_prompt(12, 1), some_prompt(41, 2)};
+  run.kv_dtype = DType::bf16;
+  test::record_run(folder / "run.kvl", run);
+  const SelfReplayReport report = self_replay(TraceReader(folder / "run.kvl"));
+  EXPECT_EQ(report.mismatches, 0);
+  EXPECT_GT(report.decisions, 3 * 100);
+}
+
+TEST(SelfReplay, ReportsTheFirstVictimThatDiffers) {
+  TemporaryFolder folder;
+  RecordedRun run = tiny_run("random:seed=1", "48");
+  run.claimed_policy = "random:seed=2";
+  test::record_run(folder / "lie.kvl", run);
+  const SelfReplayReport report = self_replay(TraceReader(folder / "lie.kvl"));
+  EXPECT_GT(report.mismatches, report.decisions / 2);
+  ASSERT_TRUE(report.first_mismatch);
+  EXPECT_EQ(report.first_mismatch->layer, 0);
+  EXPECT_EQ(report.first_mismatch->step, 47);  // the first token beyond the budget: 48 held, one must go
+  EXPECT_NE(report.first_mismatch->recorded_pos, report.first_mismatch->replayed_pos);
+}
+
+TEST(SelfReplay, Layer0OfAFullTraceEqualsAClosedRun) {
+  TemporaryFolder folder;
+  test::record_run(folder / "full.kvl", tiny_run("full", "1"));
+  const TraceReader full(folder / "full.kvl");
+  const std::vector<int32_t> tokens = full.sequence(0).tokens;
+  for (const std::string& policy : live_policies()) {
+    RecordedRun run = tiny_run(policy, "48");
+    run.teachers = {std::vector<int32_t>(tokens.begin() + 30, tokens.end())};
+    try {
+      test::record_run(folder / "closed.kvl", run);
+    } catch (const Error&) {
+      continue;  // protects more than 48: the test above covers it
+    }
+    const SelfReplayReport report = layer0_replay(full, TraceReader(folder / "closed.kvl"));
+    EXPECT_EQ(report.mismatches, 0) << policy;
+    EXPECT_GT(report.decisions, 0) << policy;
+  }
+}
+
+}  // namespace
+}  // namespace kvlapse
