@@ -2,6 +2,7 @@
 
 #include "cli/command.h"
 #include "cli/model_conformance.h"
+#include "cli/model_path.h"
 #include "cli/table.h"
 #include "core/base/error.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -62,7 +63,7 @@ void check(const Request& request, Context& context) {
       if (request.model.empty())
         fail_usage("--model: {} holds vectors of a model: expected the model's file or folder, found none",
                    file->describe());
-      if (!model) model = load_model(request.model);
+      if (!model) model = load_model(find_model(request.model));
       ModelCheck result =
           of_model ? check_model(*file, *model, *make_cpu_backend()) : check_tokenizer(*file, *model);
       if (!result.passed) context.exit_code = 1;

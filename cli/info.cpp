@@ -3,6 +3,8 @@
 #include <fstream>
 
 #include "cli/command.h"
+#include "cli/model_info.h"
+#include "cli/model_path.h"
 #include "cli/progress.h"
 #include "trace/trace_reader.h"
 
@@ -94,19 +96,26 @@ void print_trace(const Json& info) {
 }  // namespace
 
 void add_info(CLI::App& app, Context& context) {
-  CLI::App* command = add_command(app, context, "info", "what is in a trace",
-                                  "  kvlapse info run.kvl\n  kvlapse info run.kvl --json");
+  CLI::App* command = add_command(app, context, "info", "what is in a trace or a model",
+                                  "  kvlapse info run.kvl\n"
+                                  "  kvlapse info models/smollm2 --tokens 2048,8192 --json");
   auto file = std::make_shared<std::string>();
-  command->add_option("file", *file, "trace")->required();
-  command->callback([file, &context] {
-    TraceReader reader(*file);
-    Json info = trace_info(reader);
-    if (context.json)
-      print_json(info);
-    else {
-      fmt::print("{}\n", *file);
-      print_trace(info);
-    }
+  auto kv_dtype = std::make_shared<std::string>("fp16");
+  auto lengths = std::make_shared<std::vector<int64_t>>();
+  command->add_option("file", *file, "trace; model file, folder or name")->required();
+  command->add_option("--kv-dtype", *kv_dtype, "of a model's cache: fp32, fp16, bf16 or fp8")
+      ->capture_default_str();
+  command->add_option("--tokens", *lengths, "lengths to give a model's cache bytes for")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber);
+  command->callback([=, &context] {
+    const bool is_trace = std::filesystem::is_regular_file(*file) && !is_model_path(*file);
+    Json info = is_trace ? trace_info(TraceReader(*file))
+                         : model_info(find_model(*file), parse_dtype(*kv_dtype), *lengths);
+    if (context.json) return print_json(info);
+    if (!is_trace) return print_model_info(info);
+    fmt::print("{}\n", *file);
+    print_trace(info);
   });
 }
 

@@ -11,6 +11,7 @@
 #include "cli/progress.h"
 #include "core/base/error.h"
 #include "core/engine/decode_session.h"
+#include "core/model/prompt.h"
 #include "core/task/task.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "trace/recorder.h"
@@ -109,7 +110,9 @@ std::vector<Request> make_requests(const Options& options, const Model& model) {
       request.prompt = options.prompt_file.empty() ? options.prompt : read_file(options.prompt_file);
       request.sequence.max_tokens = options.max_tokens;
     }
-    request.sequence.prompt = model.tokenizer->encode(request.prompt, SpecialTokens::parse);
+    Prompt prompt = make_prompt(model.spec, *model.tokenizer, request.prompt, options.chat);
+    request.prompt = std::move(prompt.text);
+    request.sequence.prompt = std::move(prompt.ids);
     if (request.sequence.max_tokens == 0)
       request.sequence.max_tokens = std::clamp(
           model.spec.context - static_cast<int>(request.sequence.prompt.size()), 1, kDefaultMaxTokens);
