@@ -65,6 +65,7 @@ MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& r
   previous_held_.assign(g.n_kv_heads, -1);
   previous_drops_.assign(g.n_kv_heads, 0);
   revived_.resize(static_cast<size_t>(g.n_kv_heads) * n_tokens);
+  blocks_.resize(g.n_kv_heads);
 }
 
 void MetricsCollector::add_series(SeriesKind kind, int q_head, int step, double value) {
@@ -122,14 +123,6 @@ void MetricsCollector::on_evicted(const EvictionPlan& plan) {
   }
 }
 
-void MetricsCollector::finish_block(int begin, int end) {
-  assert(begin / kMetricSteps == (end - 1) / kMetricSteps);
-  for (int h = 0; h < shared_.geometry().n_kv_heads; ++h) {
-    outputs(h, begin, end);
-    future(h, begin, end);
-  }
-}
-
 // Recomputes one row over the held tokens against their own maximum.
 void MetricsCollector::exact_row(int q_head, int step, float* output) const {
   const int h = shared_.geometry().kv_head_of(q_head), dim = shared_.geometry().head_dim;
@@ -150,49 +143,78 @@ void MetricsCollector::exact_row(int q_head, int step, float* output) const {
   for (int d = 0; d < dim; ++d) output[d] = static_cast<float>(sum[d] / total);
 }
 
-void MetricsCollector::outputs(int h, int begin, int end) {
-  const CacheGeometry& g = shared_.geometry();
-  const int group = g.group();
-  const auto dim = static_cast<size_t>(g.head_dim);
+void MetricsCollector::begin_outputs(int h, int begin, int end) {
+  assert(begin / kMetricSteps == (end - 1) / kMetricSteps);
   const int32_t* last = retention_.last(h);
-
-  // Tokens that are held (dropped) at every step of the block, and those that are evicted inside it.
-  kept_.clear();
-  dropped_.clear();
-  changed_.clear();
+  HeadBlock& b = blocks_[h];
+  b.begin = begin;
+  b.end = end;
+  b.next = 0;
+  std::vector<int32_t>&kept = b.tokens, &dropped = b.other;
+  kept.clear();
+  dropped.clear();
+  b.changed.clear();
   for (int i = 0; i < end; ++i) {
     if (last[i] < begin)
-      dropped_.push_back(i);
+      dropped.push_back(i);
     else if (last[i] >= end - 1)
-      kept_.push_back(i);
+      kept.push_back(i);
     else
-      changed_.push_back(i);
+      b.changed.push_back(i);
   }
-  const bool sum_dropped = dropped_.size() <= kept_.size();
-  const std::vector<int32_t>& tokens = sum_dropped ? dropped_ : kept_;
-  const size_t columns = shared_.token_columns(), n_changed = changed_.size();
-  const float* weights = shared_.token_weights(h, begin);
-  const size_t first_column = static_cast<size_t>(begin % kMetricSteps) * group;
-  sums_.assign(columns * dim, 0.0f);
-  masses_.assign(columns, 0.0f);
-  dense::weighted_rows(weights, columns, columns, tokens.data(), tokens.size(), shared_.value(h, 0), dim, sums_.data());
-  dense::sum_rows(weights, columns, columns, tokens.data(), tokens.size(), masses_.data());
-  if (n_changed > 0) {
-    // Part of the sum on one side of their eviction only.
-    changed_weights_.resize(std::max(changed_weights_.size(), n_changed * columns));
-    changed_rows_.resize(std::max(changed_rows_.size(), n_changed * dim));
-    for (size_t u = 0; u < n_changed; ++u) {
-      const int i = changed_[u];
-      const auto gone = static_cast<size_t>(last[i] + 1 - begin / kMetricSteps * kMetricSteps) * group;
-      float* row = changed_weights_.data() + u * columns;
-      std::copy_n(weights + static_cast<size_t>(i) * columns, columns, row);
-      std::fill(row + (sum_dropped ? 0 : gone), row + (sum_dropped ? gone : columns), 0.0f);
-      std::copy_n(shared_.value(h, i), dim, changed_rows_.data() + u * dim);
-    }
-    dense::weighted_rows(changed_weights_.data(), columns, columns, nullptr, n_changed, changed_rows_.data(), dim, sums_.data());
-    dense::sum_rows(changed_weights_.data(), columns, columns, nullptr, n_changed, masses_.data());
-  }
+  b.sum_dropped = dropped.size() <= kept.size();
+  if (b.sum_dropped) std::swap(b.tokens, b.other);
+  b.sums.assign(shared_.token_columns() * shared_.geometry().head_dim, 0.0f);
+  b.masses.assign(shared_.token_columns(), 0.0f);
+}
 
+void MetricsCollector::add_tokens(int h, int end_pos) {
+  HeadBlock& b = blocks_[h];
+  const size_t first = b.next, columns = shared_.token_columns();
+  while (b.next < b.tokens.size() && b.tokens[b.next] < end_pos) ++b.next;
+  if (b.next == first) return;
+  const float* weights = shared_.token_weights(h, b.begin);
+  const int32_t* tokens = b.tokens.data() + first;
+  dense::weighted_rows(weights, columns, columns, tokens, b.next - first, shared_.value(h, 0), shared_.geometry().head_dim,
+                       b.sums.data());
+  dense::sum_rows(weights, columns, columns, tokens, b.next - first, b.masses.data());
+}
+
+void MetricsCollector::finish_outputs(int h) {
+  add_changed(h);
+  close_rows(h);
+  future(h);
+}
+
+// Tokens evicted inside the block are part of the sum on one side of their eviction only.
+void MetricsCollector::add_changed(int h) {
+  HeadBlock& b = blocks_[h];
+  const size_t n = b.changed.size(), columns = shared_.token_columns(), group = static_cast<size_t>(shared_.geometry().group());
+  const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  if (n == 0) return;
+  const int32_t* last = retention_.last(h);
+  const float* weights = shared_.token_weights(h, b.begin);
+  b.changed_weights.resize(std::max(b.changed_weights.size(), n * columns));
+  b.changed_rows.resize(std::max(b.changed_rows.size(), n * dim));
+  for (size_t u = 0; u < n; ++u) {
+    const int i = b.changed[u];
+    const auto gone = static_cast<size_t>(last[i] + 1 - b.begin / kMetricSteps * kMetricSteps) * group;
+    float* row = b.changed_weights.data() + u * columns;
+    std::copy_n(weights + static_cast<size_t>(i) * columns, columns, row);
+    std::fill(row + (b.sum_dropped ? 0 : gone), row + (b.sum_dropped ? gone : columns), 0.0f);
+    std::copy_n(shared_.value(h, i), dim, b.changed_rows.data() + u * dim);
+  }
+  dense::weighted_rows(b.changed_weights.data(), columns, columns, nullptr, n, b.changed_rows.data(), dim, b.sums.data());
+  dense::sum_rows(b.changed_weights.data(), columns, columns, nullptr, n, b.masses.data());
+}
+
+void MetricsCollector::close_rows(int h) {
+  HeadBlock& b = blocks_[h];
+  const int begin = b.begin, end = b.end, group = shared_.geometry().group();
+  const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  const int32_t* last = retention_.last(h);
+  const bool sum_dropped = b.sum_dropped;
+  const size_t first_column = static_cast<size_t>(begin % kMetricSteps) * group;
   std::vector<float> exact(dim);
   for (int t = begin; t < end; ++t) {
     for (int j = 0; j < group; ++j) {
@@ -200,8 +222,8 @@ void MetricsCollector::outputs(int h, int begin, int end) {
       const size_t r = first_column + static_cast<size_t>(t - begin) * group + j;
       const AttentionRow& row = shared_.row(q, t);
       const float* o = shared_.output(q, t);
-      float* difference = sums_.data() + r * dim;
-      const float mass = masses_[r];
+      float* difference = b.sums.data() + r * dim;
+      const float mass = b.masses[r];
       double missing = sum_dropped ? mass / row.total : 1.0 - static_cast<double>(mass) / row.total;
       missing = std::clamp(missing, 0.0, 1.0);
       double recall = 1.0 - missing;
@@ -258,22 +280,24 @@ void MetricsCollector::outputs(int h, int begin, int end) {
   }
 }
 
-void MetricsCollector::future(int h, int begin, int end) {
+void MetricsCollector::future(int h) {
+  std::vector<float>& inverse_totals = blocks_[h].inverse_totals;
+  const int begin = blocks_[h].begin, end = blocks_[h].end;
   const int group = shared_.geometry().group(), block = begin / kMetricSteps * kMetricSteps;
   const int32_t* last = retention_.last(h);
   KvHeadMetrics& m = metrics_.kv_heads[h];
   const size_t columns = shared_.token_columns();
   const float* weights = shared_.token_weights(h, begin);
   // Row r of the block: (step - block) * G + g.
-  inverse_totals_.assign(columns, 0.0f);
+  inverse_totals.assign(columns, 0.0f);
   for (int t = begin; t < end; ++t)
     for (int j = 0; j < group; ++j)
-      inverse_totals_[static_cast<size_t>(t - block) * group + j] = 1.0f / shared_.row(h * group + j, t).total;
+      inverse_totals[static_cast<size_t>(t - block) * group + j] = 1.0f / shared_.row(h * group + j, t).total;
   for (int i : victims_[h]) {
     const int from = std::max(begin, last[i] + 1), to = std::min(end, last[i] + kFutureHorizon + 1);
     if (from >= to) continue;
     const size_t first = static_cast<size_t>(from - block) * group, n = static_cast<size_t>(to - from) * group;
-    m.future_missed += dot(weights + static_cast<size_t>(i) * columns + first, inverse_totals_.data() + first, n);
+    m.future_missed += dot(weights + static_cast<size_t>(i) * columns + first, inverse_totals.data() + first, n);
   }
   char* revived = revived_.data() + static_cast<size_t>(h) * shared_.sequence().n_tokens;
   for (int t = begin; t < end; ++t)

@@ -74,13 +74,29 @@ class MetricsCollector {
   // After attention, before the eviction: what each head holds.
   void on_attended(const SlotTable& table, int step);
   void on_evicted(const EvictionPlan& plan);
-  // Every step of [begin, end) was decided; both lie in one block and in the loaded one.
-  void finish_block(int begin, int end);
+  // Every step of [begin, end), one loaded block, was decided. Heads are independent: one thread each. Per head, in this
+  // order: begin_outputs; add_tokens with ascending end_pos, the last one `end`; finish_outputs. The split lets a
+  // driver pass one range of tokens through many configurations while it is in the cache.
+  void begin_outputs(int kv_head, int begin, int end);
+  void add_tokens(int kv_head, int end_pos);
+  void finish_outputs(int kv_head);
   LayerMetrics finish();
 
  private:
-  void outputs(int kv_head, int begin, int end);
-  void future(int kv_head, int begin, int end);
+  // What begin_outputs leaves for the calls after it.
+  struct HeadBlock {
+    int begin = 0, end = 0;
+    bool sum_dropped = false;         // the smaller side is summed
+    std::vector<int32_t> tokens;      // of that side, at every step of the block; ascending
+    std::vector<int32_t> other;       // of the other side, scratch
+    std::vector<int32_t> changed;     // evicted inside the block
+    size_t next = 0;                  // of tokens
+    std::vector<float> sums, masses;  // [columns][D], [columns]
+    std::vector<float> changed_weights, changed_rows, inverse_totals;
+  };
+  void add_changed(int kv_head);
+  void close_rows(int kv_head);
+  void future(int kv_head);
   void exact_row(int q_head, int step, float* output) const;
   void add_series(SeriesKind kind, int q_head, int step, double value);
   TokenClass class_of(int pos, int step) const;
@@ -94,8 +110,7 @@ class MetricsCollector {
   std::vector<std::vector<int>> victims_;    // per kv head: positions evicted in them
   std::vector<int> previous_held_, previous_drops_;
   std::vector<char> revived_;            // [H, T]
-  std::vector<int32_t> kept_, dropped_, changed_;  // scratch from here
-  std::vector<float> changed_weights_, changed_rows_, sums_, masses_, inverse_totals_;
+  std::vector<HeadBlock> blocks_;        // [H]
 };
 
 }  // namespace kvlapse

@@ -12,7 +12,7 @@
 namespace kvlapse {
 namespace {
 
-constexpr int kMostBlockRows = 64, kLeastBlockRows = kMetricSteps;
+constexpr int kTokenTile = 512;  // tokens whose values and weights pass through all configurations together
 constexpr int kMostWindowRows = 512;  // logits of older queries are computed when asked for
 
 size_t config_bytes(const CacheGeometry& g, int n_tokens, const ReplayConfig& config) {
@@ -21,6 +21,18 @@ size_t config_bytes(const CacheGeometry& g, int n_tokens, const ReplayConfig& co
   const size_t retention = static_cast<size_t>(g.n_kv_heads) * n_tokens * 5;
   const size_t slots = static_cast<size_t>(g.n_q_heads + g.n_kv_heads * (config.policy->info().state_columns + 1)) * capacity * 4;
   return retention + slots + size_t{256} * 1024;
+}
+
+// The metrics of the loaded block, a kv head at a time: a tile of tokens stays in the core's cache while every
+// configuration adds what it needs of it.
+void close_block(const SharedLayer& shared, const std::vector<std::unique_ptr<ConfigRun>>& runs) {
+  const int begin = std::max(shared.begin(), shared.sequence().n_prompt), end = shared.end();
+  tbb::parallel_for(0, shared.geometry().n_kv_heads, 1, [&](int h) {
+    for (const auto& run : runs) run->collector()->begin_outputs(h, begin, end);
+    for (int tile = 0; tile < end; tile += kTokenTile)
+      for (const auto& run : runs) run->collector()->add_tokens(h, std::min(end, tile + kTokenTile));
+    for (const auto& run : runs) run->collector()->finish_outputs(h);
+  }, tbb::simple_partitioner());
 }
 
 int layer_capacity(const SharedLayer& shared, const ReplayConfig& config) {
@@ -82,9 +94,6 @@ void ConfigRun::advance() {
     memory_.attend(site_->table(), pos);
     if (collector_) collector_->on_attended(site_->table(), next_);
     evicted(site_->finish(pos));
-    const bool block_ends = (next_ + 1) % kMetricSteps == 0 || next_ + 1 == shared_.sequence().n_tokens;
-    if (collector_ && block_ends)
-      collector_->finish_block(std::max(n_prompt, next_ / kMetricSteps * kMetricSteps), next_ + 1);
   }
 }
 
@@ -106,11 +115,10 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
   const int n_layers = layer_end_ - layer_begin_;
   size_t of_configs = 0;
   for (const ReplayConfig& config : configs) of_configs += config_bytes(source_.geometry(), rows.n_tokens, config);
-  int block_rows = kMostBlockRows;
+  constexpr int block_rows = kMetricSteps;
   auto layer_bytes = [&] {
     return of_configs + SharedLayer::memory_bytes(source_.geometry(), rows.n_tokens, needs, block_rows);
   };
-  if (layer_bytes() * static_cast<size_t>(std::min(threads, n_layers)) > options_.memory_bytes) block_rows = kLeastBlockRows;
   if (layer_bytes() > options_.memory_bytes)
     fail("replay: memory: one layer of {} tokens under {} configurations needs {} MiB, the setting allows {} MiB", rows.n_tokens,
          configs.size(), (layer_bytes() >> 20) + 1, options_.memory_bytes >> 20);
@@ -131,6 +139,7 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
       if (stop) return;
       shared.load(begin, std::min(rows.n_tokens, begin + block_rows));
       tbb::parallel_for(size_t{0}, runs.size(), size_t{1}, [&](size_t c) { runs[c]->advance(); }, tbb::simple_partitioner());
+      if (metrics && shared.end() > rows.n_prompt) close_block(shared, runs);
     }
     finished(layer, runs);
   };

@@ -41,8 +41,9 @@ class ConfigRun {
   // Called with every plan, prompt cut included, before the next token.
   using PlanVisitor = std::function<void(const EvictionPlan&)>;
   ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, PlanVisitor visitor = {});
-  // Runs the steps of the loaded block.
+  // Runs the steps of the loaded block; their metrics are then due, see MetricsCollector.
   void advance();
+  MetricsCollector* collector() { return collector_.get(); }
   LayerMetrics finish() { return collector_->finish(); }
   const CacheSite& site() const { return *site_; }
 
