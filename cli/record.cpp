@@ -303,6 +303,7 @@ class Recording {
       std::string answer =
           texts_[0].answer.empty() ? std::string("no answer") : fmt::format("answer {}", texts_[0].answer);
       if (texts_[0].answer_right) answer += *texts_[0].answer_right ? " (right)" : " (wrong)";
+      if (!options_.teacher.empty()) answer = "teacher's tokens";
       fmt::print(
           "{}: {} prompt + {} generated tokens, ended by {}, {}; {:.0f} tok/s, {} evictions, {}, recording "
           "cost {:.1f} %\n",
