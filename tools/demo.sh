@@ -22,7 +22,7 @@ stage "4/6 self-replay: the recorded policies must choose the same victims again
 "$kvlapse" replay --self "$out/rkv.kvl"
 
 stage "5/6 layer 0 is closed: open-loop replay of the full recording against the run that evicted"
-"$kvlapse" replay "$out/full.kvl" --against "$out/longflow.kvl"
+"$kvlapse" replay --self "$out/longflow.kvl" --layer0-of "$out/full.kvl"
 
 stage "6/6 replay: policies and budgets over the one recording"
 "$kvlapse" replay "$out/full.kvl" --policy streaming_llm,random,random:pin_prompt=1,longflow,rkv --budget 10%,25%,50% -o "$out/compare.kvr"
