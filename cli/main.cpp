@@ -19,6 +19,7 @@ void add_commands(CLI::App& app, Context& context) {
   add_doctor(app, context);
   add_eval(app, context);
   add_info(app, context);
+  add_memory(app, context);
   add_merge(app, context);
   add_policies(app, context);
   add_predict(app, context);

@@ -86,6 +86,8 @@ std::vector<Request> make_requests(const Options& options, const Model& model) {
       Request request;
       request.sequence.prompt.assign(sequence.tokens.begin(), sequence.tokens.begin() + sequence.n_prompt);
       request.sequence.teacher.assign(sequence.tokens.begin() + sequence.n_prompt, sequence.tokens.end());
+      if (options.max_tokens > 0 && static_cast<int>(request.sequence.teacher.size()) > options.max_tokens)
+        request.sequence.teacher.resize(options.max_tokens);
       request.sequence.max_tokens = static_cast<int>(request.sequence.teacher.size());
       request.sequence.seed = sequence.seed;
       request.prompt = sequence.prompt;

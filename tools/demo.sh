@@ -10,9 +10,9 @@ stage() { printf '\n== %s\n' "$*"; }
 stage "1/6 record: the built-in model thinks about its longest task, everything goes into $out/full.kvl"
 "$kvlapse" record --force -q -o "$out/full.kvl"
 
-stage "2/6 record the same tokens while LongFlow and R-KV really evict (a quarter of the sequence)"
-"$kvlapse" record --force -q --teacher "$out/full.kvl" --policy longflow --budget 25% -o "$out/longflow.kvl"
-"$kvlapse" record --force -q --teacher "$out/full.kvl" --policy rkv --budget 25% -o "$out/rkv.kvl"
+stage "2/6 record the same tokens while LongFlow and R-KV really evict (2000 tokens, 512 slots)"
+"$kvlapse" record --force -q --teacher "$out/full.kvl" --max-tokens 2000 --policy longflow --budget 512 -o "$out/longflow.kvl"
+"$kvlapse" record --force -q --teacher "$out/full.kvl" --max-tokens 2000 --policy rkv --budget 512 -o "$out/rkv.kvl"
 
 stage "3/6 verify: every checksum and invariant of the three recordings"
 "$kvlapse" verify "$out/full.kvl" "$out/longflow.kvl" "$out/rkv.kvl"

@@ -79,6 +79,7 @@ PolicyInfo rkv_zefan_cai_info() {
   info.rule.ties = TieOrder::torch;
   info.signals = Signal::query_window | Signal::keys;
   info.score_parts = {"importance", "redundancy"};
+  info.pairwise_similarity = true;
   return info;
 }
 

@@ -77,6 +77,7 @@ PolicyInfo rkv_longflow_info() {
   info.signals = Signal::query_window | Signal::keys;
   info.query_window = kWindow;
   info.score_parts = {"importance", "redundancy"};
+  info.pairwise_similarity = true;
   return info;
 }
 
