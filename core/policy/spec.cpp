@@ -181,8 +181,10 @@ std::string canonical_spec(const Policy& policy) {
   for (const ParameterInfo& p : info.parameters)  // what an entry specialises on is named by a choice
     if (!p.choices.empty()) bare.options.emplace_back(p.name, p.choices[static_cast<size_t>(p.value)]);
   const PolicyEntry& entry = find_entry(bare, plain);
-  // The default instance, not the catalogue entry: a factory may derive its rule from parameters.
-  std::unique_ptr<Policy> base = entry.make(plain);
+  // An instance, not the catalogue entry: a factory derives parts of the rule from the parameters.
+  PolicyInfo same_parameters = plain;
+  same_parameters.parameters = info.parameters;
+  std::unique_ptr<Policy> base = entry.make(std::move(same_parameters));
   const EvictionRule &a = info.rule, &b = base->info().rule;
   std::string text(info.name);
   if (!info.reference.empty()) text += fmt::format("@{}", info.reference);
