@@ -8,6 +8,8 @@
 #include <atomic>
 #include <optional>
 
+#include "replay/future_tables.h"
+
 
 namespace kvlapse {
 namespace {
@@ -20,7 +22,13 @@ size_t config_bytes(const CacheGeometry& g, int n_tokens, const ReplayConfig& co
                                                        : static_cast<size_t>(n_tokens);
   const size_t retention = static_cast<size_t>(g.n_kv_heads) * n_tokens * 5;
   const size_t slots = static_cast<size_t>(g.n_q_heads + g.n_kv_heads * (config.policy->info().state_columns + 1)) * capacity * 4;
-  return retention + slots + size_t{256} * 1024;
+  const size_t ahead = contains(config.policy->info().signals, Signal::future) ? FutureTables::memory_bytes(g, n_tokens) : 0;
+  return retention + slots + ahead + size_t{256} * 1024;
+}
+
+bool looks_ahead(const std::vector<ReplayConfig>& configs) {
+  return std::any_of(configs.begin(), configs.end(),
+                     [](const ReplayConfig& config) { return contains(config.policy->info().signals, Signal::future); });
 }
 
 // The metrics of the loaded block, a kv head at a time: a tile of tokens stays in the core's cache while every
@@ -61,14 +69,15 @@ int first_attended_step(const std::vector<ReplayConfig>& configs, const RowSeque
   return std::max(0, sequence.n_prompt - 1) / kMetricSteps * kMetricSteps;
 }
 
-ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, PlanVisitor visitor)
+ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, FutureInputs* future,
+                     PlanVisitor visitor)
     : shared_(shared),
       retention_(shared.geometry().n_kv_heads, shared.sequence().n_tokens),
       memory_(shared, retention_, layer_capacity(shared, config)),
       visitor_(std::move(visitor)) {
   CacheGeometry geometry = shared.geometry();
   geometry.n_slots = layer_capacity(shared, config);
-  const SiteFacts facts{.rope_theta = shared.rope_theta(), .future = nullptr};
+  const SiteFacts facts{.rope_theta = shared.rope_theta(), .future = future};
   site_ = std::make_unique<CacheSite>(geometry, shared.layer(), *config.policy, config.budget,
                                       shared.sequence().n_prompt, memory_, facts);
   if (metrics) collector_ = std::make_unique<MetricsCollector>(shared, retention_);
@@ -132,9 +141,12 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
   std::atomic<bool> stop{false};
   auto over_layer = [&](int layer) {
     SharedLayer shared(source_, sequence, layer, needs, block_rows);
+    std::optional<FutureTables> future;
+    if (looks_ahead(configs)) future.emplace(source_, sequence, layer);
     Runs runs;
     for (size_t c = 0; c < configs.size(); ++c)
-      runs.push_back(std::make_unique<ConfigRun>(shared, configs[c], metrics, visitor ? visitor(c, layer) : nullptr));
+      runs.push_back(std::make_unique<ConfigRun>(shared, configs[c], metrics, future ? &*future : nullptr,
+                                                 visitor ? visitor(c, layer) : nullptr));
     for (int begin = first_attended_step(configs, rows); begin < rows.n_tokens; begin += block_rows) {
       if (stop) return;
       shared.load(begin, std::min(rows.n_tokens, begin + block_rows));

@@ -40,7 +40,8 @@ class ConfigRun {
  public:
   // Called with every plan, prompt cut included, before the next token.
   using PlanVisitor = std::function<void(const EvictionPlan&)>;
-  ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, PlanVisitor visitor = {});
+  // `future`: for oracles, null when no policy asks for it.
+  ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, FutureInputs* future, PlanVisitor visitor = {});
   // Runs the steps of the loaded block; their metrics are then due, see MetricsCollector.
   void advance();
   MetricsCollector* collector() { return collector_.get(); }

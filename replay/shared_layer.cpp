@@ -1,6 +1,7 @@
 #include "replay/shared_layer.h"
 
 #include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
 
 #include <algorithm>
 #include <cassert>
@@ -103,7 +104,8 @@ void SharedLayer::load(int begin, int end) {
   const int read_from = needs_.all_queries && from == first ? 0 : from;
   source_.rows(sequence_index_, layer_, RowKind::q, read_from, end - read_from,
                queries_.data() + static_cast<size_t>(read_from - first_query_) * query_floats);
-  tbb::parallel_for(0, geometry_.n_kv_heads, [&](int h) { load_head(h, from); });
+  // Isolated: a caller may hold a lock that other work of this arena waits for.
+  tbb::this_task_arena::isolate([&] { tbb::parallel_for(0, geometry_.n_kv_heads, [&](int h) { load_head(h, from); }); });
 }
 
 void SharedLayer::load_head(int h, int from) {
