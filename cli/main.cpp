@@ -7,6 +7,7 @@
 #include "cli/command.h"
 #include "cli/interrupt.h"
 #include "core/base/error.h"
+#include "core/policy/spec.h"
 
 namespace kvlapse::cli {
 namespace {
@@ -27,6 +28,17 @@ void add_commands(CLI::App& app, Context& context) {
   add_replay(app, context);
   add_sql(app, context);
   add_verify(app, context);
+}
+
+// CLI11 would only say that a subcommand is required.
+void require_known_command(const CLI::App& app, int argc, char** argv) {
+  if (argc < 2 || argv[1][0] == '-') return;
+  std::vector<std::string_view> names;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
+    if (command->get_name() == argv[1]) return;
+    names.push_back(command->get_name());
+  }
+  fail_usage("unknown command '{}'{}; see kvlapse --help", argv[1], suggest(argv[1], names));
 }
 
 void set_up_log(const Context& context) {
@@ -51,6 +63,7 @@ int run(int argc, char** argv) {
   app.parse_complete_callback([&] { set_up_log(context); });
   install_interrupt_handler();
   try {
+    require_known_command(app, argc, argv);
     app.parse(argc, argv);
   } catch (const CLI::Success& request) {  // --help, --version
     return app.exit(request);
