@@ -3,8 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <map>
+#include <optional>
 
 #include "cli/command.h"
 #include "cli/interrupt.h"
@@ -15,6 +15,8 @@
 #include "core/engine/decode_session.h"
 #include "core/task/task.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "replay/results_file.h"
+#include "replay/statistics.h"
 
 namespace kvlapse::cli {
 namespace {
@@ -31,19 +33,6 @@ struct Outcome {
   int n_generated = 0;
   std::vector<int32_t> tokens;  // generated
 };
-
-struct Interval {
-  double low, high;
-};
-
-// Wilson score interval, 95 %.
-Interval wilson(int correct, int n) {
-  constexpr double z = 1.959963984540054;
-  double p = static_cast<double>(correct) / n, z2 = z * z;
-  double centre = (p + z2 / (2 * n)) / (1 + z2 / n);
-  double half = z / (1 + z2 / n) * std::sqrt(p * (1 - p) / n + z2 / (4.0 * n * n));
-  return {std::max(0.0, centre - half), std::min(1.0, centre + half)};
-}
 
 std::vector<std::string> split_list(const std::string& text) {
   std::vector<std::string> parts;
@@ -67,6 +56,8 @@ class Evaluation {
         backend_(make_cpu_backend(options.threads)),
         kv_dtype_(parse_dtype(options.kv_dtype)),
         enabled_(!context.quiet) {}
+
+  const std::string& model_name() const { return model_.spec.name; }
 
   // Runs all cells of one task; `emit` gets each finished row.
   void run_task(const std::string& task, const std::vector<std::unique_ptr<Policy>>& policies,
@@ -168,6 +159,25 @@ class Evaluation {
   int budget_slots_ = 0;
 };
 
+EvalRow result_row(const Json& row, const std::string& model, int64_t seed) {
+  EvalRow r;
+  r.model = model;
+  r.task = row["task"];
+  r.policy = row["policy"];
+  r.budget = row["budget"];
+  r.budget_slots = row["budget_slots"];
+  r.seed = seed;
+  r.n = row["n"];
+  r.correct = row["correct"];
+  r.accuracy = row["accuracy"];
+  r.ci95_low = row["ci95_low"];
+  r.ci95_high = row["ci95_high"];
+  r.tokens_mean = row["tokens_mean"];
+  r.length_ratio = row["length_ratio"];
+  r.first_divergence_median = row["first_divergence_median"];
+  return r;
+}
+
 void run_eval(const Options& options, Context& context) {
   if (options.n < 1) fail_usage("eval: --n: expected at least 1, found {}", options.n);
   std::vector<std::string> tasks = split_list(options.tasks);
@@ -182,6 +192,9 @@ void run_eval(const Options& options, Context& context) {
   std::vector<Budget> budgets = parse_budget_list(options.budgets);
 
   Evaluation evaluation(options, context);
+  std::optional<ResultsFile> results;
+  if (!options.out.empty())
+    results.emplace(options.out, options.force ? ResultsFile::Open::replace : ResultsFile::Open::create);
   Json rows = Json::array();
   Table table(
       {"task", "policy", "budget", "right", "accuracy", "95 % interval", "tokens", "length", "diverges at"});
@@ -196,9 +209,11 @@ void run_eval(const Options& options, Context& context) {
            fmt::format("{:.0f}", row["tokens_mean"].get<double>()),
            fmt::format("{:.2f}", row["length_ratio"].get<double>()),
            fmt::format("{:.0f}", row["first_divergence_median"].get<double>())});
+      if (results) results->add(result_row(row, evaluation.model_name(), static_cast<int64_t>(options.seed)));
       rows.push_back(std::move(row));
     });
   }
+  if (results && !interrupted()) results->finish();
   if (context.json)
     print_json({{"rows", rows}});
   else
@@ -229,6 +244,8 @@ void add_eval(CLI::App& app, Context& context) {
       ->capture_default_str();
   command->add_option("--kv-dtype", options->kv_dtype, "fp32, fp16 or bf16")->capture_default_str();
   command->add_option("-j,--threads", options->threads, "threads (default: all)");
+  command->add_option("-o,--output", options->out, "results file (*.kvr) that takes the rows");
+  command->add_flag("--force", options->force, "replace an existing results file");
   command->callback([options, &context] { run_eval(*options, context); });
 }
 
