@@ -93,7 +93,8 @@ std::vector<PolicyInfo> matching(const std::string& name) {
     PolicyInfo info = entry.make(entry.info())->info();
     if (name.empty() || name == info.name || name == full_name(info)) infos.push_back(std::move(info));
   }
-  if (infos.empty()) make_policy(name);  // throws, with the nearest names
+  // A plug-in, or an unknown name: then this throws, with the nearest ones.
+  if (infos.empty()) infos.push_back(make_policy(name)->info());
   return infos;
 }
 

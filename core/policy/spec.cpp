@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/base/error.h"
+#include "core/policy/plugin.h"
 #include "core/policy/registry.h"
 
 namespace kvlapse {
@@ -89,6 +90,13 @@ size_t edit_distance(std::string_view a, std::string_view b) {
 }
 
 const PolicyEntry& find_entry(const PolicySpec& spec, PolicyInfo& info) {
+  if (is_plugin_name(spec.name)) {
+    static constexpr PolicyEntry kPlugin{nullptr, make_plugin};
+    if (!spec.reference.empty())
+      fail_usage("policy {}: a plug-in has no references, found '@{}'", spec.name, spec.reference);
+    info = plugin_info(spec.name);
+    return kPlugin;
+  }
   std::vector<std::string_view> names, references;
   for (const PolicyEntry& entry : policy_registry()) {
     info = entry.info();
@@ -126,7 +134,7 @@ PolicySpec parse_policy_spec(std::string_view text) {
   PolicySpec spec;
   std::vector<std::string_view> parts = split(text, ':');
   std::string_view head = parts[0];
-  if (size_t at = head.find('@'); at != std::string_view::npos) {
+  if (size_t at = head.find('@'); at != std::string_view::npos && !is_plugin_name(head)) {
     spec.reference = head.substr(at + 1);
     head = head.substr(0, at);
     if (spec.reference.empty()) fail_usage("policy '{}': expected a reference after '@'", text);
