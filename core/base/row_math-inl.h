@@ -33,6 +33,10 @@ HWY_INLINE void dot_group(const T* const* row, const float* const* x, size_t dim
       for (size_t v = 0; v < kVecs; ++v) acc[r][j][v] = hn::Zero(Tag());
   size_t i = 0;
   for (; i + kVirtualLanes <= dim; i += kVirtualLanes) {
+    if constexpr (X == 1) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) prefetch_ahead(row[r] + i);
+    }
 #pragma GCC unroll 2
     for (size_t v = 0; v < kVecs; ++v) {
       Vec b[X];

@@ -7,6 +7,7 @@
 #define KVLAPSE_CORE_BASE_SIMD_INL_H_
 #endif
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include <bit>
@@ -53,6 +54,14 @@ HWY_INLINE float widen(hwy::float16_t v) {
 }
 HWY_INLINE float widen(hwy::bfloat16_t v) {
   return bf16_to_f32(std::bit_cast<uint16_t>(v));
+}
+
+// Matrix rows lie one behind the other, but a group of them is read side by side, in streams too short for
+// the hardware to follow: the bytes that come next are asked for this far ahead.
+inline constexpr size_t kPrefetchBytes = 4096;
+template <typename T>
+HWY_INLINE void prefetch_ahead(const T* p) {
+  hwy::Prefetch(reinterpret_cast<const std::byte*>(p) + kPrefetchBytes);
 }
 
 // Lane l += lane l + 8.

@@ -193,7 +193,7 @@ struct DecodeSession::Impl {
   void prefill_block(int index, int begin, int n) {
     Sequence& s = sequences[index];
     rows.clear();
-    for (int i = 0; i < n; ++i) rows.push_back({s.state.tokens[begin + i], Pos{begin + i}});
+    for (int i = 0; i < n; ++i) rows.push_back({s.state.tokens[begin + i], Pos{begin + i}, true});
     moved += backend.embed(rows);
     mark(StepPhase::embed);
     for (int layer = 0; layer < spec.n_layers; ++layer) {
@@ -259,7 +259,7 @@ struct DecodeSession::Impl {
     for (int i : live) {
       SequenceState& state = sequences[i].state;
       positions.push_back(Pos{static_cast<int32_t>(state.tokens.size()) - 1});
-      rows.push_back({state.tokens.back(), positions.back()});
+      rows.push_back({state.tokens.back(), positions.back(), false});
       sequences[i].logits_row = static_cast<int>(heads.size());
       heads.push_back(static_cast<int>(heads.size()));
     }

@@ -43,6 +43,9 @@ class LiveMemory final : public LayerMemory {
   std::span<const float> values(int kv_head) override {
     return store_->values(kv_head, table_->count(kv_head));
   }
+  std::span<const float> value_row(int kv_head, Slot slot, int /*head_dim*/) override {
+    return store_->value_row(kv_head, slot);
+  }
   std::span<const float> window_queries(int w) override { return store_->window_queries(w); }
   std::span<const float> window_logits(int q_head, int w) override {
     return store_->window_logits(*table_, q_head, w);

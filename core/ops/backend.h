@@ -33,6 +33,14 @@ struct OpBytes {
 struct BatchRow {
   int32_t token = 0;
   Pos pos{0};
+  bool prompt = false;  // all rows of a step alike
+};
+
+// How generated tokens are multiplied with quantised matrices; everything else is exact fp32 in either mode.
+enum class MatmulMode : uint8_t {
+  exact,  // dequantised weights times fp32 activations
+  int16,  // activations rounded to 16-bit integers per block of 32, products summed in integers within a
+          // block
 };
 
 // K/V of one (sequence, layer) on a backend, planes as CacheGeometry lays them out, with what attention
@@ -53,6 +61,8 @@ class KvStore {
   virtual std::span<const float> value_l1(int kv_head, int n) = 0;  // [n]
   virtual std::span<const float> keys(int kv_head, int n) = 0;      // [n, D] fp32
   virtual std::span<const float> values(int kv_head, int n) = 0;    // [n, D] fp32
+  // One V row [D] fp32, without widening the others.
+  virtual std::span<const float> value_row(int kv_head, Slot slot) = 0;
   // The newest min(w, stored) queries, oldest first, and their logits; -inf where the key is newer than the
   // query.
   virtual std::span<const float> window_queries(int w) = 0;  // [rows, Hq, D]

@@ -8,6 +8,7 @@
 #include "core/base/error.h"
 #include "kernels/cpu/activations.h"
 #include "kernels/cpu/cpu_attention.h"
+#include "kernels/cpu/integer_dot.h"
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/sampler.h"
 #include "kernels/cpu/thread_team.h"
@@ -20,11 +21,13 @@ constexpr int64_t kRowUnit = 8;  // rows of a matrix that one thread takes toget
 
 class CpuBackend final : public Backend {
  public:
-  explicit CpuBackend(int n_threads) : team_(n_threads), attention_(team_), thread_scratch_(n_threads) {}
+  CpuBackend(int n_threads, MatmulMode mode)
+      : team_(n_threads), attention_(team_), mode_(mode), thread_scratch_(n_threads) {}
 
   std::string describe() const override {
-    return fmt::format("cpu {}, {} {}", hwy::TargetName(hwy::SupportedTargets() & -hwy::SupportedTargets()),
-                       team_.size(), team_.size() == 1 ? "thread" : "threads");
+    return fmt::format("cpu {}, {} {}{}", hwy::TargetName(hwy::SupportedTargets() & -hwy::SupportedTargets()),
+                       team_.size(), team_.size() == 1 ? "thread" : "threads",
+                       mode_ == MatmulMode::int16 ? ", int16 products" : "");
   }
 
   void prepare(const TransformerWeights& weights, int n_rows, DType kv_dtype) override {
@@ -48,7 +51,11 @@ class CpuBackend final : public Backend {
     sin_ = cos_;
     const size_t scratch = std::max({matmul_scratch(weights.width), matmul_scratch(weights.ffn_width),
                                      matmul_scratch(static_cast<int64_t>(q_width_))});
-    for (std::vector<float>& s : thread_scratch_) s.assign(scratch, 0);
+    const size_t widest = std::max({width, ffn, q_width_});
+    for (ThreadScratch& s : thread_scratch_) {
+      s.panel.assign(scratch, 0);
+      if (mode_ == MatmulMode::int16) s.integers.reserve(rows, widest);
+    }
     logits_.clear();
     n_rows_ = 0;
   }
@@ -59,6 +66,7 @@ class CpuBackend final : public Backend {
 
   OpBytes embed(std::span<const BatchRow> rows) override {
     n_rows_ = rows.size();
+    integers_ = mode_ == MatmulMode::int16 && !rows[0].prompt;
     for (size_t r = 0; r < n_rows_; ++r) {
       matrix_row(w_->embedding, rows[r].token, x_.data() + r * w_->width);
       w_->rope.angles(rows[r].pos, std::span(cos_).subspan(r * half_dim_, half_dim_),
@@ -74,7 +82,9 @@ class CpuBackend final : public Backend {
     team_.run([&](int thread) {
       norm_rows(l.input_norm, thread);
       team_.barrier();
-      float* scratch = thread_scratch_[thread].data();
+      ThreadScratch& scratch = thread_scratch_[thread];
+      scratch.input = {normed_.data(), width, n_rows_, width};
+      take_integers(scratch, {&l.q, &l.k, &l.v});
       // Whole heads, so that each is finished by the thread that computed it.
       const Share mine = share_of(n_heads, thread, team_.size());
       for (int64_t head = mine.begin; head < mine.end; ++head) {
@@ -87,8 +97,8 @@ class CpuBackend final : public Backend {
         const std::vector<float>& norm = is_q ? l.q_norm : l.k_norm;
         std::vector<float>& out = is_q ? q_ : is_k ? k_ : v_;
         const size_t stride = is_q ? q_width_ : kv_width_, first = static_cast<size_t>(index) * dim;
-        matmul_rows(matrix, static_cast<int64_t>(first), static_cast<int64_t>(first + dim), normed_.data(),
-                    width, n_rows_, out.data(), stride, scratch);
+        multiply(matrix, {static_cast<int64_t>(first), static_cast<int64_t>(first + dim)}, scratch,
+                 out.data(), stride);
         for (size_t r = 0; r < n_rows_; ++r) {
           const std::span<float> row(out.data() + r * stride + first, dim);
           if (!bias.empty()) add({bias.data() + first, dim}, row.data());
@@ -133,7 +143,7 @@ class CpuBackend final : public Backend {
     const LayerWeights& l = w_->layers[layer];
     const auto width = static_cast<size_t>(w_->width), ffn = static_cast<size_t>(w_->ffn_width);
     team_.run([&](int thread) {
-      float* scratch = thread_scratch_[thread].data();
+      ThreadScratch& scratch = thread_scratch_[thread];
       const Share outputs = share_of(w_->width, thread, team_.size(), kRowUnit);
       const Share hidden = share_of(w_->ffn_width, thread, team_.size(), kRowUnit);
       project_onto_x(l.o, attended_, q_width_, outputs, scratch);
@@ -141,9 +151,10 @@ class CpuBackend final : public Backend {
       norm_rows(l.ffn_norm, thread);
       team_.barrier();
       if (hidden.begin < hidden.end) {
-        matmul_rows(l.gate, hidden.begin, hidden.end, normed_.data(), width, n_rows_, gate_.data(), ffn,
-                    scratch);
-        matmul_rows(l.up, hidden.begin, hidden.end, normed_.data(), width, n_rows_, up_.data(), ffn, scratch);
+        scratch.input = {normed_.data(), width, n_rows_, width};
+        take_integers(scratch, {&l.gate, &l.up});
+        multiply(l.gate, hidden, scratch, gate_.data(), ffn);
+        multiply(l.up, hidden, scratch, up_.data(), ffn);
         const auto n = static_cast<size_t>(hidden.end - hidden.begin);
         for (size_t r = 0; r < n_rows_; ++r) {
           const size_t at = r * ffn + hidden.begin;
@@ -168,9 +179,11 @@ class CpuBackend final : public Backend {
                  normed_.data() + i * width);
       team_.barrier();
       const Share vocabulary = share_of(w_->n_vocab, thread, team_.size(), kRowUnit);
-      if (vocabulary.begin < vocabulary.end)
-        matmul_rows(w_->head, vocabulary.begin, vocabulary.end, normed_.data(), width, rows.size(),
-                    logits_.data(), vocab, thread_scratch_[thread].data());
+      if (vocabulary.begin == vocabulary.end) return;
+      ThreadScratch& scratch = thread_scratch_[thread];
+      scratch.input = {normed_.data(), width, rows.size(), width};
+      take_integers(scratch, {&w_->head});
+      multiply(w_->head, vocabulary, scratch, logits_.data(), vocab);
     });
     return {w_->head.bytes() + rows.size() * width * kFloat, rows.size() * vocab * kFloat};
   }
@@ -212,12 +225,45 @@ class CpuBackend final : public Backend {
       rms_norm({x_.data() + r * width, width}, weight, w_->norm_eps, normed_.data() + r * width);
   }
 
+  // What one thread multiplies with, and where it does so.
+  struct Input {
+    const float* x = nullptr;
+    size_t stride = 0, n_rows = 0, columns = 0;
+  };
+  struct ThreadScratch {
+    Input input;
+    bool has_integers = false;
+    IntegerActivations integers;  // of the input
+    std::vector<float> panel;
+  };
+
+  // Rounds the thread's input once for the matrices that it is about to be multiplied with, when the mode
+  // asks for it.
+  void take_integers(ThreadScratch& scratch, std::initializer_list<const Matrix*> matrices) const {
+    scratch.has_integers = integers_ && std::any_of(matrices.begin(), matrices.end(),
+                                                    [](const Matrix* m) { return has_integer_dot(m->type); });
+    const Input& in = scratch.input;
+    if (scratch.has_integers) scratch.integers.assign(in.x, in.stride, in.n_rows, in.columns);
+  }
+
+  // y = W input, rows [mine.begin, mine.end).
+  static void multiply(const Matrix& w, Share mine, ThreadScratch& scratch, float* y, size_t y_stride) {
+    const Input& in = scratch.input;
+    if (scratch.has_integers && has_integer_dot(w.type))
+      integer_rows(w.type, w.row(mine.begin), w.row_bytes(), static_cast<size_t>(mine.end - mine.begin),
+                   scratch.integers, y + mine.begin, y_stride);
+    else
+      matmul_rows(w, mine.begin, mine.end, in.x, in.stride, in.n_rows, y, y_stride, scratch.panel.data());
+  }
+
   // x += W in, for the output rows of one thread.
   void project_onto_x(const Matrix& w, const std::vector<float>& in, size_t in_stride, Share mine,
-                      float* scratch) {
+                      ThreadScratch& scratch) {
     if (mine.begin == mine.end) return;
     const auto width = static_cast<size_t>(w_->width);
-    matmul_rows(w, mine.begin, mine.end, in.data(), in_stride, n_rows_, projected_.data(), width, scratch);
+    scratch.input = {in.data(), in_stride, n_rows_, in_stride};
+    take_integers(scratch, {&w});
+    multiply(w, mine, scratch, projected_.data(), width);
     for (size_t r = 0; r < n_rows_; ++r) {
       const size_t at = r * width + mine.begin;
       add({projected_.data() + at, static_cast<size_t>(mine.end - mine.begin)}, x_.data() + at);
@@ -226,25 +272,27 @@ class CpuBackend final : public Backend {
 
   ThreadTeam team_;
   CpuAttention attention_;
+  MatmulMode mode_;
+  bool integers_ = false;  // the step in progress multiplies in integers
   const TransformerWeights* w_ = nullptr;
   DType kv_dtype_ = DType::f32;
   size_t n_rows_ = 0, q_width_ = 0, kv_width_ = 0, half_dim_ = 0;
-  std::vector<float> x_, normed_, projected_;       // [R, width]
-  std::vector<float> q_, attended_, k_, v_;         // [R, Hq D] twice, [R, H D] twice
-  std::vector<float> gate_, up_;                    // [R, ffn]
-  std::vector<float> cos_, sin_;                    // [R, D/2]
-  std::vector<float> logits_;                       // [rows of head(), V]
-  std::vector<std::vector<float>> thread_scratch_;  // matmul panels
+  std::vector<float> x_, normed_, projected_;  // [R, width]
+  std::vector<float> q_, attended_, k_, v_;    // [R, Hq D] twice, [R, H D] twice
+  std::vector<float> gate_, up_;               // [R, ffn]
+  std::vector<float> cos_, sin_;               // [R, D/2]
+  std::vector<float> logits_;                  // [rows of head(), V]
+  std::vector<ThreadScratch> thread_scratch_;
   std::vector<std::vector<float>> sample_scratch_;
   std::vector<CpuAttendRow> attend_rows_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> make_cpu_backend(int n_threads) {
+std::unique_ptr<Backend> make_cpu_backend(int n_threads, MatmulMode mode) {
   if (n_threads == 0) n_threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   if (n_threads < 1 || n_threads > 1024) fail("threads: expected 1 to 1024, found {}", n_threads);
-  return std::make_unique<CpuBackend>(n_threads);
+  return std::make_unique<CpuBackend>(n_threads, mode);
 }
 
 }  // namespace kvlapse

@@ -9,6 +9,6 @@
 namespace kvlapse {
 
 // n_threads 0: one per available core.
-std::unique_ptr<Backend> make_cpu_backend(int n_threads = 0);
+std::unique_ptr<Backend> make_cpu_backend(int n_threads = 0, MatmulMode mode = MatmulMode::exact);
 
 }  // namespace kvlapse

@@ -86,6 +86,15 @@ std::span<const float> CpuKvStore::plane_rows(const HostArray<std::byte>& plane,
   return {scratch.data(), count};
 }
 
+std::span<const float> CpuKvStore::value_row(int kv_head, Slot slot) {
+  const auto dim = static_cast<size_t>(geometry_.head_dim);
+  const std::byte* data = values_.data() + geometry_.row_offset_bytes(kv_head, slot);
+  if (geometry_.dtype == DType::f32) return {reinterpret_cast<const float*>(data), dim};
+  row_scratch_.resize(dim);
+  widen(geometry_.dtype, data, dim, row_scratch_.data());
+  return row_scratch_;
+}
+
 int CpuKvStore::window_rows(int w) const {
   assert(w <= query_window_);
   return static_cast<int>(std::min<int64_t>(w, n_stored_));

@@ -33,6 +33,7 @@ class CpuKvStore final : public KvStore {
   std::span<const float> values(int kv_head, int n) override {
     return plane_rows(values_, value_scratch_, kv_head, n);
   }
+  std::span<const float> value_row(int kv_head, Slot slot) override;
   std::span<const float> window_queries(int w) override;
   std::span<const float> window_logits(const SlotTable& table, int q_head, int w) override;
 
@@ -63,8 +64,8 @@ class CpuKvStore final : public KvStore {
   std::vector<float> ring_;  // [query_window][Hq][D], the token stored n-th in row n % query_window
   int query_window_;
   int64_t n_stored_ = 0;
-  std::vector<float> key_scratch_, value_scratch_, window_scratch_,
-      query_scratch_;  // grown by the policies that read them
+  std::vector<float> key_scratch_, value_scratch_, window_scratch_, query_scratch_,
+      row_scratch_;  // grown by the policies that read them
 };
 
 }  // namespace kvlapse

@@ -95,6 +95,7 @@ HWY_INLINE void quantised_group(const std::byte* const* row, const float* const*
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       Vec w[kBlockVecs];
+      prefetch_ahead(row[r] + offset);
       Block::expand(row[r] + offset, w);
 #pragma GCC unroll 4
       for (size_t v = 0; v < kBlockVecs; ++v)

@@ -17,6 +17,7 @@
 #include "kernels/cpu/activations.h"
 #include "kernels/cpu/bench/bench.h"
 #include "kernels/cpu/cpu_attention.h"
+#include "kernels/cpu/integer_dot.h"
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/sampler.h"
 #include "kernels/cpu/thread_team.h"
@@ -128,6 +129,45 @@ TEST(Matmul, QuantisedRowsAreThoseOfTheDequantisedMatrix) {
           ASSERT_EQ(std::bit_cast<uint32_t>(y[j * rows + r]),
                     std::bit_cast<uint32_t>(scalar::dot(row.data(), x.data() + j * columns, columns)))
               << tensor_type_name(type) << " row " << r;
+      }
+    }
+  }
+}
+
+TEST(Matmul, IntegerRowsEqualTheirDefinitionAndAreClose) {
+  std::mt19937 rng(8);
+  const int64_t rows = 19, columns = 320;
+  for (TensorType type : {TensorType::q8_0, TensorType::q4_0, TensorType::q4_1}) {
+    std::vector<std::byte> blocks(columns / 32 * block_bytes(type) * rows);
+    for (std::byte& b : blocks) b = static_cast<std::byte>(rng());
+    for (size_t b = 0; b < blocks.size(); b += block_bytes(type))
+      for (size_t at : {0, 2}) {
+        if (at == 2 && type != TensorType::q4_1) continue;
+        const uint16_t half = f32_to_f16(0.01f * static_cast<float>(rng() % 200) - 1);
+        std::memcpy(blocks.data() + b + at, &half, 2);
+      }
+    const Matrix w{type, rows, columns, blocks.data()};
+    std::vector<float> row(columns);
+    for (size_t n_x : {1, 2, 3, 6}) {
+      std::vector<float> x = random_values(rng, n_x * columns);
+      std::fill_n(x.begin() + 32, 32, 0.0f);  // a block of zeros
+      IntegerActivations integers;
+      integers.assign(x.data(), columns, n_x, columns);
+      std::vector<float> y(n_x * rows);
+      integer_rows(type, blocks.data(), w.row_bytes(), rows, integers, y.data(), rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        dequantize(type, w.row(r), columns, row.data());
+        for (size_t j = 0; j < n_x; ++j) {
+          ASSERT_EQ(std::bit_cast<uint32_t>(y[j * rows + r]),
+                    std::bit_cast<uint32_t>(scalar::integer_dot(type, w.row(r), integers, j)))
+              << tensor_type_name(type) << " row " << r;
+          double exact = 0, size = 0;
+          for (int64_t c = 0; c < columns; ++c) {
+            exact += static_cast<double>(row[c]) * x[j * columns + c];
+            size += std::abs(static_cast<double>(row[c]) * x[j * columns + c]);
+          }
+          ASSERT_NEAR(y[j * rows + r], exact, size * 1e-4) << tensor_type_name(type);
+        }
       }
     }
   }
