@@ -55,6 +55,7 @@ struct DecodeBench {
   DType kv_dtype = DType::f32;
   int budget = 0;  // slots, for a policy that evicts
   int steps = 64;
+  MatmulMode mode = MatmulMode::exact;
 };
 // One row: a decode step against the time in which its weights and K/V can be read.
 std::vector<BenchRow> bench_decode(const DecodeBench& bench, const Model& model, const Policy& policy);

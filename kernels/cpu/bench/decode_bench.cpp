@@ -13,7 +13,7 @@ std::vector<BenchRow> bench_decode(const DecodeBench& bench, const Model& model,
   if (bench.context + bench.steps + warm_up >= model.spec.context)
     fail_usage("bench decode: expected a context of at most {}, found {}",
                model.spec.context - bench.steps - warm_up - 1, bench.context);
-  std::unique_ptr<Backend> backend = make_cpu_backend(bench.n_threads);
+  std::unique_ptr<Backend> backend = make_cpu_backend(bench.n_threads, bench.mode);
   SessionOptions options;
   options.policy = &policy;
   options.budget.value = bench.budget;

@@ -1,0 +1,150 @@
+// Measures the engine on this machine; every figure stands beside the limit that the same run measured.
+#include "kernels/cpu/bench/bench.h"
+
+#include <fmt/format.h>
+
+#include <functional>
+#include <thread>
+
+#include "cli/command.h"
+#include "cli/model_path.h"
+#include "cli/table.h"
+#include "core/base/error.h"
+#include "core/policy/spec.h"
+
+namespace kvlapse::cli {
+namespace {
+
+struct Options {
+  std::string what, model, policy = "longflow", kv_dtype = "fp32", products = "exact";
+  int threads = 0, slots = 4096, batch = 1, context = 4096, budget = 0, runs = 30, steps = 64;
+  int q_heads = 8, kv_heads = 4, head_dim = 64;
+  int cache_mib = 256;
+};
+
+std::vector<BenchRow> attention(const Options& o) {
+  AttentionBench bench;
+  bench.n_threads = o.threads;
+  bench.n_slots = o.slots;
+  bench.n_q_heads = o.q_heads;
+  bench.n_kv_heads = o.kv_heads;
+  bench.head_dim = o.head_dim;
+  bench.batch = o.batch;
+  bench.dtype = parse_dtype(o.kv_dtype);
+  bench.cache_bytes = static_cast<size_t>(o.cache_mib) << 20;
+  bench.runs = o.runs;
+  return bench_attention(bench, *make_policy(o.policy));
+}
+
+std::vector<BenchRow> decode(const Options& o) {
+  DecodeBench bench;
+  bench.n_threads = o.threads;
+  bench.context = o.context;
+  bench.batch = o.batch;
+  bench.kv_dtype = parse_dtype(o.kv_dtype);
+  bench.budget = o.budget;
+  bench.steps = o.steps;
+  bench.mode = o.products == "int16" ? MatmulMode::int16 : MatmulMode::exact;
+  return bench_decode(bench, load_model(find_model(o.model)), *make_policy(o.budget > 0 ? o.policy : "full"));
+}
+
+struct Bench {
+  const char* name;
+  std::vector<BenchRow> (*run)(const Options&);
+};
+constexpr Bench kBenches[] = {{"attention", attention}, {"decode", decode}};
+
+Json to_json(const BenchRow& row) {
+  Json json = {{"bench", row.bench},
+               {"case", row.name},
+               {"device", row.device},
+               {"median", row.median},
+               {"unit", row.unit},
+               {"limit", row.limit},
+               {"ratio_to_limit", row.ratio_to_limit},
+               {"runs", row.runs},
+               {"spread", row.spread}};
+  for (const auto& [key, value] : row.texts) json[key] = value;
+  for (const auto& [key, value] : row.numbers)
+    if (value == static_cast<double>(static_cast<int64_t>(value)))
+      json[key] = static_cast<int64_t>(value);
+    else
+      json[key] = value;
+  return json;
+}
+
+void run(Options o, Context& context) {
+  if (o.threads == 0) o.threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  std::vector<BenchRow> rows;
+  for (const Bench& bench : kBenches)
+    if (o.what == bench.name) rows = bench.run(o);
+  if (context.json) {
+    Json document = {{"rows", Json::array()}};
+    for (const BenchRow& row : rows) document["rows"].push_back(to_json(row));
+    return print_json(document);
+  }
+  Table table({"case", "device", "median", "unit", "limit", "ratio", "runs", "spread"});
+  for (const BenchRow& row : rows)
+    table.add({row.name, row.device, fmt::format("{:.3f}", row.median), row.unit,
+               fmt::format("{:.3f}", row.limit), fmt::format("{:.2f}", row.ratio_to_limit),
+               std::to_string(row.runs), fmt::format("{:.0f}%", 100 * row.spread)});
+  fmt::print("{}", table.text());
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app, Context& context) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command =
+      add_command(app, context, "bench", "measure the engine on this machine, beside its physical limit",
+                  "  kvlapse bench attention --slots 4096 --kv-dtype bf16\n"
+                  "  kvlapse bench decode --context 4096 --policy longflow --budget 1024 --json\n");
+  std::vector<std::string> names;
+  for (const Bench& bench : kBenches) names.push_back(bench.name);
+  command->add_option("WHAT", options->what, "what to measure")->required()->check(CLI::IsMember(names));
+  command->add_option("--model", options->model,
+                      "decode: model folder, file or name (default: the built-in model)");
+  command->add_option("--policy", options->policy, "whose importance and eviction are measured")
+      ->capture_default_str();
+  command->add_option("--budget", options->budget, "decode: slots per kv head; 0 keeps all")
+      ->capture_default_str();
+  command->add_option("--kv-dtype", options->kv_dtype, "fp32, fp16 or bf16")->capture_default_str();
+  command
+      ->add_option("--products", options->products,
+                   "decode: exact, or int16 (activations in 16-bit integers where weights are quantised)")
+      ->check(CLI::IsMember({"exact", "int16"}))
+      ->capture_default_str();
+  command->add_option("--threads", options->threads, "0: one per core")->capture_default_str();
+  command->add_option("--batch", options->batch, "sequences")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  command->add_option("--slots", options->slots, "attention: slots held")
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--q-heads", options->q_heads, "attention")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  command->add_option("--kv-heads", options->kv_heads, "attention")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  command->add_option("--head-dim", options->head_dim, "attention")
+      ->check(CLI::Range(1, 512))
+      ->capture_default_str();
+  command
+      ->add_option("--cache-mib", options->cache_mib,
+                   "attention: K/V of all layers; beyond the last-level cache")
+      ->check(CLI::Range(1, 1 << 16))
+      ->capture_default_str();
+  command->add_option("--runs", options->runs, "attention: measured runs")
+      ->check(CLI::Range(1, 100000))
+      ->capture_default_str();
+  command->add_option("--context", options->context, "decode: tokens held at the start")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--steps", options->steps, "decode: measured steps")
+      ->check(CLI::Range(1, 100000))
+      ->capture_default_str();
+  command->callback([options, &context] { run(*options, context); });
+}
+
+}  // namespace kvlapse::cli
