@@ -4,12 +4,14 @@
 #include <cmath>
 #include <vector>
 
+#include "core/base/row_math.h"
 #include "core/base/vector_math.h"
 
 namespace kvlapse {
 namespace {
 
 constexpr float kEpsilon = 1e-8f;
+constexpr size_t kRows = 6, kChunk = 64;  // of the search for similar keys
 
 std::vector<float> scaled_keys(std::span<const float> keys, int head_dim, bool by_square) {
   std::vector<float> unit(keys.size());
@@ -39,22 +41,30 @@ void forgiving_redundancy(std::span<const float> keys, int head_dim, float thres
   const std::vector<float> unit = scaled_keys(keys, head_dim, false);
   const size_t n = out.size(), d = head_dim;
   mean_products(unit, head_dim, out);
-  // Only the forgiven entry of a row must be known: found from the end, most rows need few products.
-  std::vector<float> forgiven(n, 0.0f);
-  for (size_t i = 0; i < n; ++i) {
-    const float* row = &unit[i * d];
-    forgiven[i] += dot(row, row, d);
-    size_t last = 0;
-    float cosine = 0;
-    for (size_t j = n; j-- > 0;) {
-      cosine = j == i ? 0.0f : dot(row, &unit[j * d], d);
-      if (cosine > threshold || j == 0) {
-        last = j;
-        break;
+  // Only the forgiven entry of a row must be known: the last one above the threshold. Found from the end,
+  // most rows need few products; kRows rows share the keys that they look at.
+  std::vector<float> forgiven(n, 0.0f), cosines(kRows * kChunk);
+  for (size_t first = 0; first < n; first += kRows) {
+    const size_t rows = std::min(kRows, n - first);
+    bool found[kRows] = {};
+    size_t left = rows;
+    for (size_t end = n; end > 0 && left > 0;) {
+      const size_t begin = end > kChunk ? end - kChunk : 0;
+      dot_rows({&unit[begin * d], DType::f32, d, nullptr}, end - begin, d, &unit[first * d], d, rows, 1.0f,
+               cosines.data(), kChunk);
+      for (size_t r = 0; r < rows; ++r) {
+        for (size_t j = end; j-- > begin && !found[r];) {
+          const float cosine = j == first + r ? 0.0f : cosines[r * kChunk + j - begin];
+          if (!(cosine > threshold) && j > 0) continue;
+          forgiven[j] += cosine;  // slot 0 when nothing is alike
+          found[r] = true;
+          --left;
+        }
       }
+      end = begin;
     }
-    forgiven[last] += cosine;
   }
+  for (size_t i = 0; i < n; ++i) forgiven[i] += dot(&unit[i * d], &unit[i * d], d);
   const float scale = 1.0f / static_cast<float>(n);
   for (size_t j = 0; j < n; ++j) out[j] -= forgiven[j] * scale;
   softmax(out, out);
