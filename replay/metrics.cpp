@@ -25,10 +25,21 @@ void QHeadMetrics::merge(const QHeadMetrics& other) {
   cosine_error += other.cosine_error;
   topk_recall += other.topk_recall;
   missing += other.missing;
+  entropy += other.entropy;
+  query_cosine += other.query_cosine;
   missing_sketch.merge(other.missing_sketch);
   missing_no_sinks_sketch.merge(other.missing_no_sinks_sketch);
   error_sketch.merge(other.error_sketch);
   cosine_sketch.merge(other.cosine_sketch);
+}
+
+void ProbeMetrics::merge(const ProbeMetrics& other) {
+  correlations += other.correlations;
+  correlation += other.correlation;
+  victims += other.victims;
+  fp16 += other.fp16;
+  ulp += other.ulp;
+  ties += other.ties;
 }
 
 void KvHeadMetrics::merge(const KvHeadMetrics& other) {
@@ -141,6 +152,19 @@ void MetricsCollector::exact_row(int q_head, int step, float* output) const {
     for (int d = 0; d < dim; ++d) sum[d] += weight * row[d];
   }
   for (int d = 0; d < dim; ++d) output[d] = static_cast<float>(sum[d] / total);
+}
+
+void MetricsCollector::on_probe(std::span<const double> correlations, const Evictor::Sensitivity& sensitivity) {
+  ProbeMetrics& m = metrics_.probe;
+  for (double correlation : correlations) {
+    if (std::isnan(correlation)) continue;
+    ++m.correlations;
+    m.correlation += correlation;
+  }
+  m.victims = sensitivity.victims;
+  m.fp16 = sensitivity.fp16;
+  m.ulp = sensitivity.ulp;
+  m.ties = sensitivity.ties;
 }
 
 void MetricsCollector::begin_outputs(int h, int begin, int end) {
@@ -266,6 +290,8 @@ void MetricsCollector::close_rows(int h) {
       ++m.steps;
       m.recall += recall;
       m.missing += missing;
+      m.entropy += row.entropy;
+      m.query_cosine += row.query_cosine;
       m.recall_no_sinks += 1.0 - missing_no_sinks;
       m.output_error += error;
       m.cosine_error += cosine_error;

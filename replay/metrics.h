@@ -36,6 +36,7 @@ constexpr const char* token_class_name(TokenClass c) {
 struct QHeadMetrics {
   int64_t steps = 0;
   double recall = 0, recall_no_sinks = 0, output_error = 0, cosine_error = 0, topk_recall = 0, missing = 0;  // sums
+  double entropy = 0, query_cosine = 0;  // sums; of the recording, the same for every configuration
   Sketch missing_sketch, missing_no_sinks_sketch, error_sketch, cosine_sketch;
   void merge(const QHeadMetrics& other);
 };
@@ -59,7 +60,16 @@ struct KvHeadMetrics {
 enum class SeriesKind : uint8_t { recall, output_error, retained };
 inline constexpr int kSeriesKinds = 3;
 
+// Sampled decisions of one layer: see ScoreProbe.
+struct ProbeMetrics {
+  int64_t correlations = 0;   // score rows
+  double correlation = 0;     // sum of the rank correlations of score and exact leave-one-out error
+  int64_t victims = 0, fp16 = 0, ulp = 0, ties = 0;  // that would differ: Evictor::Sensitivity
+  void merge(const ProbeMetrics& other);
+};
+
 struct LayerMetrics {
+  ProbeMetrics probe;
   std::vector<QHeadMetrics> q_heads;
   std::vector<KvHeadMetrics> kv_heads;
   std::vector<int32_t> held_by_step;  // [T] sum over kv heads of the tokens that attention saw; 0 in the prompt
@@ -74,6 +84,8 @@ class MetricsCollector {
   // After attention, before the eviction: what each head holds.
   void on_attended(const SlotTable& table, int step);
   void on_evicted(const EvictionPlan& plan);
+  // A sampled decision: correlations of its score rows, and the evictor's counts so far.
+  void on_probe(std::span<const double> correlations, const Evictor::Sensitivity& sensitivity);
   // Every step of [begin, end), one loaded block, was decided. Heads are independent: one thread each. Per head, in this
   // order: begin_outputs; add_tokens with ascending end_pos, the last one `end`; finish_outputs. The split lets a
   // driver pass one range of tokens through many configurations while it is in the cache.

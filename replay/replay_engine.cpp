@@ -54,6 +54,7 @@ int layer_capacity(const SharedLayer& shared, const ReplayConfig& config) {
 SharedLayerNeeds shared_needs(const std::vector<ReplayConfig>& configs, bool metrics) {
   SharedLayerNeeds needs;
   needs.metrics = metrics;
+  if (metrics) needs.window = 1;  // the query before, for the cosine of consecutive ones
   for (const ReplayConfig& config : configs) {
     const PolicyInfo& info = config.policy->info();
     needs.window = std::max(needs.window, std::min(info.query_window, kMostWindowRows));
@@ -102,7 +103,18 @@ void ConfigRun::advance() {
     site_->append(pos, {});
     memory_.attend(site_->table(), pos);
     if (collector_) collector_->on_attended(site_->table(), next_);
-    evicted(site_->finish(pos));
+    const bool probes = collector_ && next_ >= next_probe_ && (next_ + 1) % site_->rule().cadence == 0 &&
+                        site_->table().max_count() > site_->budget() - site_->rule().headroom;
+    if (probes) probe_.take(*site_, memory_, shared_, next_);
+    const EvictionPlan* plan = site_->finish(pos);
+    if (probes) {
+      site_->evictor().count_sensitivity(false);
+      if (plan != nullptr) {
+        next_probe_ = (next_ / kProbeSteps + 1) * kProbeSteps;
+        collector_->on_probe(probe_.correlations(site_->evictor().scores()), site_->evictor().sensitivity());
+      }
+    }
+    evicted(plan);
   }
 }
 

@@ -12,6 +12,7 @@
 #include "core/base/error.h"
 #include "core/policy/spec.h"
 #include "replay/metrics.h"
+#include "replay/score_probe.h"
 
 namespace kvlapse {
 
@@ -57,6 +58,8 @@ class ConfigRun {
   std::unique_ptr<CacheSite> site_;
   std::unique_ptr<MetricsCollector> collector_;
   PlanVisitor visitor_;
+  ScoreProbe probe_;
+  int next_probe_ = kProbeSteps;  // step from which the next decision is probed
   int next_ = 0;  // position of the next token
 };
 

@@ -118,7 +118,9 @@ void SharedLayer::load_head(int h, int from) {
                  static_cast<size_t>(end_ - from), n_keys, scale_, logits_.data() + row_index(q, from) * stride_, stride_);
     for (int t = from; t < end_; ++t) {
       float* row = logits_.data() + row_index(q, t) * stride_;
-      std::fill(row + t + 1, row + stride_, -std::numeric_limits<float>::infinity());
+      // As far as a later step looks back at this row.
+      const size_t seen = std::min(stride_, static_cast<size_t>(end_) + needs_.window + block_rows_);
+      std::fill(row + t + 1, row + seen, -std::numeric_limits<float>::infinity());
     }
   }
 
@@ -131,7 +133,7 @@ void SharedLayer::load_head(int h, int from) {
       for (size_t g = 0; g < group; ++g)
         summarise(h * group_ + static_cast<int>(g), t, rows.data() + (static_cast<size_t>(t - first) * group + g) * stride_);
     const size_t used = static_cast<size_t>(last - first) * group;
-    std::fill(rows.begin() + static_cast<ptrdiff_t>(used * stride_), rows.end(), 0.0f);
+    for (size_t m = used; m < columns; ++m) std::fill_n(rows.data() + m * stride_, end_, 0.0f);
     const auto n = static_cast<size_t>(last);
     for (int t = first; t < last; ++t) {
       const float* from_rows = rows.data() + static_cast<size_t>(t - first) * group * stride_;
@@ -169,7 +171,7 @@ void SharedLayer::summarise(int q, int t, float* e) {
   r.max = most.value;
   r.argmax = most.index;
   exp_minus({logit, n}, r.max, {e, n});
-  std::fill(e + n, e + stride_, 0.0f);
+  std::fill(e + n, e + end_, 0.0f);
   r.total = sum({e, n});
   if (!(r.total >= 1)) fail("replay: layer {}, q head {}, step {}: expected finite logits, found NaN", layer_, q, t);
   if (!needs_.metrics) return;
@@ -181,6 +183,13 @@ void SharedLayer::summarise(int q, int t, float* e) {
     r.newest[j] = r.newest[j - 1] + (static_cast<size_t>(j) <= n ? e[n - static_cast<size_t>(j)] / r.total : 0.0f);
   // E[logit - max] as a sum of e (logit - max) / total; terms with e = 0 vanish.
   r.entropy = std::log(r.total) - (dot(e, logit, n) / r.total - r.max);
+
+  if (t > 0) {
+    const auto dim = static_cast<size_t>(geometry_.head_dim);
+    const float *a = query(t) + static_cast<size_t>(q) * dim, *b = query(t - 1) + static_cast<size_t>(q) * dim;
+    const float norms = std::sqrt(dot(a, a, dim) * dot(b, b, dim));
+    r.query_cosine = norms > 0 ? dot(a, b, dim) / norms : 0.0f;
+  }
 
   r.hot.clear();
   const float hot = kHotAttention * r.total;

@@ -29,6 +29,7 @@ struct AttentionRow {
   float sinks = 0;      // part of it at positions below kSinkTokens
   float entropy = 0;    // nats
   float output_norm2 = 0;  // |o|^2 of the full cache's output
+  float query_cosine = 1;  // with the query of the step before
   int n_top = 0;
   std::array<int32_t, kTopK> top{};                      // positions of the largest weights
   std::vector<int32_t> hot;                              // positions with a weight above kHotAttention

@@ -23,6 +23,7 @@ std::vector<NamedValue> summarise(const CacheGeometry& g, const PolicyInfo& poli
                                   const std::vector<const SequenceResult*>& sequences) {
   QHeadMetrics q;
   KvHeadMetrics kv;
+  ProbeMetrics probe;
   int64_t slots_peak_sum = 0, slot_steps = 0, full_peak_sum = 0, full_steps = 0;
   double state_bytes = 0;
   int n_heads = 0;
@@ -37,6 +38,7 @@ std::vector<NamedValue> summarise(const CacheGeometry& g, const PolicyInfo& poli
         head_peak = std::max(head_peak, head.held_peak);
       }
       n_heads += static_cast<int>(layer.kv_heads.size());
+      probe.merge(layer.probe);
       for (size_t t = 0; t < held.size(); ++t) held[t] += layer.held_by_step[t];
     }
     slots_peak_sum += held.empty() ? 0 : *std::max_element(held.begin(), held.end());
@@ -83,8 +85,19 @@ std::vector<NamedValue> summarise(const CacheGeometry& g, const PolicyInfo& poli
       {"revived_share", ratio(static_cast<double>(kv.revived), evictions)},
       {"lifetime_mean", ratio(static_cast<double>(lifetime), evictions)},
       {"lifetime_p50", kv.lifetime_sketch.quantile(0.5)},
+      {"entropy_mean", ratio(q.entropy, steps)},
+      {"query_cosine_mean", ratio(q.query_cosine, steps)},
       {"prompt_survival", ratio(static_cast<double>(kv.prompt_kept), static_cast<double>(kv.prompt_tokens))},
   };
+  if (probe.correlations > 0)
+    values.push_back({"score_rank_correlation", probe.correlation / static_cast<double>(probe.correlations)});
+  if (probe.victims > 0) {
+    const auto victims = static_cast<double>(probe.victims);
+    values.push_back({"sampled_victims", victims});
+    values.push_back({"fp16_flip_share", static_cast<double>(probe.fp16) / victims});
+    values.push_back({"ulp_flip_share", static_cast<double>(probe.ulp) / victims});
+    values.push_back({"tie_flip_share", static_cast<double>(probe.ties) / victims});
+  }
   for (int c = 0; c < kTokenClasses; ++c) {
     const std::string name = token_class_name(static_cast<TokenClass>(c));
     values.push_back({"evicted_" + name, static_cast<double>(kv.evicted_by_class[c])});
@@ -101,7 +114,7 @@ double value_of(const std::vector<NamedValue>& values, std::string_view name) {
 }
 
 bool is_integer_metric(std::string_view name) {
-  for (std::string_view prefix : {"kv_bytes", "kv_byte_", "state_bytes", "slots_peak", "evictions", "prompt_evictions", "evicted_"})
+  for (std::string_view prefix : {"kv_bytes", "kv_byte_", "state_bytes", "slots_peak", "evictions", "prompt_evictions", "evicted_", "sampled_victims"})
     if (name.starts_with(prefix)) return true;
   return false;
 }

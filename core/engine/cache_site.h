@@ -57,6 +57,7 @@ class CacheSite {
 
   const SlotTable& table() const { return table_; }
   int budget() const { return context_.budget; }  // of this layer
+  const EvictionRule& rule() const { return context_.rule; }
   Evictor& evictor() { return evictor_; }
 
   // Slots that the fullest head of a layer with that budget needs for a sequence of `total_tokens`.
