@@ -56,7 +56,8 @@ ReplayOptions replay_options(const Options& o) {
   ReplayOptions options;
   options.threads = o.threads;
   options.memory_bytes = static_cast<size_t>(o.memory_mib) << 20;
-  if (!o.layers.empty()) std::tie(options.layer_begin, options.layer_end) = parse_pair("--layers", o.layers, ':');
+  if (!o.layers.empty())
+    std::tie(options.layer_begin, options.layer_end) = parse_pair("--layers", o.layers, ':');
   return options;
 }
 
@@ -74,33 +75,44 @@ void print_sbatch(const Options& o) {
   fmt::print("#SBATCH --job-name=kvlapse-replay\n#SBATCH --array=0-{}\n#SBATCH --requeue\n", o.sbatch - 1);
   fmt::print("#SBATCH --cpus-per-task=2\n#SBATCH --mem={}M\n", o.memory_mib + 256);
   fmt::print("# Then: kvlapse merge {}*.kvr -o {}\n", parts, quoted(o.output));
-  fmt::print("{} --memory-mib {} -j \"${{SLURM_CPUS_PER_TASK:-2}}\" \\\n  --shard \"${{SLURM_ARRAY_TASK_ID}}/{}\" --resume -q -o {}\"${{SLURM_ARRAY_TASK_ID}}\".kvr\n",
-             command, o.memory_mib, o.sbatch, parts);
+  fmt::print(
+      "{} --memory-mib {} -j \"${{SLURM_CPUS_PER_TASK:-2}}\" \\\n  --shard \"${{SLURM_ARRAY_TASK_ID}}/{}\" "
+      "--resume -q -o {}\"${{SLURM_ARRAY_TASK_ID}}\".kvr\n",
+      command, o.memory_mib, o.sbatch, parts);
 }
 
 void print_self(const SelfReplayReport& report, const std::string& trace, Context& context) {
   if (report.mismatches > 0) context.exit_code = 1;
   if (context.json) {
-    Json document = {{"policy", report.policy},         {"budget", report.budget_slots},     {"decisions", report.decisions},
-                     {"mismatches", report.mismatches}, {"ties", report.ties}, {"first_mismatch", nullptr}};
+    Json document = {{"policy", report.policy},       {"budget", report.budget_slots},
+                     {"decisions", report.decisions}, {"mismatches", report.mismatches},
+                     {"ties", report.ties},           {"first_mismatch", nullptr}};
     if (report.first_mismatch) {
       const Mismatch& m = *report.first_mismatch;
-      document["first_mismatch"] = {{"sequence", m.sequence}, {"layer", m.layer}, {"step", m.step}, {"kv_head", m.kv_head},
-                                    {"recorded_pos", m.recorded_pos}, {"replayed_pos", m.replayed_pos}};
+      document["first_mismatch"] = {{"sequence", m.sequence},
+                                    {"layer", m.layer},
+                                    {"step", m.step},
+                                    {"kv_head", m.kv_head},
+                                    {"recorded_pos", m.recorded_pos},
+                                    {"replayed_pos", m.replayed_pos}};
     }
     return print_json(document);
   }
-  fmt::print("{}: {} at {} slots: {} decisions, {} mismatches, {} near ties\n", trace, report.policy, report.budget_slots,
-             report.decisions, report.mismatches, report.ties);
+  fmt::print("{}: {} at {} slots: {} decisions, {} mismatches, {} near ties\n", trace, report.policy,
+             report.budget_slots, report.decisions, report.mismatches, report.ties);
   if (report.first_mismatch) {
     const Mismatch& m = *report.first_mismatch;
-    fmt::print("first mismatch: sequence {}, layer {}, step {}, kv head {}: recorded position {}, replayed {}\n", m.sequence,
-               m.layer, m.step, m.kv_head, m.recorded_pos, m.replayed_pos);
+    fmt::print(
+        "first mismatch: sequence {}, layer {}, step {}, kv head {}: recorded position {}, replayed {}\n",
+        m.sequence, m.layer, m.step, m.kv_head, m.recorded_pos, m.replayed_pos);
   }
 }
 
 Json row_json(const ResultCell& cell, const std::string& trace) {
-  Json row = {{"trace", trace}, {"policy", cell.policy}, {"budget", cell.budget}, {"budget_slots", cell.budget_slots},
+  Json row = {{"trace", trace},
+              {"policy", cell.policy},
+              {"budget", cell.budget},
+              {"budget_slots", cell.budget_slots},
               {"budget_share", cell.budget_share}};
   for (const NamedValue& v : cell.total)
     if (is_integer_metric(v.name))
@@ -115,9 +127,15 @@ Json row_json(const ResultCell& cell, const std::string& trace) {
 Json comparison_json(const std::vector<ComparedRow>& rows) {
   Json out = Json::array();
   for (const ComparedRow& r : rows) {
-    Json row = {{"policy", r.policy}, {"budget", r.budget}, {"budget_slots", r.budget_slots}, {"samples", r.n_samples}};
+    Json row = {{"policy", r.policy},
+                {"budget", r.budget},
+                {"budget_slots", r.budget_slots},
+                {"samples", r.n_samples}};
     auto put = [&](const char* name, const ComparedMetric& m) {
-      row[name] = {{"mean", m.value.mean}, {"ci95_low", m.value.low}, {"ci95_high", m.value.high}, {"best", m.best},
+      row[name] = {{"mean", m.value.mean},
+                   {"ci95_low", m.value.low},
+                   {"ci95_high", m.value.high},
+                   {"best", m.best},
                    {"in_noise", m.in_noise}};
     };
     put("recall", r.recall);
@@ -135,13 +153,15 @@ std::string marked(const ComparedMetric& m, int n_samples) {
 }
 
 void print_table(const std::vector<ComparedRow>& rows) {
-  Table table({"policy", "budget", "slots mean", "peak", "recall", "p10", "no sinks", "output error", "p90", "top-10", "KV peak"});
+  Table table({"policy", "budget", "slots mean", "peak", "recall", "p10", "no sinks", "output error", "p90",
+               "top-10", "KV peak"});
   bool noise = false;
   for (const ComparedRow& r : rows) {
     auto value = [&](const char* name) { return value_of(r.means, name); };
     noise |= r.recall.in_noise || r.output_error.in_noise;
-    table.add({r.policy, r.budget, fmt::format("{:.1f}", value("slots_mean")), fmt::format("{:.0f}", value("slots_peak")),
-               marked(r.recall, r.n_samples), fmt::format("{:.4f}", value("recall_p10")),
+    table.add({r.policy, r.budget, fmt::format("{:.1f}", value("slots_mean")),
+               fmt::format("{:.0f}", value("slots_peak")), marked(r.recall, r.n_samples),
+               fmt::format("{:.4f}", value("recall_p10")),
                fmt::format("{:.4f}", value("recall_no_sinks_mean")), marked(r.output_error, r.n_samples),
                fmt::format("{:.4f}", value("output_error_p90")), fmt::format("{:.4f}", value("topk_recall")),
                format_bytes(value("kv_bytes_peak"))});
@@ -188,7 +208,9 @@ void run_sweep(const Options& o, Context& context) {
   const Results all = read_results(o.output);
   const std::vector<ComparedRow> rows = compare(all);
   if (!context.json) return print_table(rows);
-  Json document = {{"trace", all.traces.empty() ? "" : all.traces[0].name}, {"results", o.output}, {"rows", Json::array()}};
+  Json document = {{"trace", all.traces.empty() ? "" : all.traces[0].name},
+                   {"results", o.output},
+                   {"rows", Json::array()}};
   for (const ResultCell& cell : all.cells)
     for (const ResultTrace& trace : all.traces)
       if (trace.hash == cell.trace) document["rows"].push_back(row_json(cell, trace.name));
@@ -200,33 +222,52 @@ void run_sweep(const Options& o, Context& context) {
 
 void add_replay(CLI::App& app, Context& context) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = add_command(app, context, "replay", "every policy x budget over every trace, open loop",
-                                  "  kvlapse replay run.kvl --policy longflow,rkv,random:pin_prompt=1 --budget 10%,25%,512 -o run.kvr\n"
-                                  "  kvlapse replay run.kvl --self");
+  CLI::App* command = add_command(
+      app, context, "replay", "every policy x budget over every trace, open loop",
+      "  kvlapse replay run.kvl --policy longflow,rkv,random:pin_prompt=1 --budget 10%,25%,512 -o run.kvr\n"
+      "  kvlapse replay run.kvl --self");
   command->add_option("traces", options->traces, "recordings (*.kvl)")->required()->type_name("TRACE");
-  command->add_option("--policy", options->policies, "policies, comma-separated: name[@reference][:key=value...]");
-  command->add_option("--budget", options->budgets, "slots per kv head (512) or a share of the sequence (25%), comma-separated");
+  command->add_option("--policy", options->policies,
+                      "policies, comma-separated: name[@reference][:key=value...]");
+  command->add_option("--budget", options->budgets,
+                      "slots per kv head (512) or a share of the sequence (25%), comma-separated");
   command->add_option("-o,--output", options->output, "results file (*.kvr)");
-  command->add_flag("--self", options->self, "replay the recorded policy and compare every victim; exit 1 on a mismatch");
-  command->add_option("--layer0-of", options->teacher,
-                      "with --self: replay layer 0 of this recording of the same tokens instead, under the trace's policy");
-  command->add_option("--match", options->match, "budgets that cost the same: nominal, peak or mean occupancy")->capture_default_str();
-  command->add_option("--metrics", options->metrics, "all")->check(CLI::IsMember({"all"}))->capture_default_str();
+  command->add_flag("--self", options->self,
+                    "replay the recorded policy and compare every victim; exit 1 on a mismatch");
+  command->add_option(
+      "--layer0-of", options->teacher,
+      "with --self: replay layer 0 of this recording of the same tokens instead, under the trace's policy");
+  command
+      ->add_option("--match", options->match, "budgets that cost the same: nominal, peak or mean occupancy")
+      ->capture_default_str();
+  command->add_option("--metrics", options->metrics, "all")
+      ->check(CLI::IsMember({"all"}))
+      ->capture_default_str();
   command->add_option("--layers", options->layers, "only layers A:B (B exclusive)");
-  command->add_option("--max-tokens", options->max_tokens, "only the first N tokens")->check(CLI::NonNegativeNumber);
+  command->add_option("--max-tokens", options->max_tokens, "only the first N tokens")
+      ->check(CLI::NonNegativeNumber);
   command->add_option("--shard", options->shard, "only cells of shard I/N, I from 0")->capture_default_str();
-  command->add_option("--emit-sbatch", options->sbatch, "print a Slurm array of N tasks and stop (8 without a number)")
+  command
+      ->add_option("--emit-sbatch", options->sbatch,
+                   "print a Slurm array of N tasks and stop (8 without a number)")
       ->expected(0, 1)
       ->default_str("8")
       ->check(CLI::Range(1, 100000));
   command->add_flag("--resume", options->resume, "go on with an unfinished results file");
   command->add_flag("--force", options->force, "replace an existing results file");
-  command->add_option("-j,--threads", options->threads, "threads; 0: all cores")->check(CLI::NonNegativeNumber);
-  command->add_option("--memory-mib", options->memory_mib, "working memory")->check(CLI::PositiveNumber)->capture_default_str();
-  command->add_option("--cells-at-once", options->cells_at_once, "configurations that share work; a killed sweep repeats at most these")
+  command->add_option("-j,--threads", options->threads, "threads; 0: all cores")
+      ->check(CLI::NonNegativeNumber);
+  command->add_option("--memory-mib", options->memory_mib, "working memory")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command->add_option("--device", options->device, "cpu")->check(CLI::IsMember({"cpu"}))->capture_default_str();
+  command
+      ->add_option("--cells-at-once", options->cells_at_once,
+                   "configurations that share work; a killed sweep repeats at most these")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--device", options->device, "cpu")
+      ->check(CLI::IsMember({"cpu"}))
+      ->capture_default_str();
   command->callback([options, &context] {
     if (options->self) return run_self(*options, context);
     if (options->policies.empty() || options->budgets.empty())

@@ -43,7 +43,8 @@ std::vector<double> column(const std::vector<Sample>& samples, std::string_view 
 }
 
 // Values of `a` and `b` over the samples that both have.
-std::pair<std::vector<double>, std::vector<double>> paired(const std::vector<Sample>& a, const std::vector<Sample>& b,
+std::pair<std::vector<double>, std::vector<double>> paired(const std::vector<Sample>& a,
+                                                           const std::vector<Sample>& b,
                                                            std::string_view metric) {
   std::pair<std::vector<double>, std::vector<double>> columns;
   for (const Sample& x : a)
@@ -61,29 +62,36 @@ int most_slots(const std::vector<Sample>& samples) {
   return slots;
 }
 
-bool is_full(const std::string& policy) { return policy == "full"; }
+bool is_full(const std::string& policy) {
+  return policy == "full";
+}
 
-void mark_best(std::vector<ComparedRow>& rows, const Groups& groups, std::string_view metric, ComparedMetric ComparedRow::* field) {
+void mark_best(std::vector<ComparedRow>& rows, const Groups& groups, std::string_view metric,
+               ComparedMetric ComparedRow::*field) {
   const bool higher = higher_is_better(metric);
   std::map<std::pair<std::string, std::string>, std::vector<ComparedRow*>> by_budget;
   for (ComparedRow& row : rows)
     if (!is_full(row.policy)) by_budget[{row.budget, row.match}].push_back(&row);
   for (auto& [budget, members] : by_budget) {
-    ComparedRow* best = *std::min_element(members.begin(), members.end(), [&](const ComparedRow* a, const ComparedRow* b) {
-      const double x = (a->*field).value.mean, y = (b->*field).value.mean;
-      return higher ? x > y : x < y;
-    });
+    ComparedRow* best =
+        *std::min_element(members.begin(), members.end(), [&](const ComparedRow* a, const ComparedRow* b) {
+          const double x = (a->*field).value.mean, y = (b->*field).value.mean;
+          return higher ? x > y : x < y;
+        });
     (best->*field).best = true;
     for (ComparedRow* row : members) {
       if (row == best || row->n_samples < 2) continue;
-      const auto [a, b] = paired(groups.at({row->policy, row->budget, row->match}), groups.at({best->policy, best->budget, best->match}), metric);
+      const auto [a, b] = paired(groups.at({row->policy, row->budget, row->match}),
+                                 groups.at({best->policy, best->budget, best->match}), metric);
       const Interval difference = bootstrap_difference(a, b);
       (row->*field).in_noise = a.size() >= 2 && difference.low <= 0 && difference.high >= 0;
     }
   }
 }
 
-double missing_mean(const ComparedRow* row) { return row ? 1.0 - value_of(row->means, "recall_mean") : kNan; }
+double missing_mean(const ComparedRow* row) {
+  return row ? 1.0 - value_of(row->means, "recall_mean") : kNan;
+}
 
 // Blocks of the steps of one sequence: means over layers and heads of a series.
 std::vector<double> step_samples(const ResultCell& cell, std::string_view metric) {
@@ -112,7 +120,8 @@ std::vector<ComparedRow> compare(const Results& results) {
     std::tie(row.policy, row.budget, row.match) = key;
     row.budget_slots = most_slots(samples);
     row.n_samples = static_cast<int>(samples.size());
-    for (const NamedValue& v : *samples[0].values) row.means.push_back({v.name, bootstrap_mean(column(samples, v.name), 0.95).mean});
+    for (const NamedValue& v : *samples[0].values)
+      row.means.push_back({v.name, bootstrap_mean(column(samples, v.name), 0.95).mean});
     row.recall.value = bootstrap_mean(column(samples, "recall_mean"));
     row.output_error.value = bootstrap_mean(column(samples, "output_error_mean"));
     rows.push_back(std::move(row));
@@ -126,7 +135,8 @@ std::vector<ComparedRow> compare(const Results& results) {
     const ComparedRow *random = nullptr, *oracle = nullptr;
     for (const ComparedRow& other : rows) {
       if (other.budget != row.budget || other.match != row.match) continue;
-      if (other.policy.starts_with("random") && other.policy.find("pin_prompt=1") != std::string::npos) random = &other;
+      if (other.policy.starts_with("random") && other.policy.find("pin_prompt=1") != std::string::npos)
+        random = &other;
       if (other.policy.starts_with("oracle_mass")) oracle = &other;
     }
     row.regret = (missing_mean(&row) - missing_mean(oracle)) / (missing_mean(random) - missing_mean(oracle));
@@ -134,11 +144,14 @@ std::vector<ComparedRow> compare(const Results& results) {
   return rows;
 }
 
-std::vector<Choice> choose_budgets(const Results& results, std::string_view metric, double most, double confidence) {
+std::vector<Choice> choose_budgets(const Results& results, std::string_view metric, double most,
+                                   double confidence) {
   const Groups groups = group(results);
   std::map<std::string, std::vector<const Groups::value_type*>> by_policy;
   for (const auto& entry : groups) by_policy[std::get<0>(entry.first)].push_back(&entry);
-  const std::string_view column_name = metric == "output_error" ? "output_error_mean" : metric == "recall" ? "recall_mean" : metric;
+  const std::string_view column_name = metric == "output_error" ? "output_error_mean"
+                                       : metric == "recall"     ? "recall_mean"
+                                                                : metric;
 
   std::vector<Choice> choices;
   for (auto& [policy, entries] : by_policy) {
@@ -162,10 +175,15 @@ std::vector<Choice> choose_budgets(const Results& results, std::string_view metr
       Interval value = bootstrap_mean(values, two_sided);
       if (values.size() < 2) {
         choice.basis = "steps";
-        const std::string_view series = column_name == "recall_mean" ? "recall" : column_name == "output_error_mean" ? "output_error" : "";
+        const std::string_view series = column_name == "recall_mean"         ? "recall"
+                                        : column_name == "output_error_mean" ? "output_error"
+                                                                             : "";
         const std::vector<double> steps = step_samples(*samples[0].cell, series);
         if (steps.empty())
-          fail("choose: metric {}: one sequence only, and no series over its steps: expected recall, output_error or more traces", metric);
+          fail(
+              "choose: metric {}: one sequence only, and no series over its steps: expected recall, "
+              "output_error or more traces",
+              metric);
         const Interval spread = bootstrap_mean(steps, two_sided, kStepBlock);
         value.low += spread.low - spread.mean;
         value.high += spread.high - spread.mean;

@@ -1,5 +1,6 @@
-// Reads a results file as a comparison: the same policy and budget over all traces as paired samples, with confidence
-// intervals, and the two questions that are asked of it: who is best at a budget, and which budget suffices.
+// Reads a results file as a comparison: the same policy and budget over all traces as paired samples, with
+// confidence intervals, and the two questions that are asked of it: who is best at a budget, and which budget
+// suffices.
 #pragma once
 
 #include <string>
@@ -19,11 +20,12 @@ struct ComparedMetric {
 
 struct ComparedRow {
   std::string policy, budget, match;
-  int budget_slots = 0;  // largest of the samples
-  int n_samples = 0;     // sequences, over all traces
+  int budget_slots = 0;           // largest of the samples
+  int n_samples = 0;              // sequences, over all traces
   std::vector<NamedValue> means;  // every metric, mean over the samples; peaks too
   ComparedMetric recall, output_error;
-  // (random + prompt - this) / (random + prompt - oracle) of missing mass; NaN without those rows at this budget.
+  // (random + prompt - this) / (random + prompt - oracle) of missing mass; NaN without those rows at this
+  // budget.
   double regret = 0;
 };
 
@@ -36,12 +38,13 @@ struct Choice {
   int budget_slots = 0;
   Interval value;
   int n_samples = 0;
-  // 'sequences' when there are at least two, otherwise 'steps': blocks of consecutive steps of the one sequence, which
-  // says nothing about other sequences.
+  // 'sequences' when there are at least two, otherwise 'steps': blocks of consecutive steps of the one
+  // sequence, which says nothing about other sequences.
   std::string basis;
 };
-// `metric`: output_error, recall or any name of summarise; where more is better (recall), stays above instead. Throws
-// UsageError for an unknown one. Results with details.
-std::vector<Choice> choose_budgets(const Results& results, std::string_view metric, double most, double confidence);
+// `metric`: output_error, recall or any name of summarise; where more is better (recall), stays above
+// instead. Throws UsageError for an unknown one. Results with details.
+std::vector<Choice> choose_budgets(const Results& results, std::string_view metric, double most,
+                                   double confidence);
 
 }  // namespace kvlapse

@@ -1,9 +1,9 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "replay/dense_kernels.cpp"
+#include "replay/dense_kernels.h"
+
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
-
-#include "replay/dense_kernels.h"
 
 #include <algorithm>
 #include <cstring>
@@ -21,7 +21,8 @@ constexpr size_t kLanes = 16;  // virtual lanes of vector_math
 // Products of one virtual lane, for Q queries x 2 vectors of keys: element d = lane, lane + 16, ...
 template <size_t Q>
 HWY_INLINE void lane_sums(const float* HWY_RESTRICT keys, size_t key_stride, size_t head_dim,
-                          const float* HWY_RESTRICT queries, size_t query_stride, size_t lane, Vec (&acc)[Q][2]) {
+                          const float* HWY_RESTRICT queries, size_t query_stride, size_t lane,
+                          Vec (&acc)[Q][2]) {
   const Tag tag;
   const size_t n = hn::Lanes(tag);
   for (size_t q = 0; q < Q; ++q) acc[q][0] = acc[q][1] = hn::Zero(tag);
@@ -66,8 +67,9 @@ HWY_INLINE void logits_tile(const float* keys, size_t key_stride, size_t head_di
   }
 }
 
-void LogitsBlock(const float* keys_t, size_t key_stride, size_t head_dim, const float* queries, size_t query_stride,
-                 size_t n_queries, size_t n_keys, float scale, float* out, size_t out_stride) {
+void LogitsBlock(const float* keys_t, size_t key_stride, size_t head_dim, const float* queries,
+                 size_t query_stride, size_t n_queries, size_t n_keys, float scale, float* out,
+                 size_t out_stride) {
   const Tag tag;
   const size_t width = 2 * hn::Lanes(tag);
   constexpr size_t kTile = 128;  // keys: [D][kTile] stays in the first-level cache
@@ -99,8 +101,9 @@ void LogitsBlock(const float* keys_t, size_t key_stride, size_t head_dim, const 
 
 // One tile of M output rows by two vectors of D.
 template <size_t M, bool kIndexed>
-HWY_INLINE void weighted_tile(const float* HWY_RESTRICT weights, size_t weight_stride, const int32_t* HWY_RESTRICT index,
-                              size_t n_rows, const float* HWY_RESTRICT rows, size_t head_dim, float* HWY_RESTRICT out) {
+HWY_INLINE void weighted_tile(const float* HWY_RESTRICT weights, size_t weight_stride,
+                              const int32_t* HWY_RESTRICT index, size_t n_rows,
+                              const float* HWY_RESTRICT rows, size_t head_dim, float* HWY_RESTRICT out) {
   const Tag tag;
   const size_t n = hn::Lanes(tag);
   Vec acc[M][2];
@@ -126,8 +129,8 @@ HWY_INLINE void weighted_tile(const float* HWY_RESTRICT weights, size_t weight_s
 }
 
 template <bool kIndexed>
-HWY_INLINE void weighted_rows_of(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n_rows,
-                                 const float* rows, size_t head_dim, float* out) {
+HWY_INLINE void weighted_rows_of(const float* weights, size_t weight_stride, size_t m, const int32_t* index,
+                                 size_t n_rows, const float* rows, size_t head_dim, float* out) {
   const Tag tag;
   const size_t width = 2 * hn::Lanes(tag);
   constexpr size_t kTile = 64;  // rows of one pass: both operands stay in the first-level cache
@@ -158,15 +161,16 @@ HWY_INLINE void weighted_rows_of(const float* weights, size_t weight_stride, siz
   }
 }
 
-void WeightedRows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n, const float* rows,
-                  size_t head_dim, float* out) {
+void WeightedRows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n,
+                  const float* rows, size_t head_dim, float* out) {
   if (index != nullptr)
     weighted_rows_of<true>(weights, weight_stride, m, index, n, rows, head_dim, out);
   else
     weighted_rows_of<false>(weights, weight_stride, m, nullptr, n, rows, head_dim, out);
 }
 
-void SumRows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n, float* out) {
+void SumRows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n,
+             float* out) {
   const Tag tag;
   const size_t lanes = hn::Lanes(tag);
   constexpr size_t kPartial = 64;
@@ -176,7 +180,8 @@ void SumRows(const float* weights, size_t weight_stride, size_t m, const int32_t
     for (; i + 2 * lanes <= m; i += 2 * lanes) {
       Vec a = hn::Zero(tag), b = hn::Zero(tag);
       for (size_t u = begin; u < end; ++u) {
-        const float* row = weights + static_cast<size_t>(index ? index[u] : static_cast<int32_t>(u)) * weight_stride + i;
+        const float* row =
+            weights + static_cast<size_t>(index ? index[u] : static_cast<int32_t>(u)) * weight_stride + i;
         a = hn::Add(a, hn::LoadU(tag, row));
         b = hn::Add(b, hn::LoadU(tag, row + lanes));
       }
@@ -186,7 +191,8 @@ void SumRows(const float* weights, size_t weight_stride, size_t m, const int32_t
     for (; i < m; ++i) {
       float partial = 0;
       for (size_t u = begin; u < end; ++u)
-        partial += weights[static_cast<size_t>(index ? index[u] : static_cast<int32_t>(u)) * weight_stride + i];
+        partial +=
+            weights[static_cast<size_t>(index ? index[u] : static_cast<int32_t>(u)) * weight_stride + i];
       out[i] += partial;
     }
   }
@@ -195,8 +201,8 @@ void SumRows(const float* weights, size_t weight_stride, size_t m, const int32_t
 // Scalar loads of G floats beat the gather instruction on current CPUs; the columns are then taken apart in
 // registers.
 template <size_t G>
-HWY_INLINE void gather_groups(const float* HWY_RESTRICT values, const int32_t* HWY_RESTRICT index, size_t n, float* out,
-                              size_t out_stride) {
+HWY_INLINE void gather_groups(const float* HWY_RESTRICT values, const int32_t* HWY_RESTRICT index, size_t n,
+                              float* out, size_t out_stride) {
   const Tag tag;
   const size_t lanes = hn::Lanes(tag);
   constexpr size_t kBatch = 64;
@@ -225,11 +231,13 @@ HWY_INLINE void gather_groups(const float* HWY_RESTRICT values, const int32_t* H
     for (size_t g = 0; g < G; ++g) out[g * out_stride + i] = values[static_cast<size_t>(index[i]) * G + g];
 }
 
-void GatherColumns(const float* values, size_t n_columns, const int32_t* index, size_t n, float* out, size_t out_stride) {
+void GatherColumns(const float* values, size_t n_columns, const int32_t* index, size_t n, float* out,
+                   size_t out_stride) {
   if (n_columns == 2) return gather_groups<2>(values, index, n, out, out_stride);
   if (n_columns == 4) return gather_groups<4>(values, index, n, out, out_stride);
   for (size_t i = 0; i < n; ++i)
-    for (size_t g = 0; g < n_columns; ++g) out[g * out_stride + i] = values[static_cast<size_t>(index[i]) * n_columns + g];
+    for (size_t g = 0; g < n_columns; ++g)
+      out[g * out_stride + i] = values[static_cast<size_t>(index[i]) * n_columns + g];
 }
 
 Peak FindPeak(const float* values, size_t n) {
@@ -261,8 +269,9 @@ HWY_EXPORT(SumRows);
 HWY_EXPORT(GatherColumns);
 HWY_EXPORT(FindPeak);
 
-void logits_block(const float* keys_t, size_t key_stride, size_t head_dim, const float* queries, size_t query_stride,
-                  size_t n_queries, size_t n_keys, float scale, float* out, size_t out_stride) {
+void logits_block(const float* keys_t, size_t key_stride, size_t head_dim, const float* queries,
+                  size_t query_stride, size_t n_queries, size_t n_keys, float scale, float* out,
+                  size_t out_stride) {
   HWY_DYNAMIC_DISPATCH(LogitsBlock)
   (keys_t, key_stride, head_dim, queries, query_stride, n_queries, n_keys, scale, out, out_stride);
 }
@@ -272,7 +281,8 @@ void weighted_rows(const float* weights, size_t weight_stride, size_t m, const i
   HWY_DYNAMIC_DISPATCH(WeightedRows)(weights, weight_stride, m, index, n, rows, head_dim, out);
 }
 
-void sum_rows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n, float* out) {
+void sum_rows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n,
+              float* out) {
   HWY_DYNAMIC_DISPATCH(SumRows)(weights, weight_stride, m, index, n, out);
 }
 
@@ -281,7 +291,9 @@ void gather_columns(const float* values, size_t n_columns, const int32_t* index,
   HWY_DYNAMIC_DISPATCH(GatherColumns)(values, n_columns, index, n, out, out_stride);
 }
 
-Peak find_peak(const float* values, size_t n) { return HWY_DYNAMIC_DISPATCH(FindPeak)(values, n); }
+Peak find_peak(const float* values, size_t n) {
+  return HWY_DYNAMIC_DISPATCH(FindPeak)(values, n);
+}
 
 }  // namespace kvlapse::dense
 #endif

@@ -1,6 +1,6 @@
-// The arithmetic that configurations of a replay share or spend most time in, blocked for the cache and written
-// with Highway (runtime dispatch). Every output element is one fixed sequence of operations, whatever the vector
-// width or the blocking. Thread-safe.
+// The arithmetic that configurations of a replay share or spend most time in, blocked for the cache and
+// written with Highway (runtime dispatch). Every output element is one fixed sequence of operations, whatever
+// the vector width or the blocking. Thread-safe.
 #pragma once
 
 #include <cstddef>
@@ -9,17 +9,21 @@
 namespace kvlapse::dense {
 
 // out[m][i] = scale * dot(queries[m], key i) for keys [0, n_keys): the same bits as vector_math's dot.
-// keys_t [D][key_stride], transposed; n_keys a multiple of 16. queries [m][query_stride], out [m][out_stride].
-void logits_block(const float* keys_t, size_t key_stride, size_t head_dim, const float* queries, size_t query_stride,
-                  size_t n_queries, size_t n_keys, float scale, float* out, size_t out_stride);
+// keys_t [D][key_stride], transposed; n_keys a multiple of 16. queries [m][query_stride], out
+// [m][out_stride].
+void logits_block(const float* keys_t, size_t key_stride, size_t head_dim, const float* queries,
+                  size_t query_stride, size_t n_queries, size_t n_keys, float scale, float* out,
+                  size_t out_stride);
 
-// out[m][d] += sum over u of weights[w(u)][m] * rows[w(u)][d], fused multiply-add in ascending u from out's value;
-// w(u) = index[u], or u without an index. weights [.][weight_stride] with m columns, rows [.][D], out [m][D].
+// out[m][d] += sum over u of weights[w(u)][m] * rows[w(u)][d], fused multiply-add in ascending u from out's
+// value; w(u) = index[u], or u without an index. weights [.][weight_stride] with m columns, rows [.][D], out
+// [m][D].
 void weighted_rows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n,
                    const float* rows, size_t head_dim, float* out);
 
 // out[m] += sum over u of weights[w(u)][m], in partial sums of 64 consecutive u.
-void sum_rows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n, float* out);
+void sum_rows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n,
+              float* out);
 
 // out[g][i] = values[index[i]][g] for G interleaved columns; out [G][out_stride].
 void gather_columns(const float* values, size_t n_columns, const int32_t* index, size_t n, float* out,

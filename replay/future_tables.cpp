@@ -17,7 +17,8 @@ SharedLayerNeeds stream_needs(bool errors) {
 
 }  // namespace
 
-// For steps in ascending order: [H][T] mean over the group of the attention weights, or of a / (1 - a) |o - v|.
+// For steps in ascending order: [H][T] mean over the group of the attention weights, or of a / (1 - a) |o -
+// v|.
 class FutureTables::Stream {
  public:
   Stream(const RowSource& source, int sequence, int layer, bool errors)
@@ -29,7 +30,8 @@ class FutureTables::Stream {
     norms_.resize(row_.size());
     for (int h = 0; h < g.n_kv_heads; ++h)
       for (int i = 0; i < shared_.sequence().n_tokens; ++i)
-        norms_[static_cast<size_t>(h) * shared_.sequence().n_tokens + i] = dot(shared_.value(h, i), shared_.value(h, i), dim);
+        norms_[static_cast<size_t>(h) * shared_.sequence().n_tokens + i] =
+            dot(shared_.value(h, i), shared_.value(h, i), dim);
   }
 
   // Only positions up to `step` are set.
@@ -55,7 +57,8 @@ class FutureTables::Stream {
             out[i] += weight * share;
             continue;
           }
-          const float oo = shared_.row(q, step).output_norm2, vv = norms_[static_cast<size_t>(h) * n_tokens + i];
+          const float oo = shared_.row(q, step).output_norm2,
+                      vv = norms_[static_cast<size_t>(h) * n_tokens + i];
           const float square = oo + vv - 2 * dot(shared_.output(q, step), shared_.value(h, i), dim);
           out[i] += share * weight / std::max(1.0f - weight, 1e-7f) * std::sqrt(std::max(square, 0.0f));
         }
@@ -86,7 +89,8 @@ class FutureTables::Window {
   const float* sums(int h, int step) {
     const std::lock_guard lock(mutex_);
     while (step >= end_) advance();
-    return sums_.data() + static_cast<size_t>(step % kMetricSteps) * width_ + static_cast<size_t>(h) * n_tokens_;
+    return sums_.data() + static_cast<size_t>(step % kMetricSteps) * width_ +
+           static_cast<size_t>(h) * n_tokens_;
   }
 
  private:
@@ -119,7 +123,8 @@ class FutureTables::Window {
 
 struct FutureTables::Blocks {
   Blocks(const FutureTables& owner, int block)
-      : n_blocks((owner.n_tokens_ + block - 1) / block), width(static_cast<size_t>(owner.geometry_.n_kv_heads) * owner.n_tokens_) {
+      : n_blocks((owner.n_tokens_ + block - 1) / block),
+        width(static_cast<size_t>(owner.geometry_.n_kv_heads) * owner.n_tokens_) {
     means.resize(static_cast<size_t>(n_blocks) * width);
     Stream stream(owner.source_, owner.sequence_, owner.layer_, false);
     for (int t = 0; t < owner.n_tokens_; ++t) {
@@ -164,7 +169,8 @@ FutureTables::~FutureTables() = default;
 
 size_t FutureTables::memory_bytes(const CacheGeometry& g, int n_tokens) {
   const size_t width = static_cast<size_t>(g.n_kv_heads) * n_tokens;
-  return 2 * SharedLayer::memory_bytes(g, n_tokens, stream_needs(true), kMetricSteps) + width * (2 * 8 + 4 * kMetricSteps);
+  return 2 * SharedLayer::memory_bytes(g, n_tokens, stream_needs(true), kMetricSteps) +
+         width * (2 * 8 + 4 * kMetricSteps);
 }
 
 FutureTables::Window& FutureTables::window(bool errors, int horizon) {
@@ -174,17 +180,20 @@ FutureTables::Window& FutureTables::window(bool errors, int horizon) {
   return *held;
 }
 
-void FutureTables::mass(int kv_head, Pos step, int horizon, std::span<const Pos> positions, std::span<float> out) {
+void FutureTables::mass(int kv_head, Pos step, int horizon, std::span<const Pos> positions,
+                        std::span<float> out) {
   const float* sums = window(false, horizon).sums(kv_head, raw(step));
   for (size_t i = 0; i < positions.size(); ++i) out[i] = sums[raw(positions[i])];
 }
 
-void FutureTables::error(int kv_head, Pos step, int horizon, std::span<const Pos> positions, std::span<float> out) {
+void FutureTables::error(int kv_head, Pos step, int horizon, std::span<const Pos> positions,
+                         std::span<float> out) {
   const float* sums = window(true, horizon).sums(kv_head, raw(step));
   for (size_t i = 0; i < positions.size(); ++i) out[i] = sums[raw(positions[i])];
 }
 
-void FutureTables::peak(int kv_head, Pos step, int horizon, int block, std::span<const Pos> positions, std::span<float> out) {
+void FutureTables::peak(int kv_head, Pos step, int horizon, int block, std::span<const Pos> positions,
+                        std::span<float> out) {
   const Blocks* blocks = nullptr;
   {
     const std::lock_guard lock(mutex_);
@@ -193,16 +202,18 @@ void FutureTables::peak(int kv_head, Pos step, int horizon, int block, std::span
     blocks = held.get();
   }
   const int first = (raw(step) + 1) / block;
-  const int last = horizon > 0 ? std::min(blocks->n_blocks - 1, (raw(step) + horizon) / block) : blocks->n_blocks - 1;
+  const int last =
+      horizon > 0 ? std::min(blocks->n_blocks - 1, (raw(step) + horizon) / block) : blocks->n_blocks - 1;
   std::fill(out.begin(), out.end(), 0.0f);
   for (int b = first; b <= last; ++b) {
-    const float* means = blocks->means.data() + static_cast<size_t>(b) * blocks->width + static_cast<size_t>(kv_head) * n_tokens_;
+    const float* means = blocks->means.data() + static_cast<size_t>(b) * blocks->width +
+                         static_cast<size_t>(kv_head) * n_tokens_;
     for (size_t i = 0; i < positions.size(); ++i) out[i] = std::max(out[i], means[raw(positions[i])]);
   }
 }
 
-void FutureTables::next_use(int kv_head, Pos step, int horizon, float threshold, std::span<const Pos> positions,
-                            std::span<float> out) {
+void FutureTables::next_use(int kv_head, Pos step, int horizon, float threshold,
+                            std::span<const Pos> positions, std::span<float> out) {
   const Uses* uses = nullptr;
   {
     const std::lock_guard lock(mutex_);
@@ -211,7 +222,8 @@ void FutureTables::next_use(int kv_head, Pos step, int horizon, float threshold,
     uses = held.get();
   }
   for (size_t i = 0; i < positions.size(); ++i) {
-    const std::vector<int32_t>& steps = uses->steps[static_cast<size_t>(kv_head) * n_tokens_ + raw(positions[i])];
+    const std::vector<int32_t>& steps =
+        uses->steps[static_cast<size_t>(kv_head) * n_tokens_ + raw(positions[i])];
     const auto next = std::upper_bound(steps.begin(), steps.end(), raw(step));
     const bool used = next != steps.end() && (horizon <= 0 || *next <= raw(step) + horizon);
     out[i] = used ? static_cast<float>(*next - raw(step)) : std::numeric_limits<float>::infinity();

@@ -11,8 +11,8 @@
 namespace kvlapse {
 namespace {
 
-// Below this share of the full mass the held tokens' exponentials may have underflowed: such a row is recomputed
-// against its own maximum.
+// Below this share of the full mass the held tokens' exponentials may have underflowed: such a row is
+// recomputed against its own maximum.
 constexpr float kTinyMass = 1e-6f;
 
 }  // namespace
@@ -80,7 +80,8 @@ MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& r
 }
 
 void MetricsCollector::add_series(SeriesKind kind, int q_head, int step, double value) {
-  const size_t bin = static_cast<size_t>(step) * kSeriesBins / static_cast<size_t>(shared_.sequence().n_tokens);
+  const size_t bin =
+      static_cast<size_t>(step) * kSeriesBins / static_cast<size_t>(shared_.sequence().n_tokens);
   const size_t at = (static_cast<size_t>(kind) * metrics_.q_heads.size() + q_head) * kSeriesBins + bin;
   series_sums_[at] += value;
   ++series_counts_[at];
@@ -154,7 +155,8 @@ void MetricsCollector::exact_row(int q_head, int step, float* output) const {
   for (int d = 0; d < dim; ++d) output[d] = static_cast<float>(sum[d] / total);
 }
 
-void MetricsCollector::on_probe(std::span<const double> correlations, const Evictor::Sensitivity& sensitivity) {
+void MetricsCollector::on_probe(std::span<const double> correlations,
+                                const Evictor::Sensitivity& sensitivity) {
   ProbeMetrics& m = metrics_.probe;
   for (double correlation : correlations) {
     if (std::isnan(correlation)) continue;
@@ -199,8 +201,8 @@ void MetricsCollector::add_tokens(int h, int end_pos) {
   if (b.next == first) return;
   const float* weights = shared_.token_weights(h, b.begin);
   const int32_t* tokens = b.tokens.data() + first;
-  dense::weighted_rows(weights, columns, columns, tokens, b.next - first, shared_.value(h, 0), shared_.geometry().head_dim,
-                       b.sums.data());
+  dense::weighted_rows(weights, columns, columns, tokens, b.next - first, shared_.value(h, 0),
+                       shared_.geometry().head_dim, b.sums.data());
   dense::sum_rows(weights, columns, columns, tokens, b.next - first, b.masses.data());
 }
 
@@ -213,7 +215,8 @@ void MetricsCollector::finish_outputs(int h) {
 // Tokens evicted inside the block are part of the sum on one side of their eviction only.
 void MetricsCollector::add_changed(int h) {
   HeadBlock& b = blocks_[h];
-  const size_t n = b.changed.size(), columns = shared_.token_columns(), group = static_cast<size_t>(shared_.geometry().group());
+  const size_t n = b.changed.size(), columns = shared_.token_columns(),
+               group = static_cast<size_t>(shared_.geometry().group());
   const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
   if (n == 0) return;
   const int32_t* last = retention_.last(h);
@@ -228,7 +231,8 @@ void MetricsCollector::add_changed(int h) {
     std::fill(row + (b.sum_dropped ? 0 : gone), row + (b.sum_dropped ? gone : columns), 0.0f);
     std::copy_n(shared_.value(h, i), dim, b.changed_rows.data() + u * dim);
   }
-  dense::weighted_rows(b.changed_weights.data(), columns, columns, nullptr, n, b.changed_rows.data(), dim, b.sums.data());
+  dense::weighted_rows(b.changed_weights.data(), columns, columns, nullptr, n, b.changed_rows.data(), dim,
+                       b.sums.data());
   dense::sum_rows(b.changed_weights.data(), columns, columns, nullptr, n, b.masses.data());
 }
 
@@ -259,7 +263,8 @@ void MetricsCollector::close_rows(int h) {
       } else if (sum_dropped) {
         const auto m = static_cast<float>(missing), kept_inverse = static_cast<float>(1.0 / recall);
         const float total_inverse = 1.0f / row.total;
-        for (size_t d = 0; d < dim; ++d) difference[d] = (m * o[d] - difference[d] * total_inverse) * kept_inverse;
+        for (size_t d = 0; d < dim; ++d)
+          difference[d] = (m * o[d] - difference[d] * total_inverse) * kept_inverse;
       } else {
         const float mass_inverse = 1.0f / mass;
         for (size_t d = 0; d < dim; ++d) difference[d] = difference[d] * mass_inverse - o[d];
@@ -281,8 +286,8 @@ void MetricsCollector::close_rows(int h) {
       const double outside = static_cast<double>(row.total) - row.sinks;
       double missing_no_sinks = 0;
       if (outside > 1e-6 * row.total)
-        missing_no_sinks =
-            std::clamp((missing * row.total - (static_cast<double>(row.sinks) - held_sinks)) / outside, 0.0, 1.0);
+        missing_no_sinks = std::clamp(
+            (missing * row.total - (static_cast<double>(row.sinks) - held_sinks)) / outside, 0.0, 1.0);
       int top_held = 0;
       for (int i = 0; i < row.n_top; ++i) top_held += last[row.top[i]] >= t;
 
@@ -322,8 +327,10 @@ void MetricsCollector::future(int h) {
   for (int i : victims_[h]) {
     const int from = std::max(begin, last[i] + 1), to = std::min(end, last[i] + kFutureHorizon + 1);
     if (from >= to) continue;
-    const size_t first = static_cast<size_t>(from - block) * group, n = static_cast<size_t>(to - from) * group;
-    m.future_missed += dot(weights + static_cast<size_t>(i) * columns + first, inverse_totals.data() + first, n);
+    const size_t first = static_cast<size_t>(from - block) * group,
+                 n = static_cast<size_t>(to - from) * group;
+    m.future_missed +=
+        dot(weights + static_cast<size_t>(i) * columns + first, inverse_totals.data() + first, n);
   }
   char* revived = revived_.data() + static_cast<size_t>(h) * shared_.sequence().n_tokens;
   for (int t = begin; t < end; ++t)

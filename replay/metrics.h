@@ -1,16 +1,18 @@
 // Metrics of one configuration over one (sequence, layer): what the policy's cache keeps of the full cache's
-// attention. They read SharedLayer and Retention only, never the decision's own arithmetic, in fixed blocks of
-// kMetricSteps steps and in order of position, so that they depend on the victims alone: not on threads, blocking
-// or the other configurations. Open loop: the reference is full attention over all recorded tokens.
+// attention. They read SharedLayer and Retention only, never the decision's own arithmetic, in fixed blocks
+// of kMetricSteps steps and in order of position, so that they depend on the victims alone: not on threads,
+// blocking or the other configurations. Open loop: the reference is full attention over all recorded tokens.
 //
 // Per query head h and step t, with alpha the full attention and S the held tokens:
 //   recall            sum over S of alpha; `missing` = 1 - recall
 //   recall_no_sinks   the same over positions >= kSinkTokens, renormalised
-//   output_error      |o~ - o| / |o|, o~ the attention output over S; o~ - o = m / (1 - m) (o - v_E) is computed from
+//   output_error      |o~ - o| / |o|, o~ the attention output over S; o~ - o = m / (1 - m) (o - v_E) is
+//   computed from
 //                     the smaller of S and its complement E
 //   cosine_error      1 - cos(o, o~)
 //   topk_recall       share of the kTopK heaviest tokens that are held
-// Per kv head: held tokens, evictions, lifetime at eviction, revival, future missed mass, churn, prompt survival.
+// Per kv head: held tokens, evictions, lifetime at eviction, revival, future missed mass, churn, prompt
+// survival.
 #pragma once
 
 #include <array>
@@ -22,8 +24,8 @@
 
 namespace kvlapse {
 
-inline constexpr int kSeriesBins = 256;    // bins of a series over the steps of a sequence
-inline constexpr int kRecentTokens = 64;   // age below which an evicted token counts as recent
+inline constexpr int kSeriesBins = 256;   // bins of a series over the steps of a sequence
+inline constexpr int kRecentTokens = 64;  // age below which an evicted token counts as recent
 
 // Class of a token at its eviction.
 enum class TokenClass : uint8_t { sink, prompt, think, recent };
@@ -35,7 +37,8 @@ constexpr const char* token_class_name(TokenClass c) {
 
 struct QHeadMetrics {
   int64_t steps = 0;
-  double recall = 0, recall_no_sinks = 0, output_error = 0, cosine_error = 0, topk_recall = 0, missing = 0;  // sums
+  double recall = 0, recall_no_sinks = 0, output_error = 0, cosine_error = 0, topk_recall = 0,
+         missing = 0;                    // sums
   double entropy = 0, query_cosine = 0;  // sums; of the recording, the same for every configuration
   Sketch missing_sketch, missing_no_sinks_sketch, error_sketch, cosine_sketch;
   void merge(const QHeadMetrics& other);
@@ -43,16 +46,16 @@ struct QHeadMetrics {
 
 struct KvHeadMetrics {
   int64_t steps = 0;
-  double retained = 0;      // sum over steps of held / tokens seen
-  int64_t held_sum = 0;     // sum over steps
+  double retained = 0;   // sum over steps of held / tokens seen
+  int64_t held_sum = 0;  // sum over steps
   int held_peak = 0;
   int64_t evictions = 0, prompt_evictions = 0;
   std::array<int64_t, kTokenClasses> evicted_by_class{};
   std::array<int64_t, kTokenClasses> lifetime_by_class{};  // sums of ages at eviction
   Sketch lifetime_sketch;
-  int64_t revived = 0;       // evicted tokens whose full attention later exceeded kHotAttention in some query head
+  int64_t revived = 0;  // evicted tokens whose full attention later exceeded kHotAttention in some query head
   double future_missed = 0, future_mass = 0;  // numerator and denominator of future missed mass
-  double churn = 0;          // sum over steps of the Jaccard distance of consecutive held sets
+  double churn = 0;  // sum over steps of the Jaccard distance of consecutive held sets
   int64_t prompt_tokens = 0, prompt_kept = 0;  // at the end
   void merge(const KvHeadMetrics& other);
 };
@@ -62,8 +65,8 @@ inline constexpr int kSeriesKinds = 3;
 
 // Sampled decisions of one layer: see ScoreProbe.
 struct ProbeMetrics {
-  int64_t correlations = 0;   // score rows
-  double correlation = 0;     // sum of the rank correlations of score and exact leave-one-out error
+  int64_t correlations = 0;  // score rows
+  double correlation = 0;    // sum of the rank correlations of score and exact leave-one-out error
   int64_t victims = 0, fp16 = 0, ulp = 0, ties = 0;  // that would differ: Evictor::Sensitivity
   void merge(const ProbeMetrics& other);
 };
@@ -72,8 +75,10 @@ struct LayerMetrics {
   ProbeMetrics probe;
   std::vector<QHeadMetrics> q_heads;
   std::vector<KvHeadMetrics> kv_heads;
-  std::vector<int32_t> held_by_step;  // [T] sum over kv heads of the tokens that attention saw; 0 in the prompt
-  // [kind][Hq][kSeriesBins] means over the bin's steps; NaN where a bin has none. Step t is in bin t * bins / T.
+  std::vector<int32_t>
+      held_by_step;  // [T] sum over kv heads of the tokens that attention saw; 0 in the prompt
+  // [kind][Hq][kSeriesBins] means over the bin's steps; NaN where a bin has none. Step t is in bin t * bins /
+  // T.
   std::vector<float> series;
 };
 
@@ -86,9 +91,10 @@ class MetricsCollector {
   void on_evicted(const EvictionPlan& plan);
   // A sampled decision: correlations of its score rows, and the evictor's counts so far.
   void on_probe(std::span<const double> correlations, const Evictor::Sensitivity& sensitivity);
-  // Every step of [begin, end), one loaded block, was decided. Heads are independent: one thread each. Per head, in this
-  // order: begin_outputs; add_tokens with ascending end_pos, the last one `end`; finish_outputs. The split lets a
-  // driver pass one range of tokens through many configurations while it is in the cache.
+  // Every step of [begin, end), one loaded block, was decided. Heads are independent: one thread each. Per
+  // head, in this order: begin_outputs; add_tokens with ascending end_pos, the last one `end`;
+  // finish_outputs. The split lets a driver pass one range of tokens through many configurations while it is
+  // in the cache.
   void begin_outputs(int kv_head, int begin, int end);
   void add_tokens(int kv_head, int end_pos);
   void finish_outputs(int kv_head);
@@ -116,13 +122,13 @@ class MetricsCollector {
   const SharedLayer& shared_;
   const Retention& retention_;
   LayerMetrics metrics_;
-  std::vector<double> series_sums_;      // like LayerMetrics::series
+  std::vector<double> series_sums_;  // like LayerMetrics::series
   std::vector<int32_t> series_counts_;
   std::vector<std::vector<int>> decisions_;  // per kv head: steps of the last kFutureHorizon that evicted
   std::vector<std::vector<int>> victims_;    // per kv head: positions evicted in them
   std::vector<int> previous_held_, previous_drops_;
-  std::vector<char> revived_;            // [H, T]
-  std::vector<HeadBlock> blocks_;        // [H]
+  std::vector<char> revived_;      // [H, T]
+  std::vector<HeadBlock> blocks_;  // [H]
 };
 
 }  // namespace kvlapse

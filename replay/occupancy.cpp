@@ -20,7 +20,8 @@ Occupancy occupancy(const Policy& policy, int budget, int n_layers, int n_prompt
       ++held;
       sum += held;
       total.peak = std::max(total.peak, held);
-      if (info.evicts && (t + 1) % info.rule.cadence == 0 && held > target + info.rule.slack) held = std::max(1, target);
+      if (info.evicts && (t + 1) % info.rule.cadence == 0 && held > target + info.rule.slack)
+        held = std::max(1, target);
     }
   }
   const int steps = std::max(1, n_tokens - n_prompt);
@@ -38,7 +39,8 @@ BudgetMatch parse_budget_match(std::string_view name) {
   fail_usage("--match: expected peak, mean or nominal, found '{}'", name);
 }
 
-int matched_budget(const Policy& policy, int budget, BudgetMatch match, int n_layers, int n_prompt, int n_tokens) {
+int matched_budget(const Policy& policy, int budget, BudgetMatch match, int n_layers, int n_prompt,
+                   int n_tokens) {
   if (match == BudgetMatch::nominal || !policy.info().evicts) return budget;
   // What a cache that is cut to budget - 1 at every step holds.
   double wanted_mean = 0;
@@ -46,12 +48,14 @@ int matched_budget(const Policy& policy, int budget, BudgetMatch match, int n_la
   wanted_mean /= std::max(1, n_tokens - n_prompt);
   auto excess = [&](int b) {
     const Occupancy o = occupancy(policy, b, n_layers, n_prompt, n_tokens);
-    return match == BudgetMatch::peak ? static_cast<double>(o.peak - std::min(budget, n_tokens)) : o.mean - wanted_mean;
+    return match == BudgetMatch::peak ? static_cast<double>(o.peak - std::min(budget, n_tokens))
+                                      : o.mean - wanted_mean;
   };
   // Occupancy grows with the budget: the largest one that stays within.
   int low = 1, high = budget + policy.info().rule.cadence + 1;
   if (excess(low) > 0)
-    fail("policy {}: --match {}: no budget occupies as little as {} slots", policy.info().name, budget_match_name(match), budget);
+    fail("policy {}: --match {}: no budget occupies as little as {} slots", policy.info().name,
+         budget_match_name(match), budget);
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (excess(middle) > 0 ? high : low) = middle;

@@ -10,7 +10,6 @@
 
 #include "replay/future_tables.h"
 
-
 namespace kvlapse {
 namespace {
 
@@ -18,35 +17,44 @@ constexpr int kTokenTile = 512;  // tokens whose values and weights pass through
 constexpr int kMostWindowRows = 512;  // logits of older queries are computed when asked for
 
 size_t config_bytes(const CacheGeometry& g, int n_tokens, const ReplayConfig& config) {
-  const size_t capacity = config.policy->info().evicts ? static_cast<size_t>(std::min(n_tokens, config.budget + 512))
-                                                       : static_cast<size_t>(n_tokens);
+  const size_t capacity = config.policy->info().evicts
+                              ? static_cast<size_t>(std::min(n_tokens, config.budget + 512))
+                              : static_cast<size_t>(n_tokens);
   const size_t retention = static_cast<size_t>(g.n_kv_heads) * n_tokens * 5;
-  const size_t slots = static_cast<size_t>(g.n_q_heads + g.n_kv_heads * (config.policy->info().state_columns + 1)) * capacity * 4;
-  const size_t ahead = contains(config.policy->info().signals, Signal::future) ? FutureTables::memory_bytes(g, n_tokens) : 0;
+  const size_t slots =
+      static_cast<size_t>(g.n_q_heads + g.n_kv_heads * (config.policy->info().state_columns + 1)) * capacity *
+      4;
+  const size_t ahead =
+      contains(config.policy->info().signals, Signal::future) ? FutureTables::memory_bytes(g, n_tokens) : 0;
   return retention + slots + ahead + size_t{256} * 1024;
 }
 
 bool looks_ahead(const std::vector<ReplayConfig>& configs) {
-  return std::any_of(configs.begin(), configs.end(),
-                     [](const ReplayConfig& config) { return contains(config.policy->info().signals, Signal::future); });
+  return std::any_of(configs.begin(), configs.end(), [](const ReplayConfig& config) {
+    return contains(config.policy->info().signals, Signal::future);
+  });
 }
 
-// The metrics of the loaded block, a kv head at a time: a tile of tokens stays in the core's cache while every
-// configuration adds what it needs of it.
+// The metrics of the loaded block, a kv head at a time: a tile of tokens stays in the core's cache while
+// every configuration adds what it needs of it.
 void close_block(const SharedLayer& shared, const std::vector<std::unique_ptr<ConfigRun>>& runs) {
   const int begin = std::max(shared.begin(), shared.sequence().n_prompt), end = shared.end();
-  tbb::parallel_for(0, shared.geometry().n_kv_heads, 1, [&](int h) {
-    for (const auto& run : runs) run->collector()->begin_outputs(h, begin, end);
-    for (int tile = 0; tile < end; tile += kTokenTile)
-      for (const auto& run : runs) run->collector()->add_tokens(h, std::min(end, tile + kTokenTile));
-    for (const auto& run : runs) run->collector()->finish_outputs(h);
-  }, tbb::simple_partitioner());
+  tbb::parallel_for(
+      0, shared.geometry().n_kv_heads, 1,
+      [&](int h) {
+        for (const auto& run : runs) run->collector()->begin_outputs(h, begin, end);
+        for (int tile = 0; tile < end; tile += kTokenTile)
+          for (const auto& run : runs) run->collector()->add_tokens(h, std::min(end, tile + kTokenTile));
+        for (const auto& run : runs) run->collector()->finish_outputs(h);
+      },
+      tbb::simple_partitioner());
 }
 
 int layer_capacity(const SharedLayer& shared, const ReplayConfig& config) {
   const CacheGeometry& g = shared.geometry();
-  return CacheSite::capacity(*config.policy, config.policy->layer_budget(shared.layer(), g.n_layers, config.budget), g.n_kv_heads,
-                             shared.sequence().n_prompt, shared.sequence().n_tokens);
+  return CacheSite::capacity(*config.policy,
+                             config.policy->layer_budget(shared.layer(), g.n_layers, config.budget),
+                             g.n_kv_heads, shared.sequence().n_prompt, shared.sequence().n_tokens);
 }
 
 }  // namespace
@@ -70,8 +78,8 @@ int first_attended_step(const std::vector<ReplayConfig>& configs, const RowSeque
   return std::max(0, sequence.n_prompt - 1) / kMetricSteps * kMetricSteps;
 }
 
-ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, FutureInputs* future,
-                     PlanVisitor visitor)
+ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics,
+                     FutureInputs* future, PlanVisitor visitor)
     : shared_(shared),
       retention_(shared.geometry().n_kv_heads, shared.sequence().n_tokens),
       memory_(shared, retention_, layer_capacity(shared, config)),
@@ -135,17 +143,19 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
   const int threads = options_.threads > 0 ? options_.threads : tbb::this_task_arena::max_concurrency();
   const int n_layers = layer_end_ - layer_begin_;
   size_t of_configs = 0;
-  for (const ReplayConfig& config : configs) of_configs += config_bytes(source_.geometry(), rows.n_tokens, config);
+  for (const ReplayConfig& config : configs)
+    of_configs += config_bytes(source_.geometry(), rows.n_tokens, config);
   constexpr int block_rows = kMetricSteps;
   auto layer_bytes = [&] {
     return of_configs + SharedLayer::memory_bytes(source_.geometry(), rows.n_tokens, needs, block_rows);
   };
   if (layer_bytes() > options_.memory_bytes)
-    fail("replay: memory: one layer of {} tokens under {} configurations needs {} MiB, the setting allows {} MiB", rows.n_tokens,
-         configs.size(), (layer_bytes() >> 20) + 1, options_.memory_bytes >> 20);
-  const int at_once =
-      static_cast<int>(std::min<size_t>({static_cast<size_t>(threads), static_cast<size_t>(n_layers),
-                                         options_.memory_bytes / layer_bytes()}));
+    fail(
+        "replay: memory: one layer of {} tokens under {} configurations needs {} MiB, the setting allows {} "
+        "MiB",
+        rows.n_tokens, configs.size(), (layer_bytes() >> 20) + 1, options_.memory_bytes >> 20);
+  const int at_once = static_cast<int>(std::min<size_t>(
+      {static_cast<size_t>(threads), static_cast<size_t>(n_layers), options_.memory_bytes / layer_bytes()}));
 
   const tbb::global_control limit(tbb::global_control::max_allowed_parallelism, static_cast<size_t>(threads));
   tbb::task_arena arena(threads);
@@ -162,20 +172,25 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
     for (int begin = first_attended_step(configs, rows); begin < rows.n_tokens; begin += block_rows) {
       if (stop) return;
       shared.load(begin, std::min(rows.n_tokens, begin + block_rows));
-      tbb::parallel_for(size_t{0}, runs.size(), size_t{1}, [&](size_t c) { runs[c]->advance(); }, tbb::simple_partitioner());
+      tbb::parallel_for(
+          size_t{0}, runs.size(), size_t{1}, [&](size_t c) { runs[c]->advance(); },
+          tbb::simple_partitioner());
       if (metrics && shared.end() > rows.n_prompt) close_block(shared, runs);
     }
     finished(layer, runs);
   };
   arena.execute([&] {
-    // `at_once` workers take layers in turn; inside one, configurations run in parallel. A worker that waits for
-    // its own configurations must not start another layer: that would hold two layers' memory.
-    tbb::parallel_for(0, at_once, 1, [&](int) {
-      for (int layer = next++; layer < layer_end_ && !stop; layer = next++) {
-        tbb::this_task_arena::isolate([&] { over_layer(layer); });
-        if (options_.progress && !options_.progress(++done, n_layers)) stop = true;
-      }
-    }, tbb::simple_partitioner());
+    // `at_once` workers take layers in turn; inside one, configurations run in parallel. A worker that waits
+    // for its own configurations must not start another layer: that would hold two layers' memory.
+    tbb::parallel_for(
+        0, at_once, 1,
+        [&](int) {
+          for (int layer = next++; layer < layer_end_ && !stop; layer = next++) {
+            tbb::this_task_arena::isolate([&] { over_layer(layer); });
+            if (options_.progress && !options_.progress(++done, n_layers)) stop = true;
+          }
+        },
+        tbb::simple_partitioner());
   });
   if (stop) throw Interrupted("replay: interrupted");
 }

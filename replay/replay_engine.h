@@ -1,7 +1,7 @@
-// ReplayEngine: many configurations (policy x budget) over one recording, open loop. Each configuration runs the
-// same CacheSite as live decode over a ReplayMemory; what they have in common (rows, logits, exponentials,
-// full-cache attention) is computed once a layer, in blocks of steps. Layers and configurations run in parallel;
-// results do not depend on the thread count, the blocking or the other configurations.
+// ReplayEngine: many configurations (policy x budget) over one recording, open loop. Each configuration runs
+// the same CacheSite as live decode over a ReplayMemory; what they have in common (rows, logits,
+// exponentials, full-cache attention) is computed once a layer, in blocks of steps. Layers and configurations
+// run in parallel; results do not depend on the thread count, the blocking or the other configurations.
 #pragma once
 
 #include <functional>
@@ -22,10 +22,12 @@ struct ReplayConfig {
 };
 
 struct ReplayOptions {
-  int threads = 0;                       // 0: all
-  size_t memory_bytes = size_t{768} << 20;  // of working memory; fewer layers at a time, then fewer steps a block
+  int threads = 0;  // 0: all
+  size_t memory_bytes =
+      size_t{768} << 20;  // of working memory; fewer layers at a time, then fewer steps a block
   int layer_begin = -1, layer_end = -1;  // -1: all recorded ones
-  // Layers done and in total, called from any thread. Returning false stops the replay (Interrupted is thrown).
+  // Layers done and in total, called from any thread. Returning false stops the replay (Interrupted is
+  // thrown).
   std::function<bool(int done, int total)> progress = {};
 };
 
@@ -42,7 +44,8 @@ class ConfigRun {
   // Called with every plan, prompt cut included, before the next token.
   using PlanVisitor = std::function<void(const EvictionPlan&)>;
   // `future`: for oracles, null when no policy asks for it.
-  ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, FutureInputs* future, PlanVisitor visitor = {});
+  ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, FutureInputs* future,
+            PlanVisitor visitor = {});
   // Runs the steps of the loaded block; their metrics are then due, see MetricsCollector.
   void advance();
   MetricsCollector* collector() { return collector_.get(); }
@@ -60,7 +63,7 @@ class ConfigRun {
   PlanVisitor visitor_;
   ScoreProbe probe_;
   int next_probe_ = kProbeSteps;  // step from which the next decision is probed
-  int next_ = 0;  // position of the next token
+  int next_ = 0;                  // position of the next token
 };
 
 // What SharedLayer must hold for these configurations.
@@ -71,9 +74,11 @@ int first_attended_step(const std::vector<ReplayConfig>& configs, const RowSeque
 class ReplayEngine {
  public:
   ReplayEngine(const RowSource& source, ReplayOptions options);
-  // [configs] results of one sequence. Throws Error: a budget below a protected set, bad rows, too little memory.
+  // [configs] results of one sequence. Throws Error: a budget below a protected set, bad rows, too little
+  // memory.
   std::vector<SequenceMetrics> run(int sequence, const std::vector<ReplayConfig>& configs) const;
-  // The same without metrics: every eviction plan, in order of steps per (config, layer); different ones concurrently.
+  // The same without metrics: every eviction plan, in order of steps per (config, layer); different ones
+  // concurrently.
   void decide(int sequence, const std::vector<ReplayConfig>& configs,
               const std::function<void(size_t config, int layer, const EvictionPlan&)>& visitor) const;
 

@@ -44,10 +44,10 @@ std::span<const float> ReplayMemory::attention(int q_head) {
   const std::span<float> out(attention_.data() + static_cast<size_t>(q_head) * capacity_, count(h));
   if (has_attention_[q_head] == kNormalised) return out;
   if (has_attention_[q_head] == kUnknown) {
-    // The whole group at once: its exponentials lie together. Where the held slots have the same maximum as all
-    // tokens, the shared exponentials are theirs; otherwise they are computed anew below.
+    // The whole group at once: its exponentials lie together. Where the held slots have the same maximum as
+    // all tokens, the shared exponentials are theirs; otherwise they are computed anew below.
     dense::gather_columns(shared_.exps(h, step_), static_cast<size_t>(group), index(h), out.size(),
-                   attention_.data() + static_cast<size_t>(h) * group * capacity_, capacity_);
+                          attention_.data() + static_cast<size_t>(h) * group * capacity_, capacity_);
     std::fill_n(has_attention_.begin() + h * group, group, kGathered);
   }
   has_attention_[q_head] = kNormalised;
@@ -68,7 +68,8 @@ std::span<const float> ReplayMemory::output(int q_head) {
   if (has_output_[q_head]) return out;
   has_output_[q_head] = 1;
   const std::span<const float> weights = attention(q_head);
-  attention_output({shared_.value(h, 0), DType::f32, dim, index(h)}, weights.size(), dim, weights.data(), 0, 1, out.data(), 0);
+  attention_output({shared_.value(h, 0), DType::f32, dim, index(h)}, weights.size(), dim, weights.data(), 0,
+                   1, out.data(), 0);
   return out;
 }
 

@@ -1,5 +1,5 @@
-// ReplayMemory: the LayerMemory of a replay. It stores nothing: a slot's rows are those of its token in SharedLayer,
-// gathered in slot order when the policy asks. One per configuration; not thread-safe.
+// ReplayMemory: the LayerMemory of a replay. It stores nothing: a slot's rows are those of its token in
+// SharedLayer, gathered in slot order when the policy asks. One per configuration; not thread-safe.
 #pragma once
 
 #include <span>
@@ -66,7 +66,7 @@ class ReplayMemory final : public LayerMemory {
   const SlotTable* table_ = nullptr;
   int step_ = 0;
   std::vector<float> logits_, norms_, keys_, values_, window_;
-  std::vector<float> attention_, output_;       // [Hq, capacity], [Hq, D]
+  std::vector<float> attention_, output_;  // [Hq, capacity], [Hq, D]
   enum Known : char { kUnknown, kGathered, kNormalised };
   std::vector<Known> has_attention_;  // [Hq]
   std::vector<char> has_output_;      // [Hq]

@@ -22,7 +22,9 @@ const FileKind& results_file_kind() {
   return kKind;
 }
 
-std::span<const std::byte> bytes_of(const std::vector<float>& values) { return std::as_bytes(std::span(values)); }
+std::span<const std::byte> bytes_of(const std::vector<float>& values) {
+  return std::as_bytes(std::span(values));
+}
 
 // Statements that put rows in, prepared once.
 class Inserter {
@@ -37,13 +39,15 @@ class Inserter {
         eval_(db.prepare("INSERT INTO KV_EVAL VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)")) {}
 
   void add(const ResultTrace& t) {
-    trace_.run(std::string_view(t.hash), std::string_view(t.name), std::string_view(t.model), std::string_view(t.policy),
-               std::string_view(t.kv_dtype), t.n_layers, t.n_q_heads, t.n_kv_heads, t.head_dim, t.n_sequences, t.n_tokens);
+    trace_.run(std::string_view(t.hash), std::string_view(t.name), std::string_view(t.model),
+               std::string_view(t.policy), std::string_view(t.kv_dtype), t.n_layers, t.n_q_heads,
+               t.n_kv_heads, t.head_dim, t.n_sequences, t.n_tokens);
   }
   void add(const ResultCell& c) {
     const std::string_view id = c.id;
-    cell_.run(id, std::string_view(c.trace), std::string_view(c.policy), std::string_view(c.budget), c.budget_slots,
-              c.budget_share, std::string_view(c.match), c.layer_begin, c.layer_end, c.open_loop ? 1 : 0);
+    cell_.run(id, std::string_view(c.trace), std::string_view(c.policy), std::string_view(c.budget),
+              c.budget_slots, c.budget_share, std::string_view(c.match), c.layer_begin, c.layer_end,
+              c.open_loop ? 1 : 0);
     add_values(id, -1, c.total);
     for (size_t s = 0; s < c.sequences.size(); ++s) add_values(id, static_cast<int>(s), c.sequences[s]);
     for (const HeadSummary& h : c.heads)
@@ -57,12 +61,15 @@ class Inserter {
     std::sort(ordered.begin(), ordered.end(), [](const LayerSeries* a, const LayerSeries* b) {
       return std::tie(a->metric, a->layer) < std::tie(b->metric, b->layer);
     });
-    for (const LayerSeries* s : ordered) series_.run(id, std::string_view(s->metric), s->layer, kSeriesBins, bytes_of(s->data));
+    for (const LayerSeries* s : ordered)
+      series_.run(id, std::string_view(s->metric), s->layer, kSeriesBins, bytes_of(s->data));
   }
   void add(const EvalRow& r) {
     int i = 0;
-    for (const std::string* text : {&r.model, &r.task, &r.policy, &r.budget}) eval_.bind(++i, std::string_view(*text));
-    for (int64_t value : {int64_t{r.budget_slots}, r.seed, int64_t{r.n}, int64_t{r.correct}}) eval_.bind(++i, value);
+    for (const std::string* text : {&r.model, &r.task, &r.policy, &r.budget})
+      eval_.bind(++i, std::string_view(*text));
+    for (int64_t value : {int64_t{r.budget_slots}, r.seed, int64_t{r.n}, int64_t{r.correct}})
+      eval_.bind(++i, value);
     for (double value : {r.accuracy, r.ci95_low, r.ci95_high, r.tokens_mean}) eval_.bind(++i, value);
     for (const std::optional<double>& value : {r.length_ratio, r.first_divergence_median}) {
       ++i;
@@ -79,17 +86,21 @@ class Inserter {
 
  private:
   void add_values(std::string_view cell, int sequence, std::vector<NamedValue> values) {
-    std::sort(values.begin(), values.end(), [](const NamedValue& a, const NamedValue& b) { return a.name < b.name; });
+    std::sort(values.begin(), values.end(),
+              [](const NamedValue& a, const NamedValue& b) { return a.name < b.name; });
     for (const NamedValue& v : values) value_.run(cell, sequence, std::string_view(v.name), v.value);
   }
   Statement trace_, cell_, value_, head_, sketch_, series_, eval_;
 };
 
 void set_complete(Database& db, bool complete) {
-  db.prepare("INSERT OR REPLACE INTO KV_META VALUES('complete', ?)").run(std::string_view(complete ? "1" : "0"));
+  db.prepare("INSERT OR REPLACE INTO KV_META VALUES('complete', ?)")
+      .run(std::string_view(complete ? "1" : "0"));
 }
 
-auto eval_key(const EvalRow& r) { return std::tie(r.model, r.task, r.policy, r.budget, r.seed, r.n); }
+auto eval_key(const EvalRow& r) {
+  return std::tie(r.model, r.task, r.policy, r.budget, r.seed, r.n);
+}
 
 // Sorted and without repetitions; two different results for one cell are an error.
 void put_in_order(Results& results, const fs::path& file) {
@@ -97,7 +108,8 @@ void put_in_order(Results& results, const fs::path& file) {
     return std::tie(a.hash, a.name) < std::tie(b.hash, b.name);
   });
   auto same_trace = [](const ResultTrace& a, const ResultTrace& b) { return a.hash == b.hash; };
-  results.traces.erase(std::unique(results.traces.begin(), results.traces.end(), same_trace), results.traces.end());
+  results.traces.erase(std::unique(results.traces.begin(), results.traces.end(), same_trace),
+                       results.traces.end());
   std::stable_sort(results.cells.begin(), results.cells.end(),
                    [](const ResultCell& a, const ResultCell& b) { return a.id < b.id; });
   for (size_t i = 1; i < results.cells.size(); ++i) {
@@ -105,15 +117,17 @@ void put_in_order(Results& results, const fs::path& file) {
     if (a.id != b.id) continue;
     for (const NamedValue& v : a.total)
       if (value_of(b.total, v.name) != v.value)
-        fail("{}: cell {} ({}, {}): expected one result, found {} {} and {}", file.string(), a.id, a.policy, a.budget, v.name,
-             v.value, value_of(b.total, v.name));
+        fail("{}: cell {} ({}, {}): expected one result, found {} {} and {}", file.string(), a.id, a.policy,
+             a.budget, v.name, v.value, value_of(b.total, v.name));
   }
   auto same_cell = [](const ResultCell& a, const ResultCell& b) { return a.id == b.id; };
-  results.cells.erase(std::unique(results.cells.begin(), results.cells.end(), same_cell), results.cells.end());
+  results.cells.erase(std::unique(results.cells.begin(), results.cells.end(), same_cell),
+                      results.cells.end());
   std::sort(results.evals.begin(), results.evals.end(),
             [](const EvalRow& a, const EvalRow& b) { return eval_key(a) < eval_key(b); });
   auto same_eval = [](const EvalRow& a, const EvalRow& b) { return eval_key(a) == eval_key(b); };
-  results.evals.erase(std::unique(results.evals.begin(), results.evals.end(), same_eval), results.evals.end());
+  results.evals.erase(std::unique(results.evals.begin(), results.evals.end(), same_eval),
+                      results.evals.end());
 }
 
 void write_canonical(const fs::path& file, Results results, bool force) {
@@ -144,7 +158,8 @@ ResultsFile::ResultsFile(const fs::path& file, Open how) : impl_(std::make_uniqu
     for (const ResultCell& cell : held.cells) impl_->cells.insert(cell.id);
     impl_->evals = std::move(held.evals);
   } else {
-    create_file(file, results_file_kind(), how == Open::replace, [](Database& db) { set_complete(db, false); });
+    create_file(file, results_file_kind(), how == Open::replace,
+                [](Database& db) { set_complete(db, false); });
   }
   impl_->db = open_file_for_appending(file, results_file_kind());
   set_complete(*impl_->db, false);
@@ -158,10 +173,13 @@ ResultsFile::~ResultsFile() {
   }
 }
 
-bool ResultsFile::has(const std::string& cell) const { return impl_->cells.contains(cell); }
+bool ResultsFile::has(const std::string& cell) const {
+  return impl_->cells.contains(cell);
+}
 
 bool ResultsFile::has_eval(const EvalRow& row) const {
-  return std::any_of(impl_->evals.begin(), impl_->evals.end(), [&](const EvalRow& r) { return eval_key(r) == eval_key(row); });
+  return std::any_of(impl_->evals.begin(), impl_->evals.end(),
+                     [&](const EvalRow& r) { return eval_key(r) == eval_key(row); });
 }
 
 void ResultsFile::add(const ResultTrace& trace, const std::vector<ResultCell>& cells) {
@@ -200,8 +218,8 @@ Results read_results(const fs::path& file, bool details) {
   while (traces.step()) {
     auto text = [&](int i) { return std::string(traces.text(i)); };
     auto number = [&](int i) { return static_cast<int>(traces.integer(i)); };
-    results.traces.push_back({text(0), text(1), text(2), text(3), text(4), number(5), number(6), number(7), number(8), number(9),
-                              traces.integer(10)});
+    results.traces.push_back({text(0), text(1), text(2), text(3), text(4), number(5), number(6), number(7),
+                              number(8), number(9), traces.integer(10)});
   }
   Statement cells = db.prepare("SELECT * FROM KV_CELL ORDER BY cell");
   std::map<std::string, size_t, std::less<>> by_id;
@@ -222,15 +240,18 @@ Results read_results(const fs::path& file, bool details) {
   }
   auto cell_of = [&](std::string_view id) -> ResultCell& {
     auto found = by_id.find(id);
-    if (found == by_id.end()) fail("{}: KV_VALUE: cell {}: expected a row in KV_CELL, found none", file.string(), id);
+    if (found == by_id.end())
+      fail("{}: KV_VALUE: cell {}: expected a row in KV_CELL, found none", file.string(), id);
     return results.cells[found->second];
   };
   Statement values = db.prepare("SELECT * FROM KV_VALUE ORDER BY cell, sequence, metric");
   while (values.step()) {
     ResultCell& c = cell_of(values.text(0));
     const auto sequence = values.integer(1);
-    if (sequence < -1 || sequence >= 1 << 20) fail("{}: KV_VALUE: sequence: expected -1 to 2^20, found {}", file.string(), sequence);
-    if (sequence >= static_cast<int64_t>(c.sequences.size())) c.sequences.resize(static_cast<size_t>(sequence) + 1);
+    if (sequence < -1 || sequence >= 1 << 20)
+      fail("{}: KV_VALUE: sequence: expected -1 to 2^20, found {}", file.string(), sequence);
+    if (sequence >= static_cast<int64_t>(c.sequences.size()))
+      c.sequences.resize(static_cast<size_t>(sequence) + 1);
     (sequence < 0 ? c.total : c.sequences[static_cast<size_t>(sequence)])
         .push_back({std::string(values.text(2)), values.real(3)});
   }
@@ -238,17 +259,21 @@ Results read_results(const fs::path& file, bool details) {
     Statement heads = db.prepare("SELECT * FROM KV_HEAD ORDER BY cell, layer, q_head, metric");
     while (heads.step())
       cell_of(heads.text(0))
-          .heads.push_back({static_cast<int>(heads.integer(1)), static_cast<int>(heads.integer(2)), std::string(heads.text(3)),
-                            heads.real(4), heads.real(5), heads.real(6), heads.real(7)});
+          .heads.push_back({static_cast<int>(heads.integer(1)), static_cast<int>(heads.integer(2)),
+                            std::string(heads.text(3)), heads.real(4), heads.real(5), heads.real(6),
+                            heads.real(7)});
     Statement sketches = db.prepare("SELECT * FROM KV_SKETCH ORDER BY cell, metric");
     while (sketches.step())
-      cell_of(sketches.text(0)).sketches.push_back({std::string(sketches.text(1)), Sketch::from_bytes(sketches.blob(2))});
+      cell_of(sketches.text(0))
+          .sketches.push_back({std::string(sketches.text(1)), Sketch::from_bytes(sketches.blob(2))});
     Statement series = db.prepare("SELECT * FROM KV_SERIES ORDER BY cell, metric, layer");
     while (series.step()) {
       const std::span<const std::byte> blob = series.blob(4);
       std::vector<float> data(blob.size() / sizeof(float));
       std::copy_n(blob.begin(), data.size() * sizeof(float), std::as_writable_bytes(std::span(data)).begin());
-      cell_of(series.text(0)).series.push_back({std::string(series.text(1)), static_cast<int>(series.integer(2)), std::move(data)});
+      cell_of(series.text(0))
+          .series.push_back(
+              {std::string(series.text(1)), static_cast<int>(series.integer(2)), std::move(data)});
     }
   }
   Statement evals = db.prepare("SELECT * FROM KV_EVAL ORDER BY model, task, policy, budget, seed, n");
@@ -277,7 +302,9 @@ void merge_results(const std::vector<fs::path>& inputs, const fs::path& output, 
   Results all;
   for (const fs::path& input : inputs) {
     Results part = read_results(input, /*details=*/true);
-    if (!part.complete) fail("{}: expected a finished results file, found an unfinished one (run it again with --resume)", input.string());
+    if (!part.complete)
+      fail("{}: expected a finished results file, found an unfinished one (run it again with --resume)",
+           input.string());
     std::move(part.traces.begin(), part.traces.end(), std::back_inserter(all.traces));
     std::move(part.cells.begin(), part.cells.end(), std::back_inserter(all.cells));
     std::move(part.evals.begin(), part.evals.end(), std::back_inserter(all.evals));

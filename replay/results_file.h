@@ -1,7 +1,7 @@
-// Results of replays and evaluations in one SQLite file (*.kvr; tables in replay/FORMAT.md). Deterministic bytes: no
-// clock, host or duration, rows in the order of their keys. While a sweep runs, the file takes finished cells in
-// transactions and says complete = 0; finish() rewrites it in canonical order, so that neither interruptions nor the
-// sharding leave a mark. One thread at a time.
+// Results of replays and evaluations in one SQLite file (*.kvr; tables in replay/FORMAT.md). Deterministic
+// bytes: no clock, host or duration, rows in the order of their keys. While a sweep runs, the file takes
+// finished cells in transactions and says complete = 0; finish() rewrites it in canonical order, so that
+// neither interruptions nor the sharding leave a mark. One thread at a time.
 #pragma once
 
 #include <filesystem>
@@ -73,6 +73,7 @@ struct Results {
 Results read_results(const std::filesystem::path& file, bool details = false);
 
 // Joins files; a cell that several hold must be equal in all. Throws Error for an incomplete input.
-void merge_results(const std::vector<std::filesystem::path>& inputs, const std::filesystem::path& output, bool force);
+void merge_results(const std::vector<std::filesystem::path>& inputs, const std::filesystem::path& output,
+                   bool force);
 
 }  // namespace kvlapse

@@ -19,7 +19,8 @@ float* MemoryRows::row(int sequence, int layer, RowKind kind, int pos) {
 
 void MemoryRows::rows(int sequence, int layer, RowKind kind, int first, int n, float* out) const {
   const std::vector<float>& data = data_[index(sequence, layer, kind)];
-  std::copy_n(data.data() + static_cast<size_t>(first) * width(kind), static_cast<size_t>(n) * width(kind), out);
+  std::copy_n(data.data() + static_cast<size_t>(first) * width(kind), static_cast<size_t>(n) * width(kind),
+              out);
 }
 
 }  // namespace kvlapse

@@ -1,5 +1,5 @@
-// RowSource: where a replay reads post-RoPE q, k and v from: a trace, or arrays in memory. Values are fp32, exactly
-// those that the recording cache held. Implementations are thread-safe.
+// RowSource: where a replay reads post-RoPE q, k and v from: a trace, or arrays in memory. Values are fp32,
+// exactly those that the recording cache held. Implementations are thread-safe.
 #pragma once
 
 #include <vector>

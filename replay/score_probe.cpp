@@ -21,7 +21,8 @@ void ScoreProbe::take(CacheSite& site, LayerInputs& inputs, const SharedLayer& s
     const std::span<const Pos> positions = site.table().positions(h);
     errors_[h].assign(positions.size(), 0.0f);
     free_[h].resize(positions.size());
-    for (size_t s = 0; s < positions.size(); ++s) free_[h][s] = raw(positions[s]) >= first_free && raw(positions[s]) <= last_free;
+    for (size_t s = 0; s < positions.size(); ++s)
+      free_[h][s] = raw(positions[s]) >= first_free && raw(positions[s]) <= last_free;
     for (int q = h * g.group(); q < (h + 1) * g.group(); ++q) {
       const std::span<const float> weights = inputs.attention(q), output = inputs.output(q);
       const float oo = dot(output.data(), output.data(), dim);

@@ -40,13 +40,16 @@ SelfReplayReport compare(const TraceReader& recorded, const RowSource& rows, Rep
     });
     for (auto& [layer, ours] : replayed) {
       std::vector<Victim> theirs;
-      for (const TraceEviction& e : recorded.evictions(s, layer, 0, n_steps)) theirs.emplace_back(e.step, e.kv_head, e.pos);
+      for (const TraceEviction& e : recorded.evictions(s, layer, 0, n_steps))
+        theirs.emplace_back(e.step, e.kv_head, e.pos);
       report.decisions += static_cast<int64_t>(theirs.size());
       std::sort(ours.begin(), ours.end());
       std::sort(theirs.begin(), theirs.end());
       std::vector<Victim> only_ours, only_theirs;
-      std::set_difference(ours.begin(), ours.end(), theirs.begin(), theirs.end(), std::back_inserter(only_ours));
-      std::set_difference(theirs.begin(), theirs.end(), ours.begin(), ours.end(), std::back_inserter(only_theirs));
+      std::set_difference(ours.begin(), ours.end(), theirs.begin(), theirs.end(),
+                          std::back_inserter(only_ours));
+      std::set_difference(theirs.begin(), theirs.end(), ours.begin(), ours.end(),
+                          std::back_inserter(only_theirs));
       report.mismatches += static_cast<int64_t>(std::max(only_ours.size(), only_theirs.size()));
       if (report.first_mismatch || (only_ours.empty() && only_theirs.empty())) continue;
       const Victim first = only_theirs.empty() ? only_ours[0]
@@ -54,7 +57,8 @@ SelfReplayReport compare(const TraceReader& recorded, const RowSource& rows, Rep
                                                : std::min(only_ours[0], only_theirs[0]);
       Mismatch mismatch{s, layer, std::get<0>(first), std::get<1>(first), -1, -1};
       auto same_place = [&](const std::vector<Victim>& side) {
-        return !side.empty() && std::get<0>(side[0]) == mismatch.step && std::get<1>(side[0]) == mismatch.kv_head;
+        return !side.empty() && std::get<0>(side[0]) == mismatch.step &&
+               std::get<1>(side[0]) == mismatch.kv_head;
       };
       if (same_place(only_theirs)) mismatch.recorded_pos = std::get<2>(only_theirs[0]);
       if (same_place(only_ours)) mismatch.replayed_pos = std::get<2>(only_ours[0]);
@@ -70,14 +74,17 @@ SelfReplayReport self_replay(const TraceReader& trace, const ReplayOptions& opti
   return compare(trace, TraceRows(trace), options);
 }
 
-SelfReplayReport layer0_replay(const TraceReader& full, const TraceReader& closed, const ReplayOptions& options) {
+SelfReplayReport layer0_replay(const TraceReader& full, const TraceReader& closed,
+                               const ReplayOptions& options) {
   for (int s = 0; s < closed.n_sequences(); ++s) {
     if (s >= full.n_sequences())
-      fail("{}: sequence {}: expected {} sequences as in {}, found {}", closed.file().string(), s, full.n_sequences(),
-           full.file().string(), closed.n_sequences());
+      fail("{}: sequence {}: expected {} sequences as in {}, found {}", closed.file().string(), s,
+           full.n_sequences(), full.file().string(), closed.n_sequences());
     const std::vector<int32_t> ours = full.sequence(s).tokens, theirs = closed.sequence(s).tokens;
-    if (full.n_steps(s) < closed.n_steps(s) || !std::equal(theirs.begin(), theirs.begin() + closed.n_steps(s), ours.begin()))
-      fail("{}: sequence {}: expected the tokens of {}, found others", closed.file().string(), s, full.file().string());
+    if (full.n_steps(s) < closed.n_steps(s) ||
+        !std::equal(theirs.begin(), theirs.begin() + closed.n_steps(s), ours.begin()))
+      fail("{}: sequence {}: expected the tokens of {}, found others", closed.file().string(), s,
+           full.file().string());
   }
   ReplayOptions layer0 = options;
   layer0.layer_begin = 0;

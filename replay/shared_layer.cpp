@@ -19,11 +19,14 @@ namespace {
 constexpr size_t kPad = 16;
 constexpr int kReadTokens = 256;  // rows asked of the source at a time
 
-size_t padded(int n) { return (static_cast<size_t>(n) + kPad - 1) / kPad * kPad + kPad; }
+size_t padded(int n) {
+  return (static_cast<size_t>(n) + kPad - 1) / kPad * kPad + kPad;
+}
 
 }  // namespace
 
-SharedLayer::SharedLayer(const RowSource& source, int sequence, int layer, SharedLayerNeeds needs, int block_rows)
+SharedLayer::SharedLayer(const RowSource& source, int sequence, int layer, SharedLayerNeeds needs,
+                         int block_rows)
     : source_(source),
       geometry_(source.geometry()),
       sequence_(source.sequence(sequence)),
@@ -69,14 +72,17 @@ SharedLayer::SharedLayer(const RowSource& source, int sequence, int layer, Share
   }
 }
 
-size_t SharedLayer::memory_bytes(const CacheGeometry& g, int n_tokens, SharedLayerNeeds needs, int block_rows) {
+size_t SharedLayer::memory_bytes(const CacheGeometry& g, int n_tokens, SharedLayerNeeds needs,
+                                 int block_rows) {
   const size_t rows = static_cast<size_t>(block_rows) + needs.window, stride = padded(n_tokens);
   size_t floats = static_cast<size_t>(g.n_kv_heads) * g.head_dim * stride * (needs.keys ? 3 : 2);
   floats += static_cast<size_t>(g.n_kv_heads) * stride;
   if (needs.all_queries) floats += static_cast<size_t>(n_tokens) * g.n_q_heads * g.head_dim;
-  floats += static_cast<size_t>(g.n_q_heads) * (rows + static_cast<size_t>(block_rows) * (needs.metrics ? 2 : 1)) * (stride + g.head_dim);
+  floats += static_cast<size_t>(g.n_q_heads) *
+            (rows + static_cast<size_t>(block_rows) * (needs.metrics ? 2 : 1)) * (stride + g.head_dim);
   floats += static_cast<size_t>(g.group()) * kMetricSteps * stride;
-  return floats * sizeof(float) + static_cast<size_t>(g.n_q_heads) * block_rows * (sizeof(AttentionRow) + 256);
+  return floats * sizeof(float) +
+         static_cast<size_t>(g.n_q_heads) * block_rows * (sizeof(AttentionRow) + 256);
 }
 
 void SharedLayer::load(int begin, int end) {
@@ -89,7 +95,8 @@ void SharedLayer::load(int begin, int end) {
     const int kept = end_ - first;
     if (!needs_.all_queries)
       std::move(queries_.begin() + static_cast<ptrdiff_t>((first - first_row_) * query_floats),
-                queries_.begin() + static_cast<ptrdiff_t>((end_ - first_row_) * query_floats), queries_.begin());
+                queries_.begin() + static_cast<ptrdiff_t>((end_ - first_row_) * query_floats),
+                queries_.begin());
     for (int q = 0; q < geometry_.n_q_heads && kept > 0; ++q) {
       float* rows = logits_.data() + static_cast<size_t>(q) * row_capacity_ * stride_;
       float* source = rows + static_cast<size_t>(first - first_row_) * stride_;
@@ -105,7 +112,8 @@ void SharedLayer::load(int begin, int end) {
   source_.rows(sequence_index_, layer_, RowKind::q, read_from, end - read_from,
                queries_.data() + static_cast<size_t>(read_from - first_query_) * query_floats);
   // Isolated: a caller may hold a lock that other work of this arena waits for.
-  tbb::this_task_arena::isolate([&] { tbb::parallel_for(0, geometry_.n_kv_heads, [&](int h) { load_head(h, from); }); });
+  tbb::this_task_arena::isolate(
+      [&] { tbb::parallel_for(0, geometry_.n_kv_heads, [&](int h) { load_head(h, from); }); });
 }
 
 void SharedLayer::load_head(int h, int from) {
@@ -114,8 +122,9 @@ void SharedLayer::load_head(int h, int from) {
   const size_t n_keys = padded(end_) - kPad;
   for (int q = h * group_; q < (h + 1) * group_; ++q) {
     dense::logits_block(keys_t_.data() + static_cast<size_t>(h) * dim * stride_, stride_, dim,
-                 query(from) + static_cast<size_t>(q) * dim, static_cast<size_t>(geometry_.n_q_heads) * dim,
-                 static_cast<size_t>(end_ - from), n_keys, scale_, logits_.data() + row_index(q, from) * stride_, stride_);
+                        query(from) + static_cast<size_t>(q) * dim,
+                        static_cast<size_t>(geometry_.n_q_heads) * dim, static_cast<size_t>(end_ - from),
+                        n_keys, scale_, logits_.data() + row_index(q, from) * stride_, stride_);
     for (int t = from; t < end_; ++t) {
       float* row = logits_.data() + row_index(q, t) * stride_;
       // As far as a later step looks back at this row.
@@ -131,13 +140,15 @@ void SharedLayer::load_head(int h, int from) {
     const int last = std::min(end_, first + kMetricSteps);
     for (int t = first; t < last; ++t)
       for (size_t g = 0; g < group; ++g)
-        summarise(h * group_ + static_cast<int>(g), t, rows.data() + (static_cast<size_t>(t - first) * group + g) * stride_);
+        summarise(h * group_ + static_cast<int>(g), t,
+                  rows.data() + (static_cast<size_t>(t - first) * group + g) * stride_);
     const size_t used = static_cast<size_t>(last - first) * group;
     for (size_t m = used; m < columns; ++m) std::fill_n(rows.data() + m * stride_, end_, 0.0f);
     const auto n = static_cast<size_t>(last);
     for (int t = first; t < last; ++t) {
       const float* from_rows = rows.data() + static_cast<size_t>(t - first) * group * stride_;
-      float* out = exps_.data() + (static_cast<size_t>(h) * block_rows_ + static_cast<size_t>(t - begin_)) * stride_ * group;
+      float* out = exps_.data() +
+                   (static_cast<size_t>(h) * block_rows_ + static_cast<size_t>(t - begin_)) * stride_ * group;
       for (size_t i = 0; i < n; ++i)
         for (size_t g = 0; g < group; ++g) out[i * group + g] = from_rows[g * stride_ + i];
     }
@@ -148,13 +159,15 @@ void SharedLayer::load_head(int h, int from) {
       for (size_t i = tile; i < std::min(n, tile + kTile); ++i)
         for (size_t m = 0; m < columns; ++m) weights[i * columns + m] = rows[m * stride_ + i];
     std::vector<float> sums(columns * static_cast<size_t>(dim));
-    dense::weighted_rows(weights, columns, columns, nullptr, n, values_.data() + kv_index(h, 0), static_cast<size_t>(dim), sums.data());
+    dense::weighted_rows(weights, columns, columns, nullptr, n, values_.data() + kv_index(h, 0),
+                         static_cast<size_t>(dim), sums.data());
     for (int t = first; t < last; ++t)
       for (size_t g = 0; g < group; ++g) {
         const int q = h * group_ + static_cast<int>(g);
         AttentionRow& r = rows_[row_of(q, t)];
         float* o = outputs_.data() + row_of(q, t) * static_cast<size_t>(dim);
-        const float* sum_row = sums.data() + (static_cast<size_t>(t - first) * group + g) * static_cast<size_t>(dim);
+        const float* sum_row =
+            sums.data() + (static_cast<size_t>(t - first) * group + g) * static_cast<size_t>(dim);
         for (int d = 0; d < dim; ++d) o[d] = sum_row[d] / r.total;
         r.output_norm2 = dot(o, o, static_cast<size_t>(dim));
       }
@@ -173,20 +186,23 @@ void SharedLayer::summarise(int q, int t, float* e) {
   exp_minus({logit, n}, r.max, {e, n});
   std::fill(e + n, e + end_, 0.0f);
   r.total = sum({e, n});
-  if (!(r.total >= 1)) fail("replay: layer {}, q head {}, step {}: expected finite logits, found NaN", layer_, q, t);
+  if (!(r.total >= 1))
+    fail("replay: layer {}, q head {}, step {}: expected finite logits, found NaN", layer_, q, t);
   if (!needs_.metrics) return;
 
   r.sinks = 0;
   for (size_t i = 0; i < std::min<size_t>(n, kSinkTokens); ++i) r.sinks += e[i];
   r.newest[0] = 0;
   for (int j = 1; j <= kFutureHorizon; ++j)
-    r.newest[j] = r.newest[j - 1] + (static_cast<size_t>(j) <= n ? e[n - static_cast<size_t>(j)] / r.total : 0.0f);
+    r.newest[j] =
+        r.newest[j - 1] + (static_cast<size_t>(j) <= n ? e[n - static_cast<size_t>(j)] / r.total : 0.0f);
   // E[logit - max] as a sum of e (logit - max) / total; terms with e = 0 vanish.
   r.entropy = std::log(r.total) - (dot(e, logit, n) / r.total - r.max);
 
   if (t > 0) {
     const auto dim = static_cast<size_t>(geometry_.head_dim);
-    const float *a = query(t) + static_cast<size_t>(q) * dim, *b = query(t - 1) + static_cast<size_t>(q) * dim;
+    const float *a = query(t) + static_cast<size_t>(q) * dim,
+                *b = query(t - 1) + static_cast<size_t>(q) * dim;
     const float norms = std::sqrt(dot(a, a, dim) * dot(b, b, dim));
     r.query_cosine = norms > 0 ? dot(a, b, dim) / norms : 0.0f;
   }

@@ -1,7 +1,7 @@
-// SharedLayer: what every configuration of a replay has in common about one (sequence, layer): K and V of all tokens
-// and, for a block of consecutive queries at a time, logits, exponentials and full-cache attention. Computed once,
-// read by any number of configurations. load() is for one thread at a time (it uses the TBB arena it runs in);
-// everything else is const and thread-safe between loads.
+// SharedLayer: what every configuration of a replay has in common about one (sequence, layer): K and V of all
+// tokens and, for a block of consecutive queries at a time, logits, exponentials and full-cache attention.
+// Computed once, read by any number of configurations. load() is for one thread at a time (it uses the TBB
+// arena it runs in); everything else is const and thread-safe between loads.
 //
 // Memory: [T] keys and values in fp32, and (window + block) rows of Hq x T logits and exponentials.
 #pragma once
@@ -15,40 +15,40 @@
 
 namespace kvlapse {
 
-inline constexpr int kMetricSteps = 32;         // steps of one block of metrics; blocks start at multiples of it
-inline constexpr int kTopK = 10;               // top-k recall
-inline constexpr int kFutureHorizon = 32;      // steps of future missed mass
-inline constexpr int kSinkTokens = 4;          // positions that "without sinks" leaves out
+inline constexpr int kMetricSteps = 32;    // steps of one block of metrics; blocks start at multiples of it
+inline constexpr int kTopK = 10;           // top-k recall
+inline constexpr int kFutureHorizon = 32;  // steps of future missed mass
+inline constexpr int kSinkTokens = 4;      // positions that "without sinks" leaves out
 inline constexpr float kHotAttention = 0.01f;  // weight from which a token counts as attended (revival)
 
 // About one query head at one step, over all tokens up to it.
 struct AttentionRow {
-  float max = 0;        // largest logit
-  int32_t argmax = 0;   // first position that has it
-  float total = 0;      // sum of exp(logit - max), vector_math order by position
-  float sinks = 0;      // part of it at positions below kSinkTokens
-  float entropy = 0;    // nats
+  float max = 0;           // largest logit
+  int32_t argmax = 0;      // first position that has it
+  float total = 0;         // sum of exp(logit - max), vector_math order by position
+  float sinks = 0;         // part of it at positions below kSinkTokens
+  float entropy = 0;       // nats
   float output_norm2 = 0;  // |o|^2 of the full cache's output
   float query_cosine = 1;  // with the query of the step before
   int n_top = 0;
-  std::array<int32_t, kTopK> top{};                      // positions of the largest weights
-  std::vector<int32_t> hot;                              // positions with a weight above kHotAttention
-  std::array<float, kFutureHorizon + 1> newest{};        // newest[j]: weight of the newest j tokens
+  std::array<int32_t, kTopK> top{};                // positions of the largest weights
+  std::vector<int32_t> hot;                        // positions with a weight above kHotAttention
+  std::array<float, kFutureHorizon + 1> newest{};  // newest[j]: weight of the newest j tokens
 };
 
 struct SharedLayerNeeds {
-  int window = 0;         // queries before a step whose logits are asked for
+  int window = 0;            // queries before a step whose logits are asked for
   bool all_queries = false;  // queries of every earlier step, not only the window's
-  bool keys = false;      // K rows themselves, not only logits
-  bool metrics = true;    // top, hot, newest, entropy and outputs
+  bool keys = false;         // K rows themselves, not only logits
+  bool metrics = true;       // top, hot, newest, entropy and outputs
 };
 
 class SharedLayer {
  public:
   SharedLayer(const RowSource& source, int sequence, int layer, SharedLayerNeeds needs, int block_rows);
 
-  // Makes steps [begin, end) current; end - begin <= block_rows, begin a multiple of kMetricSteps. Blocks ascend and
-  // touch.
+  // Makes steps [begin, end) current; end - begin <= block_rows, begin a multiple of kMetricSteps. Blocks
+  // ascend and touch.
   void load(int begin, int end);
   int begin() const { return begin_; }
   int end() const { return end_; }
@@ -60,10 +60,13 @@ class SharedLayer {
   double rope_theta() const { return source_.rope_theta(); }
 
   // [T], step in [begin - window, end); -inf after the step.
-  const float* logits(int q_head, int step) const { return logits_.data() + row_index(q_head, step) * stride_; }
+  const float* logits(int q_head, int step) const {
+    return logits_.data() + row_index(q_head, step) * stride_;
+  }
   // exp(logit - max) of one kv head's group: [T][G], step in [begin, end); 0 after the step.
   const float* exps(int kv_head, int step) const {
-    return exps_.data() + (static_cast<size_t>(kv_head) * block_rows_ + static_cast<size_t>(step - begin_)) * stride_ * group_;
+    return exps_.data() + (static_cast<size_t>(kv_head) * block_rows_ + static_cast<size_t>(step - begin_)) *
+                              stride_ * group_;
   }
   float exp_of(int q_head, int step, int pos) const {
     const auto g = static_cast<size_t>(group_);
@@ -72,9 +75,9 @@ class SharedLayer {
   // The same numbers by token: [T][columns], column (step - first) * G + g, where `first` is the multiple of
   // kMetricSteps at or below `step`. Only with needs.metrics.
   const float* token_weights(int kv_head, int step) const {
-    return token_weights_.data() +
-           (static_cast<size_t>(kv_head) * (block_rows_ / kMetricSteps) + static_cast<size_t>((step - begin_) / kMetricSteps)) *
-               stride_ * token_columns();
+    return token_weights_.data() + (static_cast<size_t>(kv_head) * (block_rows_ / kMetricSteps) +
+                                    static_cast<size_t>((step - begin_) / kMetricSteps)) *
+                                       stride_ * token_columns();
   }
   size_t token_columns() const { return static_cast<size_t>(kMetricSteps) * group_; }
   const AttentionRow& row(int q_head, int step) const { return rows_[row_of(q_head, step)]; }
@@ -82,17 +85,22 @@ class SharedLayer {
   const float* output(int q_head, int step) const {
     return outputs_.data() + row_of(q_head, step) * geometry_.head_dim;
   }
-  // [Hq, D], step in [begin - window, end), or [0, end) when all queries are kept; consecutive steps are contiguous.
+  // [Hq, D], step in [begin - window, end), or [0, end) when all queries are kept; consecutive steps are
+  // contiguous.
   const float* query(int step) const {
-    return queries_.data() + static_cast<size_t>(step - first_query_) * geometry_.n_q_heads * geometry_.head_dim;
+    return queries_.data() +
+           static_cast<size_t>(step - first_query_) * geometry_.n_q_heads * geometry_.head_dim;
   }
   int window() const { return needs_.window; }
   const float* key(int kv_head, int pos) const { return keys_.data() + kv_index(kv_head, pos); }      // [D]
   const float* value(int kv_head, int pos) const { return values_.data() + kv_index(kv_head, pos); }  // [D]
-  const float* value_l1(int kv_head) const { return value_l1_.data() + static_cast<size_t>(kv_head) * n_tokens_; }
+  const float* value_l1(int kv_head) const {
+    return value_l1_.data() + static_cast<size_t>(kv_head) * n_tokens_;
+  }
 
   // Bytes of one instance for a sequence of n_tokens.
-  static size_t memory_bytes(const CacheGeometry& geometry, int n_tokens, SharedLayerNeeds needs, int block_rows);
+  static size_t memory_bytes(const CacheGeometry& geometry, int n_tokens, SharedLayerNeeds needs,
+                             int block_rows);
 
  private:
   void load_head(int kv_head, int from);
@@ -116,7 +124,7 @@ class SharedLayer {
   size_t stride_;  // T rounded up to 16, and 16 more so that rows do not fall on the same cache sets
   float scale_;
   int begin_ = 0, end_ = 0, first_row_ = 0, first_query_ = 0;
-  std::vector<float> keys_t_;  // [H, D, stride]
+  std::vector<float> keys_t_;         // [H, D, stride]
   std::vector<float> keys_, values_;  // [H, T, D]
   std::vector<float> value_l1_;       // [H, T]
   std::vector<float> queries_;        // [row_capacity or T, Hq, D]

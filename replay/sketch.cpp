@@ -90,7 +90,8 @@ Sketch Sketch::from_bytes(std::span<const std::byte> bytes) {
   for (size_t offset = 0; offset < bytes.size(); offset += 8) {
     uint32_t pair[2];
     std::memcpy(pair, bytes.data() + offset, sizeof pair);
-    if (pair[0] >= static_cast<uint32_t>(kBins)) fail("sketch: expected bins below {}, found {}", kBins, pair[0]);
+    if (pair[0] >= static_cast<uint32_t>(kBins))
+      fail("sketch: expected bins below {}, found {}", kBins, pair[0]);
     sketch.at(static_cast<int>(pair[0])) += pair[1];
     sketch.count_ += pair[1];
   }

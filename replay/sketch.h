@@ -1,5 +1,6 @@
-// Sketch: a histogram of positive numbers with 32 bins an octave (relative width about 2 %), for quantiles that can
-// be merged over heads, layers and sequences. Counts are integers, so a merge does not depend on its order.
+// Sketch: a histogram of positive numbers with 32 bins an octave (relative width about 2 %), for quantiles
+// that can be merged over heads, layers and sequences. Counts are integers, so a merge does not depend on its
+// order.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +16,8 @@ class Sketch {
   void add(float value, int64_t count = 1);
   void merge(const Sketch& other);
   int64_t count() const { return count_; }
-  // Value below which the share `q` of the numbers lies (the middle of its bin); 0 when empty or in the zero bin.
+  // Value below which the share `q` of the numbers lies (the middle of its bin); 0 when empty or in the zero
+  // bin.
   double quantile(double q) const;
   // Share of the numbers that exceed `value` (whole bins above value's own).
   double share_above(double value) const;

@@ -12,10 +12,14 @@ namespace {
 constexpr std::string_view kSeriesNames[kSeriesKinds] = {"recall", "output_error", "retained"};
 constexpr double kBadRecall = 0.9;
 
-double ratio(double a, double b) { return b > 0 ? a / b : 0.0; }
+double ratio(double a, double b) {
+  return b > 0 ? a / b : 0.0;
+}
 
 // Quantile of recall from the sketch of what is missing: exactly 1 when nothing is.
-double recall_quantile(const Sketch& missing, double q) { return 1.0 - missing.quantile(1.0 - q); }
+double recall_quantile(const Sketch& missing, double q) {
+  return 1.0 - missing.quantile(1.0 - q);
+}
 
 }  // namespace
 
@@ -47,8 +51,8 @@ std::vector<NamedValue> summarise(const CacheGeometry& g, const PolicyInfo& poli
     for (int t = s->n_prompt; t < s->n_tokens; ++t) full_steps += static_cast<int64_t>(t + 1) * n_heads;
     const double layers = static_cast<double>(s->layers.size());
     state_bytes += 4.0 * (policy.state_columns + policy.workspace_floats_per_slot) * head_peak * n_heads +
-                   static_cast<double>(dtype_bytes(g.dtype)) * std::min(policy.query_window, s->n_tokens) * g.n_q_heads *
-                       g.head_dim * layers;
+                   static_cast<double>(dtype_bytes(g.dtype)) * std::min(policy.query_window, s->n_tokens) *
+                       g.n_q_heads * g.head_dim * layers;
   }
   const auto row_bytes = static_cast<int64_t>(g.head_token_bytes());
   const auto steps = static_cast<double>(q.steps), kv_steps = static_cast<double>(kv.steps);
@@ -101,8 +105,8 @@ std::vector<NamedValue> summarise(const CacheGeometry& g, const PolicyInfo& poli
   for (int c = 0; c < kTokenClasses; ++c) {
     const std::string name = token_class_name(static_cast<TokenClass>(c));
     values.push_back({"evicted_" + name, static_cast<double>(kv.evicted_by_class[c])});
-    values.push_back({"lifetime_mean_" + name,
-                      ratio(static_cast<double>(kv.lifetime_by_class[c]), static_cast<double>(kv.evicted_by_class[c]))});
+    values.push_back({"lifetime_mean_" + name, ratio(static_cast<double>(kv.lifetime_by_class[c]),
+                                                     static_cast<double>(kv.evicted_by_class[c]))});
   }
   return values;
 }
@@ -114,7 +118,8 @@ double value_of(const std::vector<NamedValue>& values, std::string_view name) {
 }
 
 bool is_integer_metric(std::string_view name) {
-  for (std::string_view prefix : {"kv_bytes", "kv_byte_", "state_bytes", "slots_peak", "evictions", "prompt_evictions", "evicted_", "sampled_victims"})
+  for (std::string_view prefix : {"kv_bytes", "kv_byte_", "state_bytes", "slots_peak", "evictions",
+                                  "prompt_evictions", "evicted_", "sampled_victims"})
     if (name.starts_with(prefix)) return true;
   return false;
 }
@@ -126,11 +131,13 @@ bool higher_is_better(std::string_view name) {
   return false;
 }
 
-std::vector<HeadSummary> summarise_heads(int layer_begin, const std::vector<const SequenceResult*>& sequences) {
+std::vector<HeadSummary> summarise_heads(int layer_begin,
+                                         const std::vector<const SequenceResult*>& sequences) {
   std::vector<HeadSummary> heads;
   const size_t n_layers = sequences.at(0)->layers.size();
   for (size_t layer = 0; layer < n_layers; ++layer) {
-    const size_t n_q = sequences[0]->layers[layer].q_heads.size(), n_kv = sequences[0]->layers[layer].kv_heads.size();
+    const size_t n_q = sequences[0]->layers[layer].q_heads.size(),
+                 n_kv = sequences[0]->layers[layer].kv_heads.size();
     for (size_t h = 0; h < n_q; ++h) {
       QHeadMetrics q;
       KvHeadMetrics kv;
@@ -140,14 +147,16 @@ std::vector<HeadSummary> summarise_heads(int layer_begin, const std::vector<cons
       }
       const auto steps = static_cast<double>(q.steps);
       auto add = [&](std::string metric, double mean, double p10, double p50, double p90) {
-        heads.push_back({layer_begin + static_cast<int>(layer), static_cast<int>(h), std::move(metric), mean, p10, p50, p90});
+        heads.push_back({layer_begin + static_cast<int>(layer), static_cast<int>(h), std::move(metric), mean,
+                         p10, p50, p90});
       };
       auto add_recall = [&](std::string metric, double sum, const Sketch& missing) {
-        add(std::move(metric), ratio(sum, steps), recall_quantile(missing, 0.1), recall_quantile(missing, 0.5),
-            recall_quantile(missing, 0.9));
+        add(std::move(metric), ratio(sum, steps), recall_quantile(missing, 0.1),
+            recall_quantile(missing, 0.5), recall_quantile(missing, 0.9));
       };
       auto add_error = [&](std::string metric, double sum, const Sketch& sketch) {
-        add(std::move(metric), ratio(sum, steps), sketch.quantile(0.1), sketch.quantile(0.5), sketch.quantile(0.9));
+        add(std::move(metric), ratio(sum, steps), sketch.quantile(0.1), sketch.quantile(0.5),
+            sketch.quantile(0.9));
       };
       add_recall("recall", q.recall, q.missing_sketch);
       add_recall("recall_no_sinks", q.recall_no_sinks, q.missing_no_sinks_sketch);
@@ -155,8 +164,9 @@ std::vector<HeadSummary> summarise_heads(int layer_begin, const std::vector<cons
       add_error("cosine_error", q.cosine_error, q.cosine_sketch);
       int64_t lifetime = 0;
       for (int64_t l : kv.lifetime_by_class) lifetime += l;
-      add("lifetime", ratio(static_cast<double>(lifetime), static_cast<double>(kv.evictions)), kv.lifetime_sketch.quantile(0.1),
-          kv.lifetime_sketch.quantile(0.5), kv.lifetime_sketch.quantile(0.9));
+      add("lifetime", ratio(static_cast<double>(lifetime), static_cast<double>(kv.evictions)),
+          kv.lifetime_sketch.quantile(0.1), kv.lifetime_sketch.quantile(0.5),
+          kv.lifetime_sketch.quantile(0.9));
     }
   }
   std::sort(heads.begin(), heads.end(), [](const HeadSummary& a, const HeadSummary& b) {
@@ -189,7 +199,8 @@ std::vector<LayerSeries> merged_series(int layer_begin, const std::vector<const 
   for (int kind = 0; kind < kSeriesKinds; ++kind)
     for (size_t layer = 0; layer < sequences.at(0)->layers.size(); ++layer) {
       const size_t n = sequences[0]->layers[layer].series.size() / kSeriesKinds;
-      LayerSeries series{std::string(kSeriesNames[kind]), layer_begin + static_cast<int>(layer), std::vector<float>(n)};
+      LayerSeries series{std::string(kSeriesNames[kind]), layer_begin + static_cast<int>(layer),
+                         std::vector<float>(n)};
       for (size_t i = 0; i < n; ++i) {
         double sum = 0;
         int count = 0;
@@ -199,7 +210,8 @@ std::vector<LayerSeries> merged_series(int layer_begin, const std::vector<const 
           sum += value;
           ++count;
         }
-        series.data[i] = count > 0 ? static_cast<float>(sum / count) : std::numeric_limits<float>::quiet_NaN();
+        series.data[i] =
+            count > 0 ? static_cast<float>(sum / count) : std::numeric_limits<float>::quiet_NaN();
       }
       merged.push_back(std::move(series));
     }

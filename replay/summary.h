@@ -1,5 +1,5 @@
-// From the metrics of layers and heads to the named numbers that results files, tables and --json show. The list of
-// names is fixed by `summarise`; replay/FORMAT.md explains each.
+// From the metrics of layers and heads to the named numbers that results files, tables and --json show. The
+// list of names is fixed by `summarise`; replay/FORMAT.md explains each.
 #pragma once
 
 #include <string>
@@ -26,7 +26,7 @@ struct SequenceResult {
 std::vector<NamedValue> summarise(const CacheGeometry& geometry, const PolicyInfo& policy,
                                   const std::vector<const SequenceResult*>& sequences);
 double value_of(const std::vector<NamedValue>& values, std::string_view name);  // NaN when absent
-bool is_integer_metric(std::string_view name);  // counts and bytes
+bool is_integer_metric(std::string_view name);                                  // counts and bytes
 bool higher_is_better(std::string_view name);
 
 struct HeadSummary {
@@ -34,7 +34,8 @@ struct HeadSummary {
   std::string metric;
   double mean = 0, p10 = 0, p50 = 0, p90 = 0;
 };
-std::vector<HeadSummary> summarise_heads(int layer_begin, const std::vector<const SequenceResult*>& sequences);
+std::vector<HeadSummary> summarise_heads(int layer_begin,
+                                         const std::vector<const SequenceResult*>& sequences);
 
 struct NamedSketch {
   std::string metric;

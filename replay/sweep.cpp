@@ -12,17 +12,19 @@
 namespace kvlapse {
 namespace {
 
-std::string cell_id(const std::string& trace, const Policy& policy, const std::string& budget, BudgetMatch match,
-                    const std::vector<int>& slots, int layer_begin, int layer_end, int max_tokens) {
+std::string cell_id(const std::string& trace, const Policy& policy, const std::string& budget,
+                    BudgetMatch match, const std::vector<int>& slots, int layer_begin, int layer_end,
+                    int max_tokens) {
   const PolicyInfo& info = policy.info();
   ContentHash hash;
   hash.add("kvlapse replay").add(kReplayAlgorithm).add(trace).add(canonical_spec(policy)).add(info.version);
   for (const ParameterInfo& p : info.parameters) hash.add(p.name).add(std::bit_cast<int64_t>(p.value));
   const EvictionRule& r = info.rule;
-  for (int64_t v : {int64_t{r.cadence}, int64_t{r.headroom}, static_cast<int64_t>(r.granularity), static_cast<int64_t>(r.gqa),
-                    static_cast<int64_t>(r.reclaim), static_cast<int64_t>(r.cast), static_cast<int64_t>(r.ties),
-                    int64_t{r.pin_prompt}, int64_t{r.sinks}, std::bit_cast<int64_t>(r.recent), int64_t{r.ragged},
-                    std::bit_cast<int64_t>(r.ragged_floor)})
+  for (int64_t v :
+       {int64_t{r.cadence}, int64_t{r.headroom}, static_cast<int64_t>(r.granularity),
+        static_cast<int64_t>(r.gqa), static_cast<int64_t>(r.reclaim), static_cast<int64_t>(r.cast),
+        static_cast<int64_t>(r.ties), int64_t{r.pin_prompt}, int64_t{r.sinks},
+        std::bit_cast<int64_t>(r.recent), int64_t{r.ragged}, std::bit_cast<int64_t>(r.ragged_floor)})
     hash.add(v);
   hash.add(budget).add(budget_match_name(match));
   for (int s : slots) hash.add(s);
@@ -62,24 +64,29 @@ Sweep::Sweep(const std::vector<std::filesystem::path>& traces, const std::vector
     trace.facts = facts_of(*trace.reader);
     if (hashes.insert(trace.facts.hash).second) traces_.push_back(std::move(trace));
   }
-  std::sort(traces_.begin(), traces_.end(), [](const Trace& a, const Trace& b) { return a.facts.hash < b.facts.hash; });
+  std::sort(traces_.begin(), traces_.end(),
+            [](const Trace& a, const Trace& b) { return a.facts.hash < b.facts.hash; });
   std::vector<SweepCell> all;
   for (size_t t = 0; t < traces_.size(); ++t) {
     add_cells(t, policies, budgets);
-    std::sort(cells_.begin(), cells_.end(), [](const SweepCell& a, const SweepCell& b) { return a.id < b.id; });
-    cells_.erase(std::unique(cells_.begin(), cells_.end(), [](const SweepCell& a, const SweepCell& b) { return a.id == b.id; }),
+    std::sort(cells_.begin(), cells_.end(),
+              [](const SweepCell& a, const SweepCell& b) { return a.id < b.id; });
+    cells_.erase(std::unique(cells_.begin(), cells_.end(),
+                             [](const SweepCell& a, const SweepCell& b) { return a.id == b.id; }),
                  cells_.end());
     std::move(cells_.begin(), cells_.end(), std::back_inserter(all));
     cells_.clear();
   }
   const auto n = static_cast<int64_t>(all.size());
-  const int64_t begin = n * options_.shard / options_.n_shards, end = n * (options_.shard + 1) / options_.n_shards;
+  const int64_t begin = n * options_.shard / options_.n_shards,
+                end = n * (options_.shard + 1) / options_.n_shards;
   std::move(all.begin() + begin, all.begin() + end, std::back_inserter(cells_));
 }
 
 Sweep::~Sweep() = default;
 
-void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies, const std::vector<Budget>& budgets) {
+void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies,
+                      const std::vector<Budget>& budgets) {
   const TraceReader& reader = *traces_[trace].reader;
   const TraceRows rows(reader, options_.max_tokens);
   const ReplayEngine engine(rows, options_.replay);
@@ -91,13 +98,13 @@ void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies, con
       SweepCell cell{trace, policy, budget.text(), {}, {}};
       for (int s = 0; s < rows.n_sequences(); ++s) {
         const RowSequence sequence = rows.sequence(s);
-        const int slots = matched_budget(*policy, budget.slots(sequence.n_tokens), options_.match, rows.geometry().n_layers,
-                                         sequence.n_prompt, sequence.n_tokens);
+        const int slots = matched_budget(*policy, budget.slots(sequence.n_tokens), options_.match,
+                                         rows.geometry().n_layers, sequence.n_prompt, sequence.n_tokens);
         check_budget(*policy, slots, sequence.n_prompt);
         cell.budget_slots.push_back(slots);
       }
-      cell.id = cell_id(traces_[trace].facts.hash, *policy, cell.budget, options_.match, cell.budget_slots, engine.layer_begin(),
-                        engine.layer_end(), options_.max_tokens);
+      cell.id = cell_id(traces_[trace].facts.hash, *policy, cell.budget, options_.match, cell.budget_slots,
+                        engine.layer_begin(), engine.layer_end(), options_.max_tokens);
       cells_.push_back(std::move(cell));
       if (!policy->info().evicts) break;
     }
@@ -117,7 +124,8 @@ void Sweep::run(ResultsFile& results, const std::function<bool(double, double)>&
     const std::vector<const SweepCell*> batch(missing.begin() + static_cast<ptrdiff_t>(begin),
                                               missing.begin() + static_cast<ptrdiff_t>(end));
     run_cells(batch, results, [&](double share) {
-      return !progress || progress(static_cast<double>(begin) + share * static_cast<double>(batch.size()), total);
+      return !progress ||
+             progress(static_cast<double>(begin) + share * static_cast<double>(batch.size()), total);
     });
     begin = end;
   }
@@ -143,7 +151,8 @@ void Sweep::run_cells(const std::vector<const SweepCell*>& cells, ResultsFile& r
     std::vector<SequenceMetrics> metrics = engine.run(s, configs);
     const RowSequence sequence = rows.sequence(s);
     for (size_t c = 0; c < cells.size(); ++c)
-      done[c].push_back({std::move(metrics[c]), sequence.n_tokens, sequence.n_prompt, cells[c]->budget_slots[s]});
+      done[c].push_back(
+          {std::move(metrics[c]), sequence.n_tokens, sequence.n_prompt, cells[c]->budget_slots[s]});
   }
 
   std::vector<ResultCell> out;

@@ -1,5 +1,5 @@
-// Sweep: every policy x budget over every trace, as cells of a results file. Cells have an identity that depends on
-// nothing but what they compute, so a sweep can be interrupted, resumed and split over machines.
+// Sweep: every policy x budget over every trace, as cells of a results file. Cells have an identity that
+// depends on nothing but what they compute, so a sweep can be interrupted, resumed and split over machines.
 #pragma once
 
 #include <filesystem>
@@ -18,7 +18,7 @@ inline constexpr int kReplayAlgorithm = 1;
 
 struct SweepOptions {
   ReplayOptions replay;
-  int max_tokens = 0;     // of each sequence, the first ones; 0: all
+  int max_tokens = 0;  // of each sequence, the first ones; 0: all
   BudgetMatch match = BudgetMatch::nominal;
   int shard = 0, n_shards = 1;
   int cells_at_once = 48;  // of one trace, sharing work; a killed sweep loses at most these
@@ -34,15 +34,16 @@ struct SweepCell {
 
 class Sweep {
  public:
-  // Opens every trace and refuses what cannot run: no q, k, v; a budget below a protected set. Equal cells count once.
+  // Opens every trace and refuses what cannot run: no q, k, v; a budget below a protected set. Equal cells
+  // count once.
   Sweep(const std::vector<std::filesystem::path>& traces, const std::vector<PolicySpec>& policies,
         const std::vector<Budget>& budgets, SweepOptions options);
   ~Sweep();
 
   const std::vector<SweepCell>& cells() const { return cells_; }  // of this shard, in order of trace and id
   const ResultTrace& trace(size_t index) const { return traces_[index].facts; }
-  // Computes the cells that `results` lacks and adds them. `progress`: cells done and in total (fractions while layers
-  // finish); false interrupts (Interrupted is thrown; what was added stays).
+  // Computes the cells that `results` lacks and adds them. `progress`: cells done and in total (fractions
+  // while layers finish); false interrupts (Interrupted is thrown; what was added stays).
   void run(ResultsFile& results, const std::function<bool(double done, double total)>& progress = {});
 
  private:

@@ -8,7 +8,8 @@ namespace kvlapse {
 
 class TraceRows final : public RowSource {
  public:
-  // `reader` outlives the object. Throws Error when the trace holds no q, k, v. max_tokens > 0: the first ones only.
+  // `reader` outlives the object. Throws Error when the trace holds no q, k, v. max_tokens > 0: the first
+  // ones only.
   explicit TraceRows(const TraceReader& reader, int max_tokens = 0);
 
   const TraceReader& reader() const { return reader_; }

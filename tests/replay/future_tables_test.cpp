@@ -14,7 +14,9 @@ constexpr int kTokens = 150, kHeads = 2, kGroup = 2, kDim = 16;
 struct Naive {
   // [H][t][i] mean over the group.
   std::vector<double> weights = std::vector<double>(kHeads * kTokens * kTokens), errors = weights;
-  double& at(std::vector<double>& of, int h, int t, int i) { return of[(static_cast<size_t>(h) * kTokens + t) * kTokens + i]; }
+  double& at(std::vector<double>& of, int h, int t, int i) {
+    return of[(static_cast<size_t>(h) * kTokens + t) * kTokens + i];
+  }
 
   explicit Naive(MemoryRows& rows) {
     for (int h = 0; h < kHeads; ++h)
@@ -24,7 +26,8 @@ struct Naive {
           std::vector<double> a(t + 1), o(kDim);
           double total = 0;
           for (int i = 0; i <= t; ++i) {
-            for (int d = 0; d < kDim; ++d) a[i] += static_cast<double>(q[d]) * rows.row(0, 0, RowKind::k, i)[h * kDim + d];
+            for (int d = 0; d < kDim; ++d)
+              a[i] += static_cast<double>(q[d]) * rows.row(0, 0, RowKind::k, i)[h * kDim + d];
             total += a[i] = std::exp(a[i] / std::sqrt(kDim));
           }
           for (int i = 0; i <= t; ++i) {
@@ -33,7 +36,8 @@ struct Naive {
           }
           for (int i = 0; i <= t; ++i) {
             double square = 0;
-            for (int d = 0; d < kDim; ++d) square += std::pow(o[d] - rows.row(0, 0, RowKind::v, i)[h * kDim + d], 2);
+            for (int d = 0; d < kDim; ++d)
+              square += std::pow(o[d] - rows.row(0, 0, RowKind::v, i)[h * kDim + d], 2);
             at(weights, h, t, i) += a[i] / kGroup;
             if (t > 0) at(errors, h, t, i) += a[i] / (1 - a[i]) * std::sqrt(square) / kGroup;
           }
@@ -69,9 +73,11 @@ TEST(FutureTables, EqualTheirDefinition) {
           EXPECT_NEAR(error[p], errors, 2e-4 * (1 + errors));
           EXPECT_EQ(use[p], next);
           double most = 0;
-          for (int b = (step + 1) / 16; b * 16 < kTokens && (horizon == 0 || b <= (step + horizon) / 16); ++b) {
+          for (int b = (step + 1) / 16; b * 16 < kTokens && (horizon == 0 || b <= (step + horizon) / 16);
+               ++b) {
             double mean = 0;
-            for (int t = b * 16; t < std::min(kTokens, b * 16 + 16); ++t) mean += i <= t ? naive.at(naive.weights, h, t, i) / 16 : 0;
+            for (int t = b * 16; t < std::min(kTokens, b * 16 + 16); ++t)
+              mean += i <= t ? naive.at(naive.weights, h, t, i) / 16 : 0;
             most = std::max(most, mean);
           }
           EXPECT_NEAR(peak[p], most, 1e-5);

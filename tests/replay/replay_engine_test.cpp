@@ -15,19 +15,23 @@ namespace {
 
 using Victims = std::vector<std::tuple<int, int, int>>;  // step, kv head, position
 
-std::vector<ReplayConfig> some_configs(std::initializer_list<const char*> specs, std::initializer_list<int> budgets) {
+std::vector<ReplayConfig> some_configs(std::initializer_list<const char*> specs,
+                                       std::initializer_list<int> budgets) {
   std::vector<ReplayConfig> configs;
   for (const char* spec : specs)
     for (int budget : budgets) configs.push_back({make_policy(spec), budget});
   return configs;
 }
 
-std::map<std::pair<size_t, int>, Victims> victims_of(const RowSource& rows, const std::vector<ReplayConfig>& configs, ReplayOptions options) {
+std::map<std::pair<size_t, int>, Victims> victims_of(const RowSource& rows,
+                                                     const std::vector<ReplayConfig>& configs,
+                                                     ReplayOptions options) {
   std::map<std::pair<size_t, int>, Victims> victims;
   std::mutex mutex;
   ReplayEngine(rows, options).decide(0, configs, [&](size_t config, int layer, const EvictionPlan& plan) {
     const std::lock_guard lock(mutex);
-    for (const Drop& drop : plan.drops) victims[{config, layer}].emplace_back(raw(plan.step), drop.kv_head, raw(drop.pos));
+    for (const Drop& drop : plan.drops)
+      victims[{config, layer}].emplace_back(raw(plan.step), drop.kv_head, raw(drop.pos));
   });
   return victims;
 }
@@ -58,7 +62,8 @@ Naive naive_metrics(MemoryRows& rows, int layer, const Victims& victims) {
       double most = -1e300, total = 0;
       for (int i = 0; i <= t; ++i) {
         for (int d = 0; d < dim; ++d)
-          alpha[i] += static_cast<double>(rows.row(0, layer, RowKind::q, t)[q * dim + d]) * rows.row(0, layer, RowKind::k, i)[h * dim + d];
+          alpha[i] += static_cast<double>(rows.row(0, layer, RowKind::q, t)[q * dim + d]) *
+                      rows.row(0, layer, RowKind::k, i)[h * dim + d];
         alpha[i] /= std::sqrt(dim);
         most = std::max(most, alpha[i]);
       }
@@ -89,14 +94,17 @@ Naive naive_metrics(MemoryRows& rows, int layer, const Victims& victims) {
       std::vector<int> order(t + 1);
       for (int i = 0; i <= t; ++i) order[i] = i;
       const int k = std::min(kTopK, t + 1);
-      std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int a, int b) { return alpha[a] > alpha[b]; });
+      std::partial_sort(order.begin(), order.begin() + k, order.end(),
+                        [&](int a, int b) { return alpha[a] > alpha[b]; });
       int top = 0;
       for (int i = 0; i < k; ++i) top += gone[h][order[i]] >= t;
-      recall += mass, no_sinks += mass_rest / rest, error += std::sqrt(dd / ff), cosine += 1 - fh / std::sqrt(ff * hh);
+      recall += mass, no_sinks += mass_rest / rest, error += std::sqrt(dd / ff),
+          cosine += 1 - fh / std::sqrt(ff * hh);
       topk += static_cast<double>(top) / k;
     }
     const double steps = n - sequence.n_prompt;
-    out.recall.push_back(recall / steps), out.no_sinks.push_back(no_sinks / steps), out.error.push_back(error / steps);
+    out.recall.push_back(recall / steps), out.no_sinks.push_back(no_sinks / steps),
+        out.error.push_back(error / steps);
     out.cosine.push_back(cosine / steps), out.topk.push_back(topk / steps);
   }
   return out;
@@ -104,7 +112,8 @@ Naive naive_metrics(MemoryRows& rows, int layer, const Victims& victims) {
 
 TEST(ReplayEngine, MetricsEqualTheirDefinitionInDoublePrecision) {
   MemoryRows rows = synthetic_rows({2, 4, 2, 24, 0, DType::f32}, 210, 37, 3);
-  const auto configs = some_configs({"longflow", "longflow:granularity=kv_head", "streaming_llm", "random"}, {20, 60, 150});
+  const auto configs =
+      some_configs({"longflow", "longflow:granularity=kv_head", "streaming_llm", "random"}, {20, 60, 150});
   const auto victims = victims_of(rows, configs, {});
   const std::vector<SequenceMetrics> results = ReplayEngine(rows, {}).run(0, configs);
   for (size_t c = 0; c < configs.size(); ++c)
@@ -199,7 +208,8 @@ TEST(ReplayEngine, RefusesWhatItCannotDo) {
   EXPECT_THROW(ReplayEngine(rows, {}).run(0, some_configs({"longflow"}, {50})), Error);
 }
 
-// Held tokens whose exponentials underflow against the full maximum: the error stays that of their own softmax.
+// Held tokens whose exponentials underflow against the full maximum: the error stays that of their own
+// softmax.
 TEST(ReplayEngine, TinyRecallIsComputedAgainstItsOwnMaximum) {
   CacheGeometry g{1, 1, 1, 16, 0, DType::f32};
   MemoryRows rows = synthetic_rows(g, 80, 4, 2);

@@ -36,10 +36,12 @@ std::vector<std::string> live_policies() {
   for (const PolicyEntry& entry : policy_registry()) {
     const PolicyInfo info = entry.info();
     if (!info.evicts || contains(info.signals, Signal::future)) continue;
-    const std::string name = info.reference.empty() ? std::string(info.name) : fmt::format("{}@{}", info.name, info.reference);
+    const std::string name =
+        info.reference.empty() ? std::string(info.name) : fmt::format("{}@{}", info.name, info.reference);
     specs.push_back(name);
   }
-  for (const char* spec : {"longflow:granularity=kv_head", "longflow:cast=fp16", "longflow:ties=last", "random:pin_prompt=1"})
+  for (const char* spec :
+       {"longflow:granularity=kv_head", "longflow:cast=fp16", "longflow:ties=last", "random:pin_prompt=1"})
     specs.push_back(spec);
   return specs;
 }

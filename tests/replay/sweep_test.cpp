@@ -35,7 +35,8 @@ class SweepTest : public testing::Test {
       test::write_synthetic_trace(folder_ / traces_.emplace_back(i == 0 ? "a.kvl" : "b.kvl"), process);
     }
   }
-  std::unique_ptr<Sweep> sweep(SweepOptions options = {}, std::string policies = "full,longflow,random,streaming_llm") {
+  std::unique_ptr<Sweep> sweep(SweepOptions options = {},
+                               std::string policies = "full,longflow,random,streaming_llm") {
     std::vector<fs::path> files;
     for (const std::string& name : traces_) files.push_back(folder_ / name);
     return std::make_unique<Sweep>(files, parse_policy_list(policies), parse_budget_list("25%,60"), options);
@@ -132,8 +133,9 @@ TEST_F(SweepTest, CellsAreWhatTheySay) {
   EXPECT_EQ(results.traces.size(), 2u);
   EXPECT_EQ(results.cells.size(), 2u * (1 + 3 * 2));
   for (const ResultCell& cell : results.cells) {
-    EXPECT_EQ(cell.sequences.size(), cell.trace == results.traces[0].hash ? static_cast<size_t>(results.traces[0].n_sequences)
-                                                                          : static_cast<size_t>(results.traces[1].n_sequences));
+    EXPECT_EQ(cell.sequences.size(), cell.trace == results.traces[0].hash
+                                         ? static_cast<size_t>(results.traces[0].n_sequences)
+                                         : static_cast<size_t>(results.traces[1].n_sequences));
     EXPECT_EQ(cell.heads.size(), 2u * 4 * 5);
     EXPECT_LE(value_of(cell.total, "slots_peak"), cell.budget_slots);
     EXPECT_LE(value_of(cell.total, "recall_mean"), 1.0);
@@ -146,7 +148,8 @@ TEST_F(SweepTest, CellsAreWhatTheySay) {
 
 TEST_F(SweepTest, OtherParametersAreOtherCells) {
   std::set<std::string> ids;
-  for (const char* policy : {"random", "random:seed=1", "longflow", "longflow:cast=fp16", "longflow:granularity=kv_head"}) {
+  for (const char* policy :
+       {"random", "random:seed=1", "longflow", "longflow:cast=fp16", "longflow:granularity=kv_head"}) {
     const auto cells = sweep({}, policy);
     for (const SweepCell& cell : cells->cells()) EXPECT_TRUE(ids.insert(cell.id).second) << policy;
   }
@@ -156,7 +159,9 @@ TEST_F(SweepTest, OtherParametersAreOtherCells) {
 TEST_F(SweepTest, RefusesAnExistingFileABudgetBelowTheProtectedSetAndABadShard) {
   run(folder_ / "one.kvr");
   EXPECT_THROW(ResultsFile(folder_ / "one.kvr", ResultsFile::Open::create), Error);
-  EXPECT_THROW(Sweep({folder_ / "a.kvl"}, parse_policy_list("random:pin_prompt=1"), parse_budget_list("10"), {}), Error);
+  EXPECT_THROW(
+      Sweep({folder_ / "a.kvl"}, parse_policy_list("random:pin_prompt=1"), parse_budget_list("10"), {}),
+      Error);
   SweepOptions options;
   options.shard = 3;
   options.n_shards = 3;
@@ -174,7 +179,8 @@ TEST(Occupancy, EqualsWhatAReplayHolds) {
     sweep.run(file);
     file.finish();
     const ResultCell cell = read_results(folder / "r.kvr").cells.at(0);
-    const Occupancy modelled = occupancy(*make_policy(policy), cell.budget_slots, 2, process.n_prompt, process.n_steps);
+    const Occupancy modelled =
+        occupancy(*make_policy(policy), cell.budget_slots, 2, process.n_prompt, process.n_steps);
     EXPECT_NEAR(value_of(cell.total, "slots_mean"), modelled.mean, 1e-9) << policy;
     EXPECT_EQ(value_of(cell.total, "slots_peak"), modelled.peak) << policy;
   }
@@ -188,7 +194,8 @@ TEST(Occupancy, MatchedBudgetsCostTheSame) {
   const int by_peak = matched_budget(*rkv, budget, BudgetMatch::peak, 6, n_prompt, n_tokens);
   EXPECT_EQ(occupancy(*rkv, by_peak, 6, n_prompt, n_tokens).peak, budget);
   const int by_mean = matched_budget(*rkv, budget, BudgetMatch::mean, 6, n_prompt, n_tokens);
-  EXPECT_NEAR(occupancy(*rkv, by_mean, 6, n_prompt, n_tokens).mean, occupancy(*longflow, budget, 6, n_prompt, n_tokens).mean, 0.6);
+  EXPECT_NEAR(occupancy(*rkv, by_mean, 6, n_prompt, n_tokens).mean,
+              occupancy(*longflow, budget, 6, n_prompt, n_tokens).mean, 0.6);
   EXPECT_LT(by_peak, by_mean);
   EXPECT_LT(by_mean, budget);
 }
@@ -232,7 +239,8 @@ TEST_F(SweepTest, ChoosesTheSmallestBudgetThatSuffices) {
   Sweep(files, parse_policy_list("longflow,random"), parse_budget_list("30,60,120,200"), {}).run(file);
   file.finish();
   const Results results = read_results(folder_ / "r.kvr", true);
-  for (const Choice& choice : choose_budgets(results, "output_error", 1e9, 0.95)) EXPECT_EQ(choice.budget, "30");
+  for (const Choice& choice : choose_budgets(results, "output_error", 1e9, 0.95))
+    EXPECT_EQ(choice.budget, "30");
   for (const Choice& choice : choose_budgets(results, "output_error", 0, 0.95)) EXPECT_EQ(choice.budget, "");
   EXPECT_THROW(choose_budgets(results, "output_eror", 1, 0.95), UsageError);
   const std::vector<ComparedRow> rows = compare(results);

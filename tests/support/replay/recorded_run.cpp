@@ -18,8 +18,10 @@ void record_run(const std::filesystem::path& file, const RecordedRun& run) {
   header.layer_end = header.geometry.n_layers;
   header.tier = TraceTier::qkv;
   header.budget_text = run.budget;
-  if (policy->info().evicts) header.budget_slots = parse_budget(run.budget).slots(static_cast<int>(n_prompt) + run.max_tokens);
-  const std::unique_ptr<Policy> claimed = make_policy(run.claimed_policy.empty() ? run.policy : run.claimed_policy);
+  if (policy->info().evicts)
+    header.budget_slots = parse_budget(run.budget).slots(static_cast<int>(n_prompt) + run.max_tokens);
+  const std::unique_ptr<Policy> claimed =
+      make_policy(run.claimed_policy.empty() ? run.policy : run.claimed_policy);
   header.policy = describe_policy(*claimed, header.budget_slots, header.geometry.n_layers);
   header.rope_theta = model.spec.rope.theta;
   header.n_sequences = static_cast<int>(run.prompts.size());

@@ -12,9 +12,9 @@ namespace kvlapse::test {
 struct RecordedRun {
   std::string model;
   std::string policy = "full", budget = "64";
-  std::string claimed_policy;                 // what the trace says instead; "": the truth
-  std::vector<std::vector<int32_t>> prompts;  // one sequence each
-  std::vector<std::vector<int32_t>> teachers; // tokens fed behind the prompts; empty: the model's own
+  std::string claimed_policy;                  // what the trace says instead; "": the truth
+  std::vector<std::vector<int32_t>> prompts;   // one sequence each
+  std::vector<std::vector<int32_t>> teachers;  // tokens fed behind the prompts; empty: the model's own
   int max_tokens = 300;
   DType kv_dtype = DType::f32;
   double temperature = 0;
