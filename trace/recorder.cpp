@@ -79,7 +79,13 @@ void Recorder::on_step(const StepSummary& summary) {
   writer_.step(summary);
 }
 
-void Recorder::on_end(int sequence, std::string_view reason) { writer_.end_sequence(sequence, reason); }
+void Recorder::on_end(int sequence, std::string_view reason) {
+  if (n_prompt_[sequence] > 0) writer_.end_sequence(sequence, reason);
+}
+
+void Recorder::describe_sequence(const TraceSequence& facts) {
+  if (n_prompt_[facts.sequence] > 0) writer_.describe_sequence(facts);
+}
 
 double Recorder::overhead_ratio() const {
   return decode_ns_ > 0 ? static_cast<double>(spent_ns_) / static_cast<double>(decode_ns_) : 0;

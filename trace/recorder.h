@@ -14,8 +14,8 @@ class Recorder final : public StepObserver {
 
   // Before the sequence's on_prompt: its seed (sampling or task) and its resolved budget. Otherwise 0 and the header's.
   void set_sequence(int sequence, uint64_t seed, int budget_slots);
-  // Texts, tags, task and answer of a sequence, once known.
-  void describe_sequence(const TraceSequence& facts) { writer_.describe_sequence(facts); }
+  // Texts, tags, task and answer of a sequence, once known. One that was interrupted before its prompt leaves nothing.
+  void describe_sequence(const TraceSequence& facts);
   // Marks the file complete or interrupted and stores the measured overhead. Throws Error.
   void finish(bool interrupted);
 
@@ -38,7 +38,7 @@ class Recorder final : public StepObserver {
     int budget_slots = 0;
   };
   std::map<int, Start> starts_;            // by sequence
-  std::vector<int> n_prompt_;              // [sequence]
+  std::vector<int> n_prompt_;              // [sequence]; 0: its prompt did not come yet
   std::vector<char> evicted_;              // [sequence][layer]: something was evicted before
   std::vector<int32_t> held_;              // [H]
   std::vector<SketchRow> sketch_;          // [H]

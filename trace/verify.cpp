@@ -12,6 +12,11 @@ namespace {
 
 struct Enough {};  // thrown when the report is full
 
+// The reader's own messages begin with the file.
+std::string without_file(std::string line, const std::string& file) {
+  return line.starts_with(file + ": ") ? line.substr(file.size() + 2) : line;
+}
+
 class Verifier {
  public:
   Verifier(const std::filesystem::path& file, int most, const std::function<void(int64_t, int64_t)>& progress,
@@ -41,9 +46,7 @@ class Verifier {
  private:
   template <typename... Args>
   void add(fmt::format_string<Args...> format, Args&&... args) {
-    std::string line = fmt::format(format, std::forward<Args>(args)...);
-    if (!line.starts_with(name_)) line = name_ + ": " + line;
-    report_.violations.push_back(std::move(line));
+    report_.violations.push_back(without_file(fmt::format(format, std::forward<Args>(args)...), name_));
     if (static_cast<int>(report_.violations.size()) >= most_) throw Enough();
   }
 
@@ -320,7 +323,7 @@ VerifyReport verify_trace(const std::filesystem::path& file, int most, const std
     Verifier(file, most, progress, report).run();
   } catch (const Enough&) {
   } catch (const Error& error) {
-    report.violations.push_back(error.what());
+    report.violations.push_back(without_file(error.what(), file.string()));
   }
   return report;
 }

@@ -9,7 +9,7 @@
 namespace kvlapse {
 
 struct VerifyReport {
-  std::vector<std::string> violations;  // one line each, the first in file order first; empty: the trace is sound
+  std::vector<std::string> violations;  // one line each, without the file's name; empty: the trace is sound
   int64_t steps = 0, chunks = 0, evictions = 0;
   bool complete = false;
   bool ok() const { return violations.empty(); }

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <filesystem>
 #include <map>
@@ -225,6 +226,31 @@ TEST_F(RecorderTest, ABatchIsOneTraceByRows) {
   EXPECT_EQ(reader.sequence(2).seed, 2u);
   EXPECT_EQ(reader.sequence(2).end_reason, "max_tokens");
   EXPECT_NE(reader.sequence(1).tokens, reader.sequence(2).tokens);
+}
+
+TEST_F(RecorderTest, InterruptedBeforeAPromptLeavesAValidTrace) {
+  policy_ = make_policy("full");
+  file_ = folder_ / "a.kvl";
+  Recorder recorder(file_, header(*policy_, 0, TraceTier::qkv, DType::bf16, 2));
+  std::atomic<bool> interrupt = true;
+  SessionOptions options;
+  options.policy = policy_.get();
+  options.kv_dtype = DType::bf16;
+  options.observers = {&recorder};
+  options.interrupt = &interrupt;
+  DecodeSession session(*backend_, *model_, options);
+  SequenceRequest request;
+  request.prompt = model_->tokenizer->encode("1+1", SpecialTokens::parse);
+  session.add_sequence(request);
+  session.add_sequence(request);
+  while (session.step()) {
+  }
+  TraceSequence facts;
+  facts.sequence = 1;
+  recorder.describe_sequence(facts);
+  recorder.finish(/*interrupted=*/true);
+  EXPECT_TRUE(verify_trace(file_).ok());
+  EXPECT_EQ(TraceReader(file_).n_sequences(), 0);
 }
 
 TEST_F(RecorderTest, OverheadIsMeasuredAndStored) {
