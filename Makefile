@@ -12,7 +12,9 @@ build:
 	@tools/bootstrap.sh
 	@tools/build.sh $(PRESET) $(JOBS)
 
-demo: build
+demo:
+	@tools/bootstrap.sh
+	@tools/build.sh $(PRESET) $(JOBS) kvlapse
 	@tools/demo.sh $(BUILD)/kvlapse
 
 test: build

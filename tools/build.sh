@@ -1,8 +1,9 @@
 #!/bin/sh
-# build.sh PRESET JOBS: configures once, builds, and leaves build/kvlapse pointing at the program.
+# build.sh PRESET JOBS [TARGET]: configures once, builds, and leaves build/kvlapse pointing at the program.
 set -eu
 preset=$1
 jobs=$2
+target=${3:-all}
 dir=build/$preset
 if [ ! -f "$dir/build.ninja" ]; then
   echo "configure: preset $preset"
@@ -11,8 +12,8 @@ if [ ! -f "$dir/build.ninja" ]; then
 fi
 echo "build: $dir with $jobs jobs"
 if [ -t 1 ]; then
-  ninja -C "$dir" -j "$jobs"
+  ninja -C "$dir" -j "$jobs" "$target"
 else
-  ninja -C "$dir" -j "$jobs" --quiet || ninja -C "$dir" -j 1
+  ninja -C "$dir" -j "$jobs" --quiet "$target"
 fi
 ln -sfn "$preset/kvlapse" build/kvlapse
