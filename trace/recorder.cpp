@@ -27,7 +27,8 @@ Recorder::Recorder(const std::filesystem::path& file, TraceHeader header, TraceW
   evicted_.resize(static_cast<size_t>(h.n_sequences) * h.geometry.n_layers);
   held_.resize(h.geometry.n_kv_heads);
   sketch_.resize(h.geometry.n_kv_heads);
-  group_.resize(h.geometry.group());
+  group_weights_.resize(h.geometry.group());
+  group_logits_.resize(h.geometry.group());
 }
 
 void Recorder::set_sequence(int sequence, uint64_t seed, int budget_slots) { starts_[sequence] = {seed, budget_slots}; }
@@ -53,8 +54,11 @@ void Recorder::on_attended(int sequence, int layer, Pos pos, const TokenRows& ro
     const bool evicted = evicted_[static_cast<size_t>(sequence) * header.geometry.n_layers + layer];
     const int group = header.geometry.group();
     for (int h = 0; h < n_heads; ++h) {
-      for (int g = 0; g < group; ++g) group_[g] = inputs.attention(h * group + g);
-      sketcher_.sketch(group_, table.positions(h), sketch_[h]);
+      for (int g = 0; g < group; ++g) {
+        group_weights_[g] = inputs.attention(h * group + g);
+        group_logits_[g] = inputs.logits(h * group + g);
+      }
+      sketcher_.sketch(group_weights_, group_logits_, table.positions(h), sketch_[h]);
       sketch_[h].recall = evicted ? std::numeric_limits<float>::quiet_NaN() : 1.0f;
     }
     record.sketch = sketch_;

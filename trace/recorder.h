@@ -42,7 +42,7 @@ class Recorder final : public StepObserver {
   std::vector<char> evicted_;              // [sequence][layer]: something was evicted before
   std::vector<int32_t> held_;              // [H]
   std::vector<SketchRow> sketch_;          // [H]
-  std::vector<std::span<const float>> group_;  // [G]
+  std::vector<std::span<const float>> group_weights_, group_logits_;  // [G]
   Sketcher sketcher_;
   int64_t spent_prompt_ns_ = 0;   // in callbacks of prompt tokens
   int64_t spent_ns_ = 0;          // in callbacks of generated tokens

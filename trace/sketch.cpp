@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <bit>
-#include <functional>
+#include <cmath>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "trace/sketch.cpp"
@@ -10,65 +10,65 @@
 // After foreach_target: this header changes with the target.
 #include "hwy/highway.h"
 
-#ifndef KVLAPSE_SKETCH_BLOCK
-#define KVLAPSE_SKETCH_BLOCK
-namespace kvlapse {
-inline constexpr size_t kSketchBlock = 16;  // slots that share one maximum
-}
-#endif
-
 HWY_BEFORE_NAMESPACE();
 namespace kvlapse {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Natural logarithm of a positive normal number, relative error of p log p below 2e-6: m in [sqrt(1/2), sqrt(2)),
-// log m = 2 atanh((m - 1) / (m + 1)), three terms of its series.
-template <class D, class V = hn::Vec<D>>
-V log_of(D d, V x) {
-  const hn::RebindToSigned<D> di;
-  const auto bits = hn::BitCast(di, x);
-  const auto exponent = hn::ShiftRight<23>(hn::Sub(bits, hn::Set(di, 0x3f3504f3)));
-  const auto m = hn::BitCast(d, hn::Sub(bits, hn::ShiftLeft<23>(exponent)));
-  const auto one = hn::Set(d, 1.0f);
-  const auto s = hn::Div(hn::Sub(m, one), hn::Add(m, one));
-  const auto s2 = hn::Mul(s, s);
-  const auto series = hn::MulAdd(hn::MulAdd(hn::Set(d, 0.4f), s2, hn::Set(d, 2.0f / 3.0f)), s2, hn::Set(d, 2.0f));
-  return hn::MulAdd(hn::ConvertTo(d, exponent), hn::Set(d, 0.69314718f), hn::Mul(s, series));
-}
-
-// mean[i] = mean over the group, zero from n to the end of the last block; block_max[b] = largest of each
-// kSketchBlock. Returns the entropy. The sums' order depends on the vector width: a sketch is a summary, no decision
-// is taken from it.
-float reduce(const std::span<const float>* weights, size_t group, size_t n, float* mean, float* block_max) {
-  const hn::CappedTag<float, kSketchBlock> d;
+// One pass over what attention left: mean[i] = mean over the group, zero from n to the end of the last block;
+// block_max[b] = largest of each `block` slots, a multiple of 8; dots[g] = sum of weights[g] * logits[g].
+void reduce(const std::span<const float>* weights, const std::span<const float>* logits, size_t group, size_t n,
+            size_t block, float* mean, float* block_max, float* dots) {
+  const hn::CappedTag<float, 8> d;
   const size_t lanes = hn::Lanes(d);
-  const float scale = 1.0f / static_cast<float>(group);
-  const auto vector_scale = hn::Set(d, scale), tiny = hn::Set(d, 1e-30f);
-  auto entropy = hn::Zero(d);
-  for (size_t begin = 0; begin < n; begin += kSketchBlock) {
-    const size_t end = begin + kSketchBlock;
-    if (end <= n) {
-      for (size_t i = begin; i < end; i += lanes) {
-        auto total = hn::LoadU(d, weights[0].data() + i);
-        for (size_t g = 1; g < group; ++g) total = hn::Add(total, hn::LoadU(d, weights[g].data() + i));
-        hn::StoreU(hn::Mul(total, vector_scale), d, mean + i);
+  const auto scale = hn::Set(d, 1.0f / static_cast<float>(group));
+  std::fill(dots, dots + group, 0.0f);
+  for (size_t begin = 0; begin < n; begin += block) {
+    const size_t end = begin + block, whole = std::min(end, n / lanes * lanes);
+    for (size_t i = begin; i < end; i += lanes) hn::StoreU(hn::Zero(d), d, mean + i);
+    for (size_t g = 0; g < group; ++g) {
+      const float *p = weights[g].data(), *l = logits[g].data();
+      auto sum = hn::Zero(d);
+      size_t i = begin;
+      for (; i < whole; i += lanes) {
+        const auto weight = hn::LoadU(d, p + i);
+        sum = hn::MulAdd(weight, hn::LoadU(d, l + i), sum);
+        hn::StoreU(hn::MulAdd(weight, scale, hn::LoadU(d, mean + i)), d, mean + i);
       }
-    } else {
-      for (size_t i = begin; i < end; ++i) {
-        mean[i] = 0;
-        for (size_t g = 0; g < group && i < n; ++g) mean[i] += weights[g][i] * scale;
+      dots[g] += hn::GetLane(hn::SumOfLanes(d, sum));
+      for (; i < std::min(end, n); ++i) {
+        dots[g] += p[i] * l[i];
+        mean[i] += p[i] / static_cast<float>(group);
       }
     }
     auto most = hn::Zero(d);
-    for (size_t i = begin; i < end; i += lanes) {
-      const auto p = hn::LoadU(d, mean + i);
-      most = hn::Max(most, p);
-      entropy = hn::NegMulAdd(p, log_of(d, hn::Max(p, tiny)), entropy);  // p log p -> 0 as p -> 0
-    }
-    block_max[begin / kSketchBlock] = hn::GetLane(hn::MaxOfLanes(d, most));
+    for (size_t i = begin; i < end; i += lanes) most = hn::Max(most, hn::LoadU(d, mean + i));
+    block_max[begin / block] = hn::GetLane(hn::MaxOfLanes(d, most));
   }
-  return hn::GetLane(hn::SumOfLanes(d, entropy));
+}
+
+// A bound that at least `least` and at most `enough` of the values reach, by halving the range of their bits; values
+// are not negative, so they order like these. With equal values more than `enough` may reach it. `values` is padded
+// with zeros to a multiple of 8. No branch depends on the order of the values: sorting would guess wrong at each.
+float bound(const float* values, size_t n, size_t least, size_t enough) {
+  const hn::CappedTag<float, 8> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  const size_t lanes = hn::Lanes(d);
+  uint32_t low = 0, high = 0x3f800001u;  // weights are at most about 1; all reach 0, none the bits behind 1 + epsilon
+  size_t at_low = n;
+  while (at_low > enough && high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    const auto limit = hn::Set(di, static_cast<int32_t>(middle) - 1);
+    auto below = hn::Zero(di);  // minus the number of values that reach
+    for (size_t i = 0; i < n; i += lanes)
+      below = hn::Add(below, hn::VecFromMask(di, hn::Gt(hn::BitCast(di, hn::LoadU(d, values + i)), limit)));
+    const auto reach = static_cast<size_t>(-hn::GetLane(hn::SumOfLanes(di, below)));
+    const bool keeps = reach >= least;
+    low = keeps ? middle : low;
+    at_low = keeps ? reach : at_low;
+    high = keeps ? high : middle;
+  }
+  return std::bit_cast<float>(low);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -78,40 +78,68 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace kvlapse {
 namespace {
+constexpr size_t kMostBlocks = 128;
+
 HWY_EXPORT(reduce);
+HWY_EXPORT(bound);
+
+// -sum p log p without a logarithm per slot: log p = logit - lse, and one slot tells lse.
+float head_entropy(std::span<const float> weights, std::span<const float> logits, float dot, size_t slot) {
+  if (!(weights[slot] > 1e-30f)) slot = static_cast<size_t>(std::max_element(weights.begin(), weights.end()) - weights.begin());
+  const float lse = logits[slot] - std::log(weights[slot]);
+  return std::max(0.0f, lse - dot);
 }
 
-void Sketcher::sketch(std::span<const std::span<const float>> weights, std::span<const Pos> positions, SketchRow& out) {
-  const size_t n = positions.size(), n_blocks = (n + kSketchBlock - 1) / kSketchBlock;
-  mean_.resize(n_blocks * kSketchBlock);
-  block_max_.resize(n_blocks);
+}  // namespace
+
+void Sketcher::sketch(std::span<const std::span<const float>> weights, std::span<const std::span<const float>> logits,
+                      std::span<const Pos> positions, SketchRow& out) {
+  const size_t n = positions.size(), group = weights.size();
   out.pos.fill(-1);
   out.weight.fill(0.0f);
-  out.entropy = n == 0 ? 0.0f : HWY_DYNAMIC_DISPATCH(reduce)(weights.data(), weights.size(), n, mean_.data(), block_max_.data());
-
-  // At least kSketchTop values reach the kSketchTop-th largest block maximum, so nothing below it can be among the top.
-  float floor = 0;
-  if (n_blocks > kSketchTop) {
-    ranking_ = block_max_;
-    std::nth_element(ranking_.begin(), ranking_.begin() + kSketchTop - 1, ranking_.end(), std::greater<>());
-    floor = ranking_[kSketchTop - 1];
+  out.entropy = 0;
+  if (n == 0) return;
+  size_t block = 8;
+  while (n > block * kMostBlocks) block *= 2;
+  const size_t n_blocks = (n + block - 1) / block, padded = n_blocks * block + 8;
+  if (mean_.size() < padded) {
+    mean_.resize(padded);
+    weights_.resize(padded);
+    slots_.resize(padded);
   }
-  // Weights are not negative, so they order like their bits; behind them the position orders equals.
-  candidates_.clear();
+  block_max_.assign(n_blocks + 8, 0.0f);
+  dots_.resize(group);
+  HWY_DYNAMIC_DISPATCH(reduce)(weights.data(), logits.data(), group, n, block, mean_.data(), block_max_.data(), dots_.data());
+
+  // At least kSketchTop weights reach a bound that as many blocks reach, so nothing below it is among the top.
+  float floor = 0;
+  if (n_blocks > kSketchTop) floor = HWY_DYNAMIC_DISPATCH(bound)(block_max_.data(), n_blocks, kSketchTop, kSketchTop + 4);
+  size_t found = 0;
   for (size_t b = 0; b < n_blocks; ++b) {
     if (block_max_[b] < floor) continue;
-    for (size_t i = b * kSketchBlock; i < std::min(n, (b + 1) * kSketchBlock); ++i)
-      if (mean_[i] >= floor)
-        candidates_.push_back(uint64_t{std::bit_cast<uint32_t>(mean_[i])} << 32 | static_cast<uint32_t>(raw(positions[i])));
+    for (size_t i = b * block; i < std::min(n, (b + 1) * block); ++i) {
+      weights_[found] = mean_[i];
+      slots_[found] = static_cast<int32_t>(i);
+      found += mean_[i] >= floor;
+    }
   }
-  const auto top = static_cast<ptrdiff_t>(std::min<size_t>(kSketchTop, candidates_.size()));
-  if (static_cast<ptrdiff_t>(candidates_.size()) > top)
-    std::nth_element(candidates_.begin(), candidates_.begin() + top, candidates_.end(), std::greater<>());
-  std::sort(candidates_.begin(), candidates_.begin() + top, std::greater<>());
-  for (ptrdiff_t i = 0; i < top; ++i) {
-    out.pos[i] = static_cast<int32_t>(candidates_[i] & 0xffffffffu);
-    out.weight[i] = std::bit_cast<float>(static_cast<uint32_t>(candidates_[i] >> 32));
-  }
+  std::fill_n(weights_.begin() + static_cast<ptrdiff_t>(found), 8, 0.0f);
+  const size_t top = std::min<size_t>(kSketchTop, found);
+  const float least = found > top ? HWY_DYNAMIC_DISPATCH(bound)(weights_.data(), found, top, top) : 0;
+  size_t taken = 0, largest = 0;
+  const auto take = [&](size_t i) {
+    out.pos[taken] = raw(positions[slots_[i]]);
+    out.weight[taken] = weights_[i];
+    largest = weights_[i] > weights_[largest] ? i : largest;
+    ++taken;
+  };
+  for (size_t i = 0; i < found && taken < top; ++i)
+    if (weights_[i] > least) take(i);
+  for (size_t i = 0; i < found && taken < top; ++i)
+    if (weights_[i] == least) take(i);
+  for (size_t g = 0; g < group; ++g)
+    out.entropy += head_entropy(weights[g], logits[g], dots_[g], static_cast<size_t>(slots_[largest]));
+  out.entropy /= static_cast<float>(group);
 }
 
 }  // namespace kvlapse

@@ -1,5 +1,5 @@
 // The sketch of one attention row: its largest weights and its entropy. Runs on the decoding thread at the sketch
-// tier, so it reads the weights once and sorts only what can be among the largest. SIMD, chosen at run time.
+// tier, so it sorts nothing (the reader does) and looks only at what can be among the largest. SIMD, chosen at run time.
 #pragma once
 
 #include <span>
@@ -12,13 +12,15 @@ namespace kvlapse {
 
 class Sketcher {
  public:
-  // `weights`: one span [n] per query head of the group, softmax over the n held slots; `positions` [n].
-  // Fills all of `out` but recall.
-  void sketch(std::span<const std::span<const float>> weights, std::span<const Pos> positions, SketchRow& out);
+  // `weights`, `logits`: one span [n] per query head of the group, weights = softmax(logits) over the n held slots;
+  // `positions` [n]. Fills all of `out` but recall; the weights in no order.
+  void sketch(std::span<const std::span<const float>> weights, std::span<const std::span<const float>> logits,
+              std::span<const Pos> positions, SketchRow& out);
 
  private:
-  std::vector<float> mean_, block_max_, ranking_;
-  std::vector<uint64_t> candidates_;
+  std::vector<float> mean_, block_max_, dots_;
+  std::vector<float> weights_;  // of the candidates
+  std::vector<int32_t> slots_;
 };
 
 }  // namespace kvlapse

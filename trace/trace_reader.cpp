@@ -1,6 +1,7 @@
 #include "trace/trace_reader.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <list>
 #include <mutex>
@@ -81,6 +82,22 @@ class ChunkCache {
 std::string optional_text(const Statement& statement, int column) { return std::string(statement.text(column)); }
 
 constexpr int kMostSteps = 1 << 28;
+
+// The file holds the largest weights in no order: the recorder has no time for it.
+void sort_sketch(SketchRow& row) {
+  std::array<std::pair<float, int32_t>, kSketchTop> pairs;
+  for (int i = 0; i < kSketchTop; ++i) pairs[i] = {row.pos[i] < 0 ? -1.0f : row.weight[i], row.pos[i]};
+  std::sort(pairs.begin(), pairs.end(), [](const auto& a, const auto& b) {
+    // A damaged file may hold NaN, which must not break the order.
+    const bool a_nan = std::isnan(a.first), b_nan = std::isnan(b.first);
+    if (a_nan || b_nan) return !a_nan && b_nan;
+    return a.first != b.first ? a.first > b.first : a.second > b.second;
+  });
+  for (int i = 0; i < kSketchTop; ++i) {
+    row.weight[i] = pairs[i].second < 0 ? 0.0f : pairs[i].first;
+    row.pos[i] = pairs[i].second;
+  }
+}
 
 }  // namespace
 
@@ -397,6 +414,7 @@ std::vector<SketchRow> TraceReader::sketches(int sequence, int layer, int begin,
     const size_t old = out.size();
     out.resize(old + static_cast<size_t>(stop - step) * n_heads);
     std::memcpy(static_cast<void*>(out.data() + old), chunk->data.data() + (step - chunk->begin) * row_bytes, (stop - step) * row_bytes);
+    for (size_t i = old; i < out.size(); ++i) sort_sketch(out[i]);
     step = stop;
   }
   return out;

@@ -91,10 +91,10 @@ struct TraceEviction {
 };
 static_assert(sizeof(TraceEviction) == 32);
 
-// One (step, kv head). Also the record of a 'sketch' chunk, byte for byte.
+// One (step, kv head). Also the record of a 'sketch' chunk, byte for byte; there the weights are in no order.
 struct SketchRow {
   float recall = 0;   // attention mass of the held tokens; 1 when nothing was evicted before, otherwise NaN: unknown
-  float entropy = 0;  // nats, of the group's mean attention
+  float entropy = 0;  // nats, mean over the group of each query head's
   std::array<int32_t, kSketchTop> pos{};   // -1 pads
   std::array<float, kSketchTop> weight{};  // mean over the group, descending; the newest position first among equals
 };

@@ -196,11 +196,13 @@ TEST_F(RecorderTest, SketchIsTheTopOfTheGroupsMeanAttention) {
     double entropy = 0, total = 0;
     for (size_t s = 0; s < n; ++s) {
       double p = 0;
-      for (int q = h * g.group(); q < (h + 1) * g.group(); ++q) p += attended.attention[q][s];
-      p /= g.group();
+      for (int q = h * g.group(); q < (h + 1) * g.group(); ++q) {
+        const double weight = attended.attention[q][s];
+        p += weight / g.group();
+        if (weight > 0) entropy -= weight * std::log(weight) / g.group();
+      }
       mean[s] = {p, raw(attended.positions[h][s])};
       total += p;
-      if (p > 0) entropy -= p * std::log(p);
     }
     std::sort(mean.rbegin(), mean.rend());
     ASSERT_NEAR(total, 1, 1e-4);
