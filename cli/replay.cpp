@@ -69,6 +69,8 @@ void print_sbatch(const Options& o) {
   if (o.match != "nominal") command += " --match " + o.match;
   if (!o.layers.empty()) command += " --layers " + o.layers;
   if (o.max_tokens > 0) command += fmt::format(" --max-tokens {}", o.max_tokens);
+  if (o.cells_at_once != Options{}.cells_at_once)
+    command += fmt::format(" --cells-at-once {}", o.cells_at_once);
   fs::path stem = fs::path(o.output).replace_extension();
   const std::string parts = quoted(stem.string()) + ".part-";
   fmt::print("#!/bin/bash\n");
