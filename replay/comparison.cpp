@@ -164,7 +164,7 @@ std::vector<Choice> choose_budgets(const Results& results, std::string_view metr
       const std::vector<Sample>& samples = entry->second;
       std::vector<double> values = column(samples, column_name);
       if (std::isnan(values.at(0))) {
-        std::vector<std::string_view> known;
+        std::vector<std::string_view> known = {"output_error", "recall"};
         for (const NamedValue& v : *samples[0].values) known.push_back(v.name);
         fail_usage("choose: unknown metric '{}'{}", metric, suggest(metric, known));
       }
