@@ -6,6 +6,7 @@
 
 #include "tests/support/kernels/decode_cases.h"
 #include "tests/support/kernels/emulated_decode.h"
+#include "tests/support/kernels/host_policy.h"
 
 namespace kvlapse {
 namespace {
@@ -88,6 +89,29 @@ TEST_P(EmulatedDecode, ClosedLoopStaysAsDefined) {
 INSTANTIATE_TEST_SUITE_P(Paths, EmulatedDecode, testing::Bool(), [](const auto& i) {
   return i.param ? "bulk_copy_and_clusters" : "cp_async_and_memory";
 });
+
+// The host's policy and evictor are the definition of a victim.
+TEST(EmulatedDecode, VictimsOfTheHostPolicies) {
+  for (const char* spec : {"longflow:recent=4", "longflow:recent=4:granularity=kv_head"}) {
+    DecodeCase c;
+    c.shape = {2, 8, 2, 64, 100, DType::bf16};
+    c.tokens = {300, 400};
+    c.recent = 4;
+    c.shared = std::string(spec).find("granularity") == std::string::npos;
+    const DecodePlan plan = plan_decode(c.shape, limits(true), 2);
+    DecodeProblem p = make_decode_problem(c, 2);
+    for (uint64_t step = 0; step < 6; ++step) {
+      draw_decode_token(p, c, step);
+      run_decode_emulated(p, plan, step);
+      for (int b = 0; b < c.shape.batch; ++b) {
+        const HostVictims host = host_policy_victims(p, b, spec);
+        for (size_t row = 0; row < host.slots.size(); ++row)
+          EXPECT_EQ(device_victim(p, b, static_cast<int>(row)), host.slots[row]) << spec << " step " << step;
+      }
+      for (int32_t& pos : p.step_pos) ++pos;
+    }
+  }
+}
 
 TEST(EmulatedDecode, AllProtectedTakesTheOldestAndSaysSo) {
   DecodeCase c;

@@ -1,0 +1,57 @@
+"""The attention bench beside its peers: one line a shape, times in us, with the targets that they are held to.
+
+Usage: attention_table.py attention.jsonl peers.jsonl
+"""
+
+import json
+import os
+import sys
+
+
+def read(path):
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def target(kv_bytes):
+    """(ratio to the best peer, share of the read ceiling or None)"""
+    for limit, ratio, share in ((10e6, 0.6, None), (40e6, 0.75, 0.45), (150e6, 0.9, 0.78), (400e6, 0.97, 0.89),
+                                (2e9, 1.0, 0.93)):
+        if kv_bytes < limit:
+            return ratio, share
+    return 1.02, 0.95
+
+
+def main():
+    rows, peers = read(sys.argv[1]), read(sys.argv[2])
+    if not rows:
+        sys.exit("no rows of the attention bench")
+    best = {}
+    for p in peers:
+        key = (p["dtype"], p["batch"], p["slots"])
+        if key not in best or p["median_us"] < best[key][0]:
+            best[key] = (p["median_us"], p["peer"])
+    table = {}
+    for r in rows:
+        table.setdefault((r["dtype"], r["batch"], r["slots"]), {})[r["variant"]] = r
+    print(f"{rows[0]['device']}, read ceiling {rows[0]['read_ceiling_gbps']:.0f} GB/s; share = floor / per-head time;"
+          " PH per head, SH shared victim, AO attention only, NO without overlap, CP cp.async")
+    print(" dtype    B     S     MB sp  floor     PH     SH     AO     NO     CP |   peer          ratio share | target met")
+    for (dtype, batch, slots), v in table.items():
+        main_row = v["victim_per_head"]
+        us = {short: v.get(name, {}).get("median_us", float("nan")) for short, name in
+              (("PH", "victim_per_head"), ("SH", "victim_shared"), ("AO", "attention_only"),
+               ("NO", "victim_per_head_no_overlap"), ("CP", "victim_per_head_cp_async"))}
+        peer_us, peer = best.get((dtype, batch, slots), (float("nan"), "-"))
+        want_ratio, want_share = target(main_row["kv_bytes"])
+        ratio, share = us["PH"] / peer_us, main_row["share_of_ceiling"]
+        met = ("R" if ratio <= want_ratio else "-") + ("" if want_share is None else "S" if share >= want_share else "-")
+        print(f"{dtype:>6} {batch:4d} {slots:5d} {main_row['kv_bytes'] / 1e6:6.0f} {main_row['splits']:2d} "
+              f"{main_row['floor_us']:6.1f} {us['PH']:6.1f} {us['SH']:6.1f} {us['AO']:6.1f} {us['NO']:6.1f} {us['CP']:6.1f} | "
+              f"{peer_us:6.1f} {peer:<11} {ratio:5.2f} {share:5.2f} | {want_ratio:.2f} {want_share or 0:.2f} {met}")
+
+
+if __name__ == "__main__":
+    main()

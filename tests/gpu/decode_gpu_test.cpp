@@ -1,0 +1,188 @@
+#include <gtest/gtest.h>
+
+#include <cstdio>
+#include <memory>
+
+#include "kernels/cuda/decode_step.h"
+#include "tests/support/gpu/gpu_decode.h"
+#include "tests/support/kernels/decode_cases.h"
+#include "tests/support/kernels/host_policy.h"
+
+namespace kvlapse {
+namespace {
+
+void expect_same_bits(const DecodeProblem& a, const DecodeProblem& b, const std::string& what) {
+  EXPECT_EQ(a.out, b.out) << what;
+  EXPECT_EQ(a.victim_keys, b.victim_keys) << what;
+  EXPECT_EQ(a.k, b.k) << what;
+  EXPECT_EQ(a.v, b.v) << what;
+  EXPECT_EQ(a.protect, b.protect) << what;
+  EXPECT_EQ(a.positions, b.positions) << what;
+  EXPECT_EQ(a.arrivals, b.arrivals) << what;
+}
+
+class GpuDecodePath : public testing::TestWithParam<DecodePath> {
+ protected:
+  void SetUp() override {
+    KVLAPSE_NEEDS_GPU();
+    int major = 0;
+    KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    if (GetParam() == DecodePath::bulk && major != 9) GTEST_SKIP() << "no compute capability 9.0";
+  }
+};
+
+TEST_P(GpuDecodePath, EveryCaseAsDefinedAndRepeatable) {
+  double output_error = 0, score_error = 0;
+  int near_ties = 0;
+  for (const NamedDecodeCase& c : decode_cases(/*small=*/false)) {
+    const DecodeKernel kernel(c.decode.shape, GetParam(), c.splits);
+    const DecodeProblem before = make_decode_problem(c.decode, kernel.plan().n_splits);
+    DecodeProblem after = before, again = before;
+    Stream stream;
+    GpuDecode first(kernel, before), second(kernel, before);
+    first.launch(stream.get());
+    second.launch(stream.get());
+    ASSERT_EQ(cudaStreamSynchronize(stream.get()), cudaSuccess) << c.name;
+    first.download(after);
+    second.download(again);
+    const DecodeCheck check = check_decode_step(before, after);
+    EXPECT_EQ(check.failure, "") << c.name << ", splits " << kernel.plan().n_splits;
+    expect_same_bits(after, again, c.name);
+    output_error = std::max(output_error, check.output_error);
+    score_error = std::max(score_error, check.score_error);
+    near_ties += check.near_ties;
+  }
+  std::printf("largest output error %.3g, score error %.3g; near ties %d\n", output_error, score_error,
+              near_ties);
+}
+
+// 1000 steps, each compared slot by slot with fp64 from the state that the step before left.
+TEST_P(GpuDecodePath, ThousandStepsClosedLoop) {
+  for (bool shared : {false, true}) {
+    DecodeCase c;
+    c.shape = {3, 8, 2, 64, 150, DType::bf16};
+    c.tokens = {0, 90, 400};
+    c.budget = 140, c.recent = 16, c.pinned = 4, c.shared = shared;
+    c.score = shared ? FusedScore::contribution : FusedScore::accumulated_contribution;
+    const DecodeKernel kernel(c.shape, GetParam(), 2);
+    DecodeProblem p = make_decode_problem(c, kernel.plan().n_splits);
+    Stream stream;
+    GpuDecode gpu(kernel, p);
+    int near_ties = 0;
+    for (uint64_t step = 0; step < 1000; ++step) {
+      draw_decode_token(p, c, step);
+      gpu.upload_token(p);
+      const DecodeProblem before = p;
+      gpu.launch(stream.get());
+      launch_advance_positions(stream.get(), gpu.step_pos(), c.shape.batch);
+      gpu.download(p);
+      DecodeProblem after = p;
+      after.step_pos = before.step_pos;
+      const DecodeCheck check = check_decode_step(before, after);
+      ASSERT_EQ(check.failure, "") << "step " << step;
+      near_ties += check.near_ties;
+    }
+    EXPECT_EQ(p.flags[0], 0u);
+    EXPECT_LE(near_ties, 2);
+  }
+}
+
+TEST_P(GpuDecodePath, GraphReplaysEqualLaunches) {
+  DecodeCase c;
+  c.shape = {2, 16, 4, 128, 300, DType::bf16};
+  c.tokens = {250, 1000};
+  c.recent = 8, c.shared = true;
+  const DecodeKernel kernel(c.shape, GetParam(), 4);
+  const DecodeProblem start = make_decode_problem(c, 4);
+  DecodeProblem launched = start, replayed = start;
+  Stream stream;
+  GpuDecode direct(kernel, start), graphed(kernel, start);
+  const Graph graph(stream, [&] {
+    graphed.launch(stream.get());
+    launch_advance_positions(stream.get(), graphed.step_pos(), c.shape.batch);
+  });
+  for (int step = 0; step < 200; ++step) {
+    direct.launch(stream.get());
+    launch_advance_positions(stream.get(), direct.step_pos(), c.shape.batch);
+    graph.launch(stream);
+  }
+  direct.download(launched);
+  graphed.download(replayed);
+  expect_same_bits(launched, replayed, "graph");
+  EXPECT_EQ(launched.flags[0], 0u);
+}
+
+// A chain of launches over layers of their own, each starting before the one in front has ended.
+TEST_P(GpuDecodePath, OverlappingLaunchesEqualPlainOnes) {
+  constexpr int kLayers = 12;
+  DecodeCase c;
+  c.shape = {4, 32, 8, 128, 700, DType::f16};
+  c.tokens = {5000, 6000, 650, 7000};
+  c.recent = 8;
+  const DecodeKernel kernel(c.shape, GetParam());
+  std::vector<std::unique_ptr<GpuDecode>> plain, early;
+  std::vector<DecodeProblem> problems;
+  for (int layer = 0; layer < kLayers; ++layer) {
+    c.seed = layer + 1;
+    problems.push_back(make_decode_problem(c, kernel.plan().n_splits));
+    plain.push_back(std::make_unique<GpuDecode>(kernel, problems.back()));
+    early.push_back(std::make_unique<GpuDecode>(kernel, problems.back()));
+  }
+  Stream stream;
+  const Graph graph(stream, [&] {
+    for (auto& layer : early) layer->launch(stream.get(), /*early_state=*/true);
+  });
+  for (int step = 0; step < 20; ++step) {
+    for (auto& layer : plain) layer->launch(stream.get());
+    graph.launch(stream);
+  }
+  for (int layer = 0; layer < kLayers; ++layer) {
+    DecodeProblem a = problems[layer], b = problems[layer];
+    plain[layer]->download(a);
+    early[layer]->download(b);
+    expect_same_bits(a, b, "layer " + std::to_string(layer));
+  }
+}
+
+// The host's policy and evictor are the definition of a victim.
+TEST_P(GpuDecodePath, VictimsOfTheHostPolicies) {
+  int decisions = 0, differ = 0;
+  for (const char* spec : {"longflow:recent=4", "longflow:recent=4:granularity=kv_head"}) {
+    DecodeCase c;
+    c.shape = {2, 8, 2, 64, 100, DType::bf16};
+    c.tokens = {300, 400};
+    c.recent = 4;
+    c.shared = std::string(spec).find("granularity") == std::string::npos;
+    const DecodeKernel kernel(c.shape, GetParam(), 2);
+    DecodeProblem p = make_decode_problem(c, 2);
+    Stream stream;
+    GpuDecode gpu(kernel, p);
+    for (uint64_t step = 0; step < 100; ++step) {
+      draw_decode_token(p, c, step);
+      gpu.upload_token(p);
+      gpu.launch(stream.get());
+      gpu.download(p);
+      for (int b = 0; b < c.shape.batch; ++b) {
+        const HostVictims host = host_policy_victims(p, b, spec);
+        for (size_t row = 0; row < host.slots.size(); ++row, ++decisions) {
+          const int found = device_victim(p, b, static_cast<int>(row));
+          if (found == host.slots[row]) continue;
+          ++differ;
+          ASSERT_GE(found, 0);
+          EXPECT_LE(host.scores[row][found], host.scores[row][host.slots[row]] * 1.00001f)
+              << spec << " step " << step << " row " << row;
+        }
+      }
+      launch_advance_positions(stream.get(), gpu.step_pos(), c.shape.batch);
+      for (int32_t& pos : p.step_pos) ++pos;
+    }
+  }
+  EXPECT_GT(decisions, 500);
+  std::printf("%d decisions, %d within rounding of a tie\n", decisions, differ);
+}
+
+INSTANTIATE_TEST_SUITE_P(Paths, GpuDecodePath, testing::Values(DecodePath::bulk, DecodePath::cp_async),
+                         [](const auto& i) { return i.param == DecodePath::bulk ? "bulk" : "cp_async"; });
+
+}  // namespace
+}  // namespace kvlapse
