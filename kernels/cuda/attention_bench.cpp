@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
+#include <cstdio>
 
 #include "core/base/error.h"
 #include "core/base/rng.h"
@@ -35,13 +35,14 @@ struct Variant {
   FusedScore score;
   bool shared, overlapped;
   DecodePath path;
+  DecodeTuning tuning = {};
 };
 
 // N independent layers whose K and V lie in one pool of random data.
 class Layers {
  public:
   Layers(const DecodeShape& shape, const Variant& variant, unsigned char* pool, int n, const Stream& stream)
-      : kernel_(shape, variant.path),
+      : kernel_(shape, variant.path, variant.tuning),
         n_(n),
         q_(static_cast<size_t>(shape.batch) * shape.n_q_heads * shape.head_dim),
         new_rows_(2 * static_cast<size_t>(shape.n_items()) * shape.head_dim),
@@ -94,7 +95,7 @@ class Layers {
   void launch(const Stream& stream) const {
     for (const CudaDecodeArgs& args : args_) kernel_.launch(stream.get(), args);
   }
-  int n_splits() const { return kernel_.plan().n_splits; }
+  const DecodePlan& plan() const { return kernel_.plan(); }
   bool found_no_candidate() const { return flags_.download()[0] != 0; }
 
  private:
@@ -150,39 +151,102 @@ double measure_read_ceiling_gbps() {
   stream.synchronize();
   double best_us = 1e30;
   auto measure = [&](auto launch) {
-    const Graph graph(stream, launch);
-    best_us = std::min(best_us, time_replays(stream, graph, 0.01)[kMinRuns / 2]);
+    Event start, stop;
+    for (int i = 0; i < 8; ++i) {
+      start.record(stream);
+      launch();
+      stop.record(stream);
+      const double us = stop.ms_since(start) * 1e3;
+      if (i > 1) best_us = std::min(best_us, us);
+    }
   };
   measure([&] { launch_read_plain(stream.get(), data.data(), bytes, blocks * 4, nullptr); });
   for (auto [per_sm, stages] : {std::pair{1, 12}, {1, 8}, {2, 6}})
-    if (launch_read_bulk(stream.get(), data.data(), 1 << 20, blocks, stages)) {
-      stream.synchronize();
-      measure([&] { launch_read_bulk(stream.get(), data.data(), bytes, blocks * per_sm, stages); });
-    }
+    if (launch_read_bulk(stream.get(), data.data(), 1 << 20, blocks, stages))
+      measure([&, n = per_sm, depth = stages] {
+        launch_read_bulk(stream.get(), data.data(), bytes, blocks * n, depth);
+      });
   return static_cast<double>(bytes) / best_us * 1e-3;
 }
 
+namespace {
+
+constexpr Variant kVariants[] = {
+    {"victim_per_head", FusedScore::contribution, false, true, DecodePath::best},
+    {"victim_shared", FusedScore::contribution, true, true, DecodePath::best},
+    {"attention_only", FusedScore::none, false, true, DecodePath::best},
+    {"victim_per_head_no_overlap", FusedScore::contribution, false, false, DecodePath::best},
+    {"victim_per_head_cp_async", FusedScore::contribution, false, false, DecodePath::cp_async},
+};
+
+std::vector<AttentionBenchCase> standard_cases(const AttentionBenchOptions& options) {
+  std::vector<AttentionBenchCase> cases;
+  for (DType dtype : {DType::bf16, DType::f16})
+    for (auto [batch, slots] : {std::pair{1, 1024},
+                                {1, 3276},
+                                {1, 16384},
+                                {8, 1024},
+                                {8, 3276},
+                                {8, 16384},
+                                {16, 3276},
+                                {32, 1024},
+                                {32, 3276},
+                                {32, 16384},
+                                {64, 1024},
+                                {128, 1024},
+                                {128, 3276}})
+      if (batch >= options.min_batch && batch <= options.max_batch) cases.push_back({batch, slots, dtype});
+  return cases;
+}
+
+struct Work {
+  AttentionBenchCase at;
+  Variant variant;
+};
+
+std::vector<Work> sweep_work() {
+  std::vector<Work> work;
+  auto add = [&](int batch, int slots, DecodeTuning tuning) {
+    Variant v = kVariants[0];
+    v.tuning = tuning;
+    work.push_back({{batch, slots, DType::bf16}, v});
+  };
+  // Two blocks a multiprocessor: a launch's first loads overlap the end of the one before.
+  for (auto [batch, slots] : {std::pair{1, 1024},
+                              {1, 3276},
+                              {1, 16384},
+                              {8, 1024},
+                              {8, 3276},
+                              {8, 16384},
+                              {16, 3276},
+                              {32, 1024},
+                              {32, 3276},
+                              {64, 1024},
+                              {128, 1024},
+                              {128, 3276}})
+    for (int splits : {0, 1, 2, 4, 8}) {
+      if (splits == 0 || batch * splits <= 32)
+        add(batch, slots, {.splits = splits, .blocks_per_multiprocessor = 2});
+      if (splits > 0 && batch * splits <= 32) add(batch, slots, {.splits = splits});
+    }
+  for (int splits : {9, 10, 12, 13, 14, 16}) {
+    for (int slots : {1024, 3276, 16384}) add(1, slots, {.splits = splits});
+    add(1, 3276, {.splits = splits, .blocks_per_multiprocessor = 2});
+  }
+  return work;
+}
+
+}  // namespace
+
 void bench_attention(const AttentionBenchOptions& options,
                      const std::function<void(const AttentionBenchRow&)>& done) {
-  std::vector<AttentionBenchCase> cases = options.cases;
-  if (cases.empty())
-    for (DType dtype : {DType::bf16, DType::f16})
-      for (auto [batch, slots] : {std::pair{1, 1024},
-                                  {1, 3276},
-                                  {1, 16384},
-                                  {8, 1024},
-                                  {8, 3276},
-                                  {8, 16384},
-                                  {16, 3276},
-                                  {32, 1024},
-                                  {32, 3276},
-                                  {32, 16384},
-                                  {64, 1024},
-                                  {128, 1024},
-                                  {128, 3276}})
-        cases.push_back({batch, slots, dtype});
-  std::stable_sort(cases.begin(), cases.end(),
-                   [](const auto& a, const auto& b) { return a.dtype > b.dtype; });
+  std::vector<Work> work;
+  if (options.sweep) work = sweep_work();
+  // Variant by variant: a table with a column missing is worth more than one with rows missing.
+  else
+    for (const Variant& variant : kVariants)
+      for (const AttentionBenchCase& c : options.cases.empty() ? standard_cases(options) : options.cases)
+        work.push_back({c, variant});
 
   AttentionBenchRow row;
   row.device = device_name();
@@ -192,58 +256,54 @@ void bench_attention(const AttentionBenchOptions& options,
     return DecodeShape{c.batch, options.n_q_heads, options.n_kv_heads, options.head_dim, c.slots, c.dtype};
   };
   uint64_t pool_bytes = 0;
-  for (const AttentionBenchCase& c : cases) {
-    const uint64_t bytes = shape_of(c).kv_bytes(c.slots);
+  for (const Work& w : work) {
+    const uint64_t bytes = shape_of(w.at).kv_bytes(w.at.slots);
     pool_bytes = std::max(pool_bytes, bytes * slabs_of(bytes));
   }
   DeviceBuffer<unsigned char> pool(pool_bytes);
   Stream stream;
-  const Variant variants[] = {
-      {"victim_per_head", FusedScore::contribution, false, true, DecodePath::best},
-      {"victim_shared", FusedScore::contribution, true, true, DecodePath::best},
-      {"attention_only", FusedScore::none, false, true, DecodePath::best},
-      {"victim_per_head_no_overlap", FusedScore::contribution, false, false, DecodePath::best},
-      {"victim_per_head_cp_async", FusedScore::contribution, false, false, DecodePath::cp_async},
-  };
   DType filled = DType::f32;
-  for (const AttentionBenchCase& c : cases) {
-    const DecodeShape shape = shape_of(c);
-    if (filled != c.dtype) launch_fill_random(stream.get(), pool.data(), pool_bytes / 2, c.dtype, 1);
+  for (const Work& w : work) {
+    const DecodeShape shape = shape_of(w.at);
+    if (filled != w.at.dtype) launch_fill_random(stream.get(), pool.data(), pool_bytes / 2, w.at.dtype, 1);
     stream.synchronize();
-    filled = c.dtype;
-    row.at = c;
-    row.kv_bytes = shape.kv_bytes(c.slots);
+    filled = w.at.dtype;
+    row.at = w.at;
+    row.kv_bytes = shape.kv_bytes(w.at.slots);
     const int n = slabs_of(row.kv_bytes);
-    for (const Variant& variant : variants) {
-      if (variant.path == DecodePath::cp_async && !options.cp_async_too) continue;
-      // K and V are worn by the rows that earlier variants wrote: still random.
-      const Layers layers(shape, variant, pool.data(), n, stream);
+    try {
+      // K and V are worn by the rows that earlier work wrote: still random.
+      const Layers layers(shape, w.variant, pool.data(), n, stream);
       const Graph graph(stream, [&] { layers.launch(stream); });
       const std::vector<double> us = time_replays(stream, graph, options.seconds_per_case);
-      if (layers.found_no_candidate())
-        fail("bench attention: {}: a step found no slot to take", variant.name);
-      row.variant = variant.name;
-      row.n_splits = layers.n_splits();
-      row.counted_bytes = decode_bytes(shape, c.slots, variant.score, variant.shared);
+      if (layers.found_no_candidate()) fail("a step found no slot to take");
+      row.variant = w.variant.name;
+      row.n_splits = layers.plan().n_splits, row.n_stages = layers.plan().n_stages,
+      row.n_ctas = layers.plan().n_ctas, row.n_groups = layers.plan().n_groups;
+      row.counted_bytes = decode_bytes(shape, w.at.slots, w.variant.score, w.variant.shared);
       row.median_us = us[us.size() / 2] / n, row.min_us = us.front() / n, row.max_us = us.back() / n;
       row.runs = static_cast<int>(us.size());
-      row.with_importance = row.with_eviction = variant.score != FusedScore::none;
-      done(row);
+      row.with_importance = row.with_eviction = w.variant.score != FusedScore::none;
+    } catch (const Error& e) {
+      std::fprintf(stderr, "bench attention: %s B %d S %d: %s\n", w.variant.name, w.at.batch, w.at.slots,
+                   e.what());
+      continue;
     }
+    done(row);
   }
 }
 
 std::string attention_bench_json(const AttentionBenchRow& r) {
   return fmt::format(
       R"({{"bench":"attention","case":"{} B{} S{} {}","device":"{}","variant":"{}","dtype":"{}","batch":{},"slots":{},)"
-      R"("q_heads":{},"kv_heads":{},"head_dim":{},"splits":{},"kv_bytes":{},"counted_bytes":{},"median_us":{:.3f},)"
+      R"("q_heads":{},"kv_heads":{},"head_dim":{},"splits":{},"stages":{},"ctas":{},"groups":{},"kv_bytes":{},"counted_bytes":{},"median_us":{:.3f},)"
       R"("floor_us":{:.3f},"read_ceiling_gbps":{:.1f},"share_of_ceiling":{:.4f},"with_importance":{},)"
       R"("with_eviction":{},"median":{:.3f},"unit":"us","limit":{:.3f},"ratio_to_limit":{:.4f},"runs":{},"spread":{:.4f}}})",
       r.variant, r.at.batch, r.at.slots, dtype_name(r.at.dtype), r.device, r.variant, dtype_name(r.at.dtype),
-      r.at.batch, r.at.slots, r.n_q_heads, r.n_kv_heads, r.head_dim, r.n_splits, r.kv_bytes, r.counted_bytes,
-      r.median_us, r.floor_us(), r.read_ceiling_gbps, r.floor_us() / r.median_us, r.with_importance,
-      r.with_eviction, r.median_us, r.floor_us(), r.median_us / r.floor_us(), r.runs,
-      (r.max_us - r.min_us) / r.median_us);
+      r.at.batch, r.at.slots, r.n_q_heads, r.n_kv_heads, r.head_dim, r.n_splits, r.n_stages, r.n_ctas,
+      r.n_groups, r.kv_bytes, r.counted_bytes, r.median_us, r.floor_us(), r.read_ceiling_gbps,
+      r.floor_us() / r.median_us, r.with_importance, r.with_eviction, r.median_us, r.floor_us(),
+      r.median_us / r.floor_us(), r.runs, (r.max_us - r.min_us) / r.median_us);
 }
 
 }  // namespace kvlapse

@@ -19,14 +19,16 @@ struct AttentionBenchCase {
 struct AttentionBenchOptions {
   std::vector<AttentionBenchCase> cases;  // empty: the standard table
   int n_q_heads = 32, n_kv_heads = 8, head_dim = 128;
-  bool cp_async_too = true;        // the sm_80 path, at a few sizes
+  int min_batch = 1, max_batch = 1 << 20;  // of the standard table
+  bool sweep = false;              // instead: splits, ring depths and block counts of one variant, bf16
   double seconds_per_case = 0.02;  // of measured replays
 };
 
 struct AttentionBenchRow {
   std::string device, variant;  // variant: victim_per_head, victim_shared, attention_only, ...
   AttentionBenchCase at;
-  int n_q_heads = 0, n_kv_heads = 0, head_dim = 0, n_splits = 0;
+  int n_q_heads = 0, n_kv_heads = 0, head_dim = 0;
+  int n_splits = 0, n_stages = 0, n_ctas = 0, n_groups = 0;
   uint64_t kv_bytes = 0, counted_bytes = 0;
   double median_us = 0, min_us = 0, max_us = 0, read_ceiling_gbps = 0;
   int runs = 0;
@@ -37,7 +39,7 @@ struct AttentionBenchRow {
 // Best of a few shapes of bulk and plain reads over 4 GiB.
 double measure_read_ceiling_gbps();
 
-// Calls `done` after each row.
+// Calls `done` after each row. A variant that fails is reported on stderr and left out.
 void bench_attention(const AttentionBenchOptions& options,
                      const std::function<void(const AttentionBenchRow&)>& done);
 

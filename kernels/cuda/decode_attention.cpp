@@ -8,7 +8,6 @@
 namespace kvlapse {
 namespace {
 
-constexpr int kDecodeThreads = (kDecodeConsumerWarps + 1) * 32;
 constexpr int kPortableCluster = 8;
 
 int attribute(cudaDeviceAttr what) {
@@ -39,7 +38,8 @@ CUtensorMap plane_map(const DecodeShape& s, void* plane) {
   CUtensorMap map{};
   const CUresult result = encode_function()(
       &map, s.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
-      plane, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      plane, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      s.head_dim < 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     fail("CUDA: tensor map of [{}, {}, {}]: error {} (planes must be 16-byte aligned)", s.n_items(),
@@ -49,7 +49,8 @@ CUtensorMap plane_map(const DecodeShape& s, void* plane) {
 
 }  // namespace
 
-DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, int fixed_splits) : shape_(shape) {
+DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, const DecodeTuning& tuning)
+    : shape_(shape) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor),
             minor = attribute(cudaDevAttrComputeCapabilityMinor);
   const bool has_bulk = major == 9;
@@ -76,14 +77,14 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, int fixed_
   if (bulk)
     KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   if (bulk)
-    limits.resident_clusters = [&](int n, int smem_bytes) {
+    limits.resident_clusters = [&](int n, int n_threads, int smem_bytes) {
       cudaLaunchAttribute cluster{};
       cluster.id = cudaLaunchAttributeClusterDimension;
       cluster.val.clusterDim.x = static_cast<unsigned>(n);
       cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(static_cast<unsigned>(n));
-      config.blockDim = dim3(kDecodeThreads);
+      config.blockDim = dim3(static_cast<unsigned>(n_threads));
       config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
       config.attrs = &cluster;
       config.numAttrs = 1;
@@ -96,7 +97,7 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, int fixed_
       KVLAPSE_CUDA_CHECK(asked);
       return clusters;
     };
-  plan_ = plan_decode(shape, limits, fixed_splits);
+  plan_ = plan_decode(shape, limits, tuning);
 }
 
 size_t DecodeKernel::split_softmax_floats() const {
@@ -123,8 +124,10 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.group = shape_.group();
   args.n_slots = args.budget = shape_.n_slots;
   args.n_splits = plan_.n_splits;
+  args.n_groups = plan_.n_groups;
   args.n_stages = plan_.n_stages;
   args.logits_bytes = plan_.logits_bytes;
+  args.small_offset = plan_.small_offset;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape_.head_dim)));
   const int heads = shared ? shape_.n_q_heads : shape_.group();
   args.score_scale = 1.0f / static_cast<float>(score_uses_norm(score) ? heads * shape_.head_dim : heads);
@@ -154,7 +157,7 @@ void DecodeKernel::launch(cudaStream_t stream, const CudaDecodeArgs& args, Launc
 
   LaunchShape shape;
   shape.n_blocks = plan_.n_ctas;
-  shape.n_threads = kDecodeThreads;
+  shape.n_threads = plan_.n_threads;
   shape.smem_bytes = plan_.smem_bytes;
   shape.cluster = plan_.bulk ? plan_.n_splits : 1;
   shape.cooperative = !plan_.bulk && plan_.n_splits > 1;

@@ -19,7 +19,8 @@ class DecodeKernel {
  public:
   // Of the current device. Throws Error when the shape is not supported or no kernel for the device is built
   // in.
-  explicit DecodeKernel(const DecodeShape& shape, DecodePath path = DecodePath::best, int fixed_splits = 0);
+  explicit DecodeKernel(const DecodeShape& shape, DecodePath path = DecodePath::best,
+                        const DecodeTuning& tuning = {});
 
   const DecodeShape& shape() const { return shape_; }
   const DecodePlan& plan() const { return plan_; }

@@ -22,26 +22,25 @@
 namespace kvlapse::device {
 
 inline constexpr int kTileSlots = kDecodeTileSlots;
-inline constexpr int kConsumerWarps = kDecodeConsumerWarps;
-inline constexpr int kConsumerThreads = kConsumerWarps * 32;
-inline constexpr int kDecodeThreads = kConsumerThreads + 32;
-inline constexpr int kGroupWarps = 4;  // warps that share a tile
+inline constexpr int kGroupWarps = kDecodeGroupWarps;
+inline constexpr int kMaxConsumerWarps = kMaxDecodeGroups * kGroupWarps;
+inline constexpr int kMaxDecodeThreads = (kMaxConsumerWarps + 1) * 32;
 inline constexpr int kMaxStages = kMaxDecodeStages;
 inline constexpr int kOutputPad = kDecodeOutputPad;
 inline constexpr float kNoMax = -1e30f;  // finite, so that an empty row gives 2^(x - x) and no NaN
 inline constexpr int kConsumerBarrier = 1;
 
-// Small shared memory in front of the ring; the ring starts at the next multiple of 1024.
-struct alignas(1024) DecodeSmall {
+// Small shared memory behind the ring, the logits and what other splits send.
+struct alignas(16) DecodeSmall {
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
   uint64_t info_full[2];
   uint64_t info_empty[2];
   uint64_t softmax_bar;
   uint64_t output_bar;
-  uint64_t keys[kConsumerWarps];
+  uint64_t keys[kMaxConsumerWarps];
   int32_t info[2][4];
-  alignas(16) float warp_softmax[kConsumerWarps][kMaxDecodeGroup][2];  // (max, sum)
+  alignas(16) float warp_softmax[kMaxConsumerWarps][kMaxDecodeGroup][2];  // (max, sum)
   alignas(16) float split_softmax[kMaxDecodeSplits][kMaxDecodeGroup][2];
   float inverse_sum[kMaxDecodeGroup];
   int32_t last_arrival;
@@ -58,6 +57,7 @@ struct DecodeTraits {
   static constexpr int kBoxes = kHeadDim / kBoxElements;
   static constexpr int kBoxChunks = kBoxElements / 8;  // 16-byte chunks of a row inside a box
   static constexpr int kRowChunks = kHeadDim / 8;
+  static constexpr uint32_t kSwizzle = kBoxElements == 64 ? 0x70u : 0x30u;
   static constexpr int kBoxBytes = kTileSlots * kBoxElements * 2;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
   static constexpr int kSteps = kHeadDim / 16;  // matrix instructions over D
@@ -101,10 +101,11 @@ class DecodeCta {
  public:
   KVLAPSE_DEVICE DecodeCta(const Args& args, unsigned char* shared)
       : args_(args),
-        small_(*reinterpret_cast<DecodeSmall*>(shared)),
-        ring_(smem_address(shared) + static_cast<uint32_t>(sizeof(DecodeSmall))),
+        small_(*reinterpret_cast<DecodeSmall*>(shared + args.small_offset)),
+        ring_(smem_address(shared)),
         logits_(ring_ + static_cast<uint32_t>(args.n_stages * Traits::kTileBytes)),
         received_(logits_ + static_cast<uint32_t>(args.logits_bytes)),
+        n_threads_(args.n_groups * kGroupWarps * 32),
         warp_(thread_index() / 32),
         lane_(thread_index() % 32),
         rank_(block_index() % args.n_splits),
@@ -115,7 +116,7 @@ class DecodeCta {
     if (thread_index() == 0) init_barriers();
     block_sync();
     if (clustered()) cluster_arrive();
-    if (warp_ == kConsumerWarps)
+    if (warp_ == consumer_warps())
       produce();
     else
       consume();
@@ -131,6 +132,8 @@ class DecodeCta {
     float inverse[2];  // 1 / sum; 0 for heads that do not exist
   };
 
+  KVLAPSE_DEVICE int consumer_warps() const { return n_threads_ / 32; }
+  KVLAPSE_DEVICE void consumer_sync() { named_barrier(kConsumerBarrier, n_threads_); }
   KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.n_splits > 1; }
   KVLAPSE_DEVICE SmemAddress bar(const uint64_t& b) const { return smem_address(&b); }
   KVLAPSE_DEVICE int half_group() const { return (args_.group + 1) / 2; }  // lanes of a quad that hold heads
@@ -138,11 +141,13 @@ class DecodeCta {
     const int tiles = (n + kTileSlots - 1) / kTileSlots;
     return {tiles * rank_ / args_.n_splits, tiles * (rank_ + 1) / args_.n_splits};
   }
-  // 16-byte chunk of a row in a tile; the copy engine's 128-byte swizzle: address bits 4..6 ^= bits 7..9.
+  // 16-byte chunk of a row in a tile, as the copy engine swizzles rows of 128 bytes (address bits 4..6 ^=
+  // bits 7..9) and of 64 bytes (bits 4..5 ^= bits 7..8): 8 rows of one column lie in 8 different bank groups.
   KVLAPSE_DEVICE static uint32_t chunk_offset(int row, int chunk) {
     const uint32_t at =
         static_cast<uint32_t>(row * (Traits::kBoxElements * 2) + (chunk % Traits::kBoxChunks) * 16);
-    return static_cast<uint32_t>(chunk / Traits::kBoxChunks) * Traits::kBoxBytes + (at ^ ((at >> 3) & 0x70u));
+    return static_cast<uint32_t>(chunk / Traits::kBoxChunks) * Traits::kBoxBytes +
+           (at ^ ((at >> 3) & Traits::kSwizzle));
   }
   KVLAPSE_DEVICE const unsigned char* row_of(const void* plane, int item, int slot) const {
     return static_cast<const unsigned char*>(plane) +
@@ -163,7 +168,7 @@ class DecodeCta {
     }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(bar(small_.info_full[i]), 1);
-      mbarrier_init(bar(small_.info_empty[i]), kConsumerWarps);
+      mbarrier_init(bar(small_.info_empty[i]), static_cast<uint32_t>(consumer_warps()));
     }
     mbarrier_init(bar(small_.softmax_bar), 1);
     mbarrier_init(bar(small_.output_bar), 1);
@@ -346,7 +351,7 @@ class DecodeCta {
         part * 16 + (lane_ & 7) + ((lane_ >> 3) & 1) * 8;  // that this lane addresses for load_matrix4
     float sum[2] = {0, 0};
     KVLAPSE_NO_UNROLL
-    for (int tile = tiles.begin + group; tile < tiles.end; tile += 2) {
+    for (int tile = tiles.begin + group; tile < tiles.end; tile += args_.n_groups) {
       const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
       const int first = tile * kTileSlots + part * 16;  // first slot of this warp
@@ -360,7 +365,7 @@ class DecodeCta {
         multiply_add_16x8x16<typename Traits::Element>(i % 2 ? odd : even, a, query[i][0], query[i][1]);
       }
       release(at, writes);
-      at.advance(2, args_.n_stages);
+      at.advance(args_.n_groups, args_.n_stages);
 
       float s[4];
       KVLAPSE_UNROLL
@@ -396,14 +401,14 @@ class DecodeCta {
       }
     }
     if (g == 0) smem_store4(smem_address(small_.warp_softmax[warp_][2 * t]), {m[0], l[0], m[1], l[1]});
-    named_barrier(kConsumerBarrier, kConsumerThreads);
+    consumer_sync();
     if (args_.n_splits == 1) {
-      merge_rows(smem_address(small_.warp_softmax[0][2 * t]), kConsumerWarps, m, l);
+      merge_rows(smem_address(small_.warp_softmax[0][2 * t]), consumer_warps(), m, l);
     } else if (Traits::kBulk) {
       if (warp_ == 0) {
         if (lane_ == 0)
           mbarrier_arrive_expect(bar(small_.softmax_bar), static_cast<uint32_t>(args_.n_splits) * kRowBytes);
-        merge_rows(smem_address(small_.warp_softmax[0][2 * t]), kConsumerWarps, m, l);
+        merge_rows(smem_address(small_.warp_softmax[0][2 * t]), consumer_warps(), m, l);
         for (int to = g; to < args_.n_splits; to += 8)
           remote_store4(remote_address(smem_address(small_.split_softmax[rank_][2 * t]), to),
                         {m[0], l[0], m[1], l[1]}, remote_address(bar(small_.softmax_bar), to));
@@ -414,12 +419,12 @@ class DecodeCta {
       Float4* scratch =
           reinterpret_cast<Float4*>(args_.split_softmax) + static_cast<int64_t>(item) * kMaxDecodeSplits * 4;
       if (warp_ == 0) {
-        merge_rows(smem_address(small_.warp_softmax[0][2 * t]), kConsumerWarps, m, l);
+        merge_rows(smem_address(small_.warp_softmax[0][2 * t]), consumer_warps(), m, l);
         if (g == 0) scratch[rank_ * 4 + t] = {m[0], l[0], m[1], l[1]};
         warp_sync();
         if (lane_ == 0) resident_barrier(args_.split_barrier + item, rank_, args_.n_splits);
       }
-      named_barrier(kConsumerBarrier, kConsumerThreads);
+      consumer_sync();
       m[0] = m[1] = kNoMax, l[0] = l[1] = 0;
       for (int r = 0; r < args_.n_splits; ++r) {
         const Float4 row = load_shared_by_device(scratch + r * 4 + t);
@@ -467,8 +472,9 @@ class DecodeCta {
     const bool scores = args_.score != FusedScore::none;
     uint64_t best = ~uint64_t{0};
     KVLAPSE_NO_UNROLL
-    for (int tile = tiles.begin + group; tile < tiles.end; tile += 2) {
-      const SlotSide next = load_side(item, tile + 2 < tiles.end ? info.n : 0, tile + 2);
+    for (int tile = tiles.begin + group; tile < tiles.end; tile += args_.n_groups) {
+      const SlotSide next =
+          load_side(item, tile + args_.n_groups < tiles.end ? info.n : 0, tile + args_.n_groups);
       const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
       const int first = tile * kTileSlots + part * 16;
       float p[4] = {0, 0, 0, 0};
@@ -495,7 +501,7 @@ class DecodeCta {
         multiply_add_16x8x16<typename Traits::Element>(output[i], a, b0, b1);
       }
       release(at, writes || tail);
-      at.advance(2, args_.n_stages);
+      at.advance(args_.n_groups, args_.n_stages);
       if (scores) best = min_key(best, score_slots(item, info, tile, p, softmax, side));
       side = next;
     }
@@ -580,18 +586,17 @@ class DecodeCta {
     const int thread = thread_index();
     if (clustered() && thread == 0)
       mbarrier_arrive_expect(bar(small_.output_bar),
-                             static_cast<uint32_t>(args_.n_splits * own_chunks(rank_) * 16));
+                             static_cast<uint32_t>((args_.n_splits - 1) * own_chunks(rank_) * 16));
     key = warp_min(key);
     if (lane_ == 0) small_.keys[warp_] = key;
-    named_barrier(kConsumerBarrier,
-                  kConsumerThreads);  // logits are dead from here on; global scores are written
+    consumer_sync();  // logits are dead from here on; global scores are written
     const bool chooses = args_.score != FusedScore::none && info.pos >= 0;
     const bool shared = chooses && args_.shared;
     store_partial(output);
     if (thread == 0 && chooses && !shared) write_key(item);
     if (thread == 0 && rank_ == 0) note_item(item, info);
-    named_barrier(kConsumerBarrier, kConsumerThreads);
-    if (shared && thread == kConsumerThreads - 1) small_.last_arrival = arrive_at_layer(item);
+    consumer_sync();
+    if (shared && thread == n_threads_ - 1) small_.last_arrival = arrive_at_layer(item);
     if (args_.n_splits == 1)
       write_output(item);
     else if (Traits::kBulk)
@@ -599,16 +604,15 @@ class DecodeCta {
     else
       exchange_output_in_memory(item);
     if (shared) {
-      named_barrier(kConsumerBarrier, kConsumerThreads);
+      consumer_sync();
       if (small_.last_arrival) choose_for_layer(item, info, tiles);
     }
-    if (item + item_stride_ < args_.n_items)
-      named_barrier(kConsumerBarrier, kConsumerThreads);  // buffers are reused
+    if (item + item_stride_ < args_.n_items) consumer_sync();  // buffers are reused
   }
 
   KVLAPSE_DEVICE uint64_t block_min_key() const {
     uint64_t key = ~uint64_t{0};
-    for (int w = 0; w < kConsumerWarps; ++w) key = min_key(key, small_.keys[w]);
+    for (int w = 0; w < consumer_warps(); ++w) key = min_key(key, small_.keys[w]);
     return key;
   }
   KVLAPSE_DEVICE void write_key(int item) {
@@ -649,7 +653,7 @@ class DecodeCta {
 
   KVLAPSE_DEVICE Float4 sum_of_warps(int chunk) const {
     Float4 total{0, 0, 0, 0};
-    for (int w = 0; w < kConsumerWarps; ++w)
+    for (int w = 0; w < consumer_warps(); ++w)
       add(total, smem_load4(partial_address(w, chunk / kHeadChunks, chunk % kHeadChunks * 4)));
     return total;
   }
@@ -664,35 +668,38 @@ class DecodeCta {
   }
 
   KVLAPSE_DEVICE void write_output(int item) {
-    for (int chunk = thread_index(); chunk < n_chunks(); chunk += kConsumerThreads)
+    for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_)
       store_output(item, chunk, sum_of_warps(chunk));
   }
-  // Chunk c belongs to rank c % n_splits, which receives [rank][c / n_splits] and sums in rank order.
+  // Chunk c belongs to rank c % n_splits, which receives [other ranks][c / n_splits] and sums in rank order.
+  KVLAPSE_DEVICE SmemAddress received_address(int from, int owner, int i) const {
+    return received_ + static_cast<uint32_t>(((from < owner ? from : from - 1) * most_chunks() + i) * 16);
+  }
   KVLAPSE_DEVICE void exchange_output_in_cluster(int item, int turn) {
-    for (int chunk = thread_index(); chunk < n_chunks(); chunk += kConsumerThreads) {
+    for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_) {
       const int owner = chunk % args_.n_splits;
-      const SmemAddress at =
-          received_ + static_cast<uint32_t>((rank_ * most_chunks() + chunk / args_.n_splits) * 16);
-      remote_store4(remote_address(at, owner), sum_of_warps(chunk),
-                    remote_address(bar(small_.output_bar), owner));
+      if (owner != rank_)
+        remote_store4(remote_address(received_address(rank_, owner, chunk / args_.n_splits), owner),
+                      sum_of_warps(chunk), remote_address(bar(small_.output_bar), owner));
     }
     mbarrier_wait_cluster(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
-    for (int i = thread_index(); i < own_chunks(rank_); i += kConsumerThreads) {
+    for (int i = thread_index(); i < own_chunks(rank_); i += n_threads_) {
+      const int chunk = i * args_.n_splits + rank_;
       Float4 total{0, 0, 0, 0};
       for (int r = 0; r < args_.n_splits; ++r)
-        add(total, smem_load4(received_ + static_cast<uint32_t>((r * most_chunks() + i) * 16)));
-      store_output(item, i * args_.n_splits + rank_, total);
+        add(total, r == rank_ ? sum_of_warps(chunk) : smem_load4(received_address(r, rank_, i)));
+      store_output(item, chunk, total);
     }
   }
   KVLAPSE_DEVICE void exchange_output_in_memory(int item) {
     Float4* scratch = reinterpret_cast<Float4*>(args_.split_output) +
                       static_cast<int64_t>(item) * args_.n_splits * n_chunks();
-    for (int chunk = thread_index(); chunk < n_chunks(); chunk += kConsumerThreads)
+    for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_)
       scratch[rank_ * n_chunks() + chunk] = sum_of_warps(chunk);
-    named_barrier(kConsumerBarrier, kConsumerThreads);
+    consumer_sync();
     if (thread_index() == 0) resident_barrier(args_.split_barrier + item, rank_, args_.n_splits);
-    named_barrier(kConsumerBarrier, kConsumerThreads);
-    for (int i = thread_index(); i < own_chunks(rank_); i += kConsumerThreads) {
+    consumer_sync();
+    for (int i = thread_index(); i < own_chunks(rank_); i += n_threads_) {
       const int chunk = i * args_.n_splits + rank_;
       Float4 total{0, 0, 0, 0};
       for (int r = 0; r < args_.n_splits; ++r)
@@ -713,7 +720,7 @@ class DecodeCta {
     const int first_item = item / args_.n_kv_heads * args_.n_kv_heads;
     const int end = tiles.end * kTileSlots < info.n ? tiles.end * kTileSlots : info.n;
     uint64_t best = ~uint64_t{0};
-    for (int slot = tiles.begin * kTileSlots + thread_index(); slot < end; slot += kConsumerThreads) {
+    for (int slot = tiles.begin * kTileSlots + thread_index(); slot < end; slot += n_threads_) {
       const uint32_t bits = args_.protect[protect_index(item, slot / 16)];
       float score = 0;
       for (int h = 0; h < args_.n_kv_heads; ++h)
@@ -723,7 +730,7 @@ class DecodeCta {
     }
     best = warp_min(best);
     if (lane_ == 0) small_.keys[warp_] = best;
-    named_barrier(kConsumerBarrier, kConsumerThreads);
+    consumer_sync();
     if (thread_index() == 0) write_key(first_item);
   }
 
@@ -732,6 +739,7 @@ class DecodeCta {
   const Args& args_;
   DecodeSmall& small_;
   const SmemAddress ring_, logits_, received_;
+  const int n_threads_;  // that consume
   const int warp_, lane_, rank_, first_item_, item_stride_;
 };
 

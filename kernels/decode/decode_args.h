@@ -20,9 +20,10 @@ namespace kvlapse {
 inline constexpr int kMaxDecodeSplits = 16;
 inline constexpr int kMaxDecodeGroup = 8;  // query heads per kv head: the columns of one matrix instruction
 inline constexpr int kDecodeTileSlots = 64;
-inline constexpr int kDecodeConsumerWarps = 8;
-inline constexpr int kMaxDecodeStages = 24;
-inline constexpr int kDecodeSmallBytes = 3072;  // barriers and exchange buffers in front of the ring
+inline constexpr int kDecodeGroupWarps = 4;  // consumer warps that share a tile, 16 slots each
+inline constexpr int kMaxDecodeGroups = 2;   // groups of them in a block; they take tiles in turn
+inline constexpr int kMaxDecodeStages = 16;
+inline constexpr int kDecodeSmallBytes = 1984;  // barriers and exchange buffers behind the ring
 inline constexpr int kDecodeOutputPad =
     4;  // floats between heads of the output reduction, against bank conflicts
 
@@ -49,8 +50,8 @@ enum DecodeFlag : uint32_t {
 
 template <class TensorMap>
 struct DecodeArgs {
-  // Tensor maps over k and v: dims {D, S, B*H}, box {min(D,64), 64, 1}, 128-byte swizzle. Unused by the
-  // cp.async path.
+  // Tensor maps over k and v: dims {D, S, B*H}, box {min(D,64), 64, 1}, swizzle of the box width. Unused by
+  // the cp.async path.
   TensorMap k_map;
   TensorMap v_map;
 
@@ -84,8 +85,10 @@ struct DecodeArgs {
   int32_t recent;        // newest tokens that are never evicted
   int32_t pinned;        // positions below it are never evicted (sinks, prompt)
   int32_t n_splits;      // CTAs that share one (b, h)
-  int32_t n_stages;      // tiles of the ring in shared memory
+  int32_t n_groups;       // consumer groups of a block
+  int32_t n_stages;       // tiles of the ring in shared memory; a multiple of n_groups
   int32_t logits_bytes;  // shared memory for logits and the output reduction
+  int32_t small_offset;  // of the barriers and exchange buffers in shared memory
   float logit_scale;     // log2(e) / sqrt(D)
   float score_scale;     // factor of the published mean
   FusedScore score;

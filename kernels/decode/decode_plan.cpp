@@ -17,14 +17,13 @@ int ceil_div(int a, int b) {
 
 // What the other splits send of the output.
 int split_output_bytes(const DecodeShape& shape, int n_splits) {
-  const int chunks = shape.group() * shape.head_dim / 4;
-  return n_splits > 1 ? n_splits * ceil_div(chunks, n_splits) * 16 : 0;
+  return (n_splits - 1) * ceil_div(shape.group() * shape.head_dim / 4, n_splits) * 16;
 }
 
-int logits_bytes(const DecodeShape& shape, int n_splits) {
+int logits_bytes(const DecodeShape& shape, int n_splits, int n_groups) {
   const int tiles = ceil_div(ceil_div(shape.n_slots, kDecodeTileSlots), n_splits);
   const int logits = tiles * kDecodeTileSlots * ((shape.group() + 1) / 2) * 8;
-  const int output = kDecodeConsumerWarps * shape.group() * (shape.head_dim + kDecodeOutputPad) * 4;
+  const int output = n_groups * kDecodeGroupWarps * shape.group() * (shape.head_dim + kDecodeOutputPad) * 4;
   return ceil_div(std::max(logits, output), 128) * 128;
 }
 
@@ -42,53 +41,63 @@ void check(const DecodeShape& s) {
 
 }  // namespace
 
-DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, int fixed_splits) {
+DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, const DecodeTuning& tuning) {
   check(shape);
   const int tile_bytes = kDecodeTileSlots * static_cast<int>(shape.row_bytes());
   const int tiles = ceil_div(shape.n_slots, kDecodeTileSlots);
   const int most = std::min(limits.max_splits, kMaxDecodeSplits);
-  auto fixed_bytes = [&](int splits) {
-    return kDecodeSmallBytes + logits_bytes(shape, splits) + split_output_bytes(shape, splits);
-  };
-  auto fits = [&](int splits) { return fixed_bytes(splits) + kMinStages * tile_bytes <= limits.smem_bytes; };
+  const int per_multiprocessor = std::max(1, tuning.blocks_per_multiprocessor);
 
-  int splits = fixed_splits;
+  DecodePlan plan;
+  plan.bulk = limits.clusters;
+  plan.n_groups = per_multiprocessor == 1 ? kMaxDecodeGroups : 1;
+  plan.n_threads = (plan.n_groups * kDecodeGroupWarps + 1) * 32;
+  // The system keeps 1 KB of every block's shared memory.
+  const int smem_bytes = (limits.smem_bytes + 1024) / per_multiprocessor - 1024;
+  auto fixed_bytes = [&](int splits) {
+    return kDecodeSmallBytes + logits_bytes(shape, splits, plan.n_groups) + split_output_bytes(shape, splits);
+  };
+  auto fits = [&](int splits) { return fixed_bytes(splits) + kMinStages * tile_bytes <= smem_bytes; };
+  auto resident = [&](int splits, int bytes) {
+    const int most_blocks = limits.n_multiprocessors * per_multiprocessor;
+    return limits.resident_clusters
+               ? std::min(most_blocks / splits, limits.resident_clusters(splits, plan.n_threads, bytes))
+               : most_blocks / splits;
+  };
+
+  int splits = tuning.splits;
   if (splits == 0) {
     splits = 1;
-    while (splits < most && !fits(splits)) splits *= 2;
-    // More splits while blocks are few, as long as every item still has its cluster at once.
-    auto resident = [&](int n) {
-      return limits.resident_clusters ? limits.resident_clusters(n, limits.smem_bytes)
-                                      : limits.n_multiprocessors / n;
-    };
-    while (splits < most && shape.n_items() * splits < kEnoughBlocks * limits.n_multiprocessors &&
-           splits * 2 <= tiles && resident(splits * 2) >= shape.n_items())
-      splits *= 2;
+    while (splits < most && !fits(splits)) ++splits;
+    // More splits while blocks are few, as long as every item still has its cluster at once and the longest
+    // split becomes shorter.
+    const double enough = kEnoughBlocks * limits.n_multiprocessors;
+    for (int more = splits + 1; more <= std::min(most, tiles) && shape.n_items() * splits < enough; ++more)
+      if (ceil_div(tiles, more) < ceil_div(tiles, splits) && resident(more, smem_bytes) >= shape.n_items())
+        splits = more;
   }
   if (splits < 1 || splits > most || !fits(splits))
     fail(
         "decode kernel: {} slots of {} query heads do not fit {} bytes of shared memory in {} splits (at "
         "most {})",
-        shape.n_slots, shape.group(), limits.smem_bytes, splits, most);
+        shape.n_slots, shape.group(), smem_bytes, splits, most);
 
-  DecodePlan plan;
-  plan.bulk = limits.clusters;
   plan.n_splits = splits;
-  plan.logits_bytes = logits_bytes(shape, splits);
-  plan.n_stages = std::min((limits.smem_bytes - fixed_bytes(splits)) / tile_bytes, kMaxDecodeStages);
-  // No deeper than one item when no CTA takes a second one.
-  if (shape.n_items() * splits <= limits.n_multiprocessors / 2)
-    plan.n_stages = std::clamp(2 * ceil_div(tiles, splits), kMinStages, plan.n_stages);
-  plan.smem_bytes = fixed_bytes(splits) + plan.n_stages * tile_bytes;
+  plan.logits_bytes = logits_bytes(shape, splits, plan.n_groups);
+  plan.n_stages = std::min((smem_bytes - fixed_bytes(splits)) / tile_bytes, kMaxDecodeStages);
+  if (tuning.stages > 0) plan.n_stages = std::min(tuning.stages, plan.n_stages);
+  plan.n_stages -= plan.n_stages % plan.n_groups;
+  plan.small_offset = plan.n_stages * tile_bytes + plan.logits_bytes + split_output_bytes(shape, splits);
+  plan.smem_bytes = plan.small_offset + kDecodeSmallBytes;
 
-  int resident = limits.n_multiprocessors / splits;
-  if (limits.resident_clusters)
-    resident = std::min(resident, limits.resident_clusters(splits, plan.smem_bytes));
-  if (resident < 1)
+  const int at_once = resident(splits, plan.smem_bytes);
+  if (at_once < 1)
     fail("decode kernel: no cluster of {} blocks with {} bytes of shared memory fits", splits,
          plan.smem_bytes);
-  const int rounds = ceil_div(shape.n_items(), resident);
+  const int rounds = ceil_div(shape.n_items(), at_once);
   plan.n_ctas = ceil_div(shape.n_items(), rounds) * splits;
+  if (tuning.ctas > 0)
+    plan.n_ctas = std::clamp(tuning.ctas / splits, 1, std::min(at_once, shape.n_items())) * splits;
   return plan;
 }
 

@@ -31,21 +31,33 @@ struct DecodeLimits {
   int smem_bytes = 232448;  // of one block
   bool clusters = true;     // copy engine and clusters: sm_90; otherwise cp.async and exchange through memory
   int max_splits = 8;       // largest cluster
-  // Clusters of n blocks with that much shared memory that can run at once; blocks per n when empty.
-  std::function<int(int n, int smem_bytes)> resident_clusters;
+  // Clusters of n blocks with so many threads and so much shared memory that can run at once; when empty, as
+  // many as the multiprocessors hold.
+  std::function<int(int n, int n_threads, int smem_bytes)> resident_clusters;
 };
 
 struct DecodePlan {
   bool bulk = true;
+  int n_groups = kMaxDecodeGroups;
+  int n_threads = 0;
   int n_splits = 1;
   int n_ctas = 0;  // a multiple of n_splits
   int n_stages = 0;
   int logits_bytes = 0;
+  int small_offset = 0;
   int smem_bytes = 0;
 };
 
-// fixed_splits: 0 chooses. Throws Error when the shape is not supported or does not fit.
-DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, int fixed_splits = 0);
+// What a caller fixes; 0 leaves the choice to the plan.
+struct DecodeTuning {
+  int splits = 0;
+  int stages = 0;
+  int ctas = 0;
+  int blocks_per_multiprocessor = 0;  // 1, or 2: half the shared memory, one consumer group
+};
+
+// Throws Error when the shape is not supported or does not fit.
+DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, const DecodeTuning& tuning = {});
 
 // Bytes that a launch should move through device memory when every sequence holds `slots` tokens.
 uint64_t decode_bytes(const DecodeShape& shape, int slots, FusedScore score, bool shared);

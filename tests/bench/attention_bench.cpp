@@ -1,14 +1,25 @@
-// Rows of `bench attention` as lines of JSON, on the current GPU. Usage: attention_bench [OUTPUT.jsonl]
+// Rows of `bench attention` as lines of JSON, on the current GPU.
+// Usage: attention_bench OUTPUT.jsonl [MIN_BATCH MAX_BATCH | sweep | one BATCH SLOTS]
 #include "kernels/cuda/attention_bench.h"
 
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
+#include <string_view>
 
 int main(int argc, char** argv) {
-  std::FILE* out = argc > 1 ? std::fopen(argv[1], "w") : stdout;
+  std::FILE* out = argc > 1 ? std::fopen(argv[1], "a") : stdout;
   if (out == nullptr) return std::perror(argv[1]), 2;
+  kvlapse::AttentionBenchOptions options;
+  const std::string_view mode = argc > 2 ? argv[2] : "";
+  if (mode == "sweep")
+    options.sweep = true;
+  else if (mode == "one" && argc > 4)
+    options.cases = {{std::atoi(argv[3]), std::atoi(argv[4]), kvlapse::DType::bf16}};
+  else if (argc > 3)
+    options.min_batch = std::atoi(argv[2]), options.max_batch = std::atoi(argv[3]);
   try {
-    kvlapse::bench_attention({}, [&](const kvlapse::AttentionBenchRow& row) {
+    kvlapse::bench_attention(options, [&](const kvlapse::AttentionBenchRow& row) {
       std::fprintf(out, "%s\n", kvlapse::attention_bench_json(row).c_str());
       std::fflush(out);
     });

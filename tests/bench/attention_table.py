@@ -15,9 +15,9 @@ def read(path):
         return [json.loads(line) for line in file if line.strip()]
 
 
-def target(kv_bytes):
+def target(kv_bytes, device):
     """(ratio to the best peer, share of the read ceiling or None)"""
-    for limit, ratio, share in ((10e6, 0.6, None), (40e6, 0.75, 0.45), (150e6, 0.9, 0.78), (400e6, 0.97, 0.89),
+    for limit, ratio, share in ((10e6, 0.6 if "H200" in device else 0.7, None), (40e6, 0.75, 0.45), (150e6, 0.9, 0.78), (400e6, 0.97, 0.89),
                                 (2e9, 1.0, 0.93)):
         if kv_bytes < limit:
             return ratio, share
@@ -45,7 +45,7 @@ def main():
               (("PH", "victim_per_head"), ("SH", "victim_shared"), ("AO", "attention_only"),
                ("NO", "victim_per_head_no_overlap"), ("CP", "victim_per_head_cp_async"))}
         peer_us, peer = best.get((dtype, batch, slots), (float("nan"), "-"))
-        want_ratio, want_share = target(main_row["kv_bytes"])
+        want_ratio, want_share = target(main_row["kv_bytes"], rows[0]["device"])
         ratio, share = us["PH"] / peer_us, main_row["share_of_ceiling"]
         met = ("R" if ratio <= want_ratio else "-") + ("" if want_share is None else "S" if share >= want_share else "-")
         print(f"{dtype:>6} {batch:4d} {slots:5d} {main_row['kv_bytes'] / 1e6:6.0f} {main_row['splits']:2d} "

@@ -35,7 +35,8 @@ TEST_P(GpuDecodePath, EveryCaseAsDefinedAndRepeatable) {
   double output_error = 0, score_error = 0;
   int near_ties = 0;
   for (const NamedDecodeCase& c : decode_cases(/*small=*/false)) {
-    const DecodeKernel kernel(c.decode.shape, GetParam(), c.splits);
+    std::fprintf(stderr, "%s\n", c.name.c_str());  // names the case that hangs
+    const DecodeKernel kernel(c.decode.shape, GetParam(), {.splits = c.splits});
     const DecodeProblem before = make_decode_problem(c.decode, kernel.plan().n_splits);
     DecodeProblem after = before, again = before;
     Stream stream;
@@ -64,7 +65,7 @@ TEST_P(GpuDecodePath, ThousandStepsClosedLoop) {
     c.tokens = {0, 90, 400};
     c.budget = 140, c.recent = 16, c.pinned = 4, c.shared = shared;
     c.score = shared ? FusedScore::contribution : FusedScore::accumulated_contribution;
-    const DecodeKernel kernel(c.shape, GetParam(), 2);
+    const DecodeKernel kernel(c.shape, GetParam(), {.splits = 2});
     DecodeProblem p = make_decode_problem(c, kernel.plan().n_splits);
     Stream stream;
     GpuDecode gpu(kernel, p);
@@ -92,7 +93,7 @@ TEST_P(GpuDecodePath, GraphReplaysEqualLaunches) {
   c.shape = {2, 16, 4, 128, 300, DType::bf16};
   c.tokens = {250, 1000};
   c.recent = 8, c.shared = true;
-  const DecodeKernel kernel(c.shape, GetParam(), 4);
+  const DecodeKernel kernel(c.shape, GetParam(), {.splits = 4});
   const DecodeProblem start = make_decode_problem(c, 4);
   DecodeProblem launched = start, replayed = start;
   Stream stream;
@@ -153,7 +154,7 @@ TEST_P(GpuDecodePath, VictimsOfTheHostPolicies) {
     c.tokens = {300, 400};
     c.recent = 4;
     c.shared = std::string(spec).find("granularity") == std::string::npos;
-    const DecodeKernel kernel(c.shape, GetParam(), 2);
+    const DecodeKernel kernel(c.shape, GetParam(), {.splits = 2});
     DecodeProblem p = make_decode_problem(c, 2);
     Stream stream;
     GpuDecode gpu(kernel, p);

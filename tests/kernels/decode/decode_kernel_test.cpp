@@ -16,7 +16,7 @@ DecodeLimits limits(bool bulk) {
   l.n_multiprocessors = 6;  // few persistent CTAs, so that items follow each other
   l.clusters = bulk;
   l.max_splits = 16;
-  l.resident_clusters = [](int n, int) { return n > 4 ? 1 : 6 / n; };
+  l.resident_clusters = [](int n, int, int) { return n > 4 ? 1 : 6 / n; };
   return l;
 }
 
@@ -29,10 +29,12 @@ TEST_P(EmulatedDecode, EveryCaseAsDefined) {
     const NamedDecodeCase& c = cases[i];
     DecodeLimits l = limits(GetParam());
     if (c.splits == 8) l.n_multiprocessors = 8;
-    const DecodePlan plan = plan_decode(c.decode.shape, l, c.splits);
+    // Alternately one block with two groups of consumers, and two with one.
+    const DecodePlan plan = plan_decode(
+        c.decode.shape, l, {.splits = c.splits, .blocks_per_multiprocessor = c.decode.shape.head_dim < 256 ? static_cast<int>(1 + i % 2) : 1});
     const DecodeProblem before = make_decode_problem(c.decode, plan.n_splits);
     DecodeProblem after = before;
-    ASSERT_NO_THROW(run_decode_emulated(after, plan, 1)) << c.name;
+    ASSERT_NO_THROW(run_decode_emulated(after, plan, 2)) << c.name;
     const DecodeCheck check = check_decode_step(before, after);
     EXPECT_EQ(check.failure, "") << c.name;
     EXPECT_EQ(after.arrivals, before.arrivals) << c.name;
@@ -45,10 +47,13 @@ TEST_P(EmulatedDecode, ResultDoesNotDependOnTheOrderOfEvents) {
   c.tokens = {1000, 200, 999};
   c.recent = 3;
   c.shared = true;
-  for (int splits : {1, 4}) {
-    DecodePlan plan = plan_decode(c.shape, limits(GetParam()), splits);
-    plan.smem_bytes -= (plan.n_stages - 2) * 64 * 64 * 2;
-    plan.n_stages = 2;  // the ring is always full
+  for (int splits : {1, 3}) {
+    // Few stages: the ring is always full. One group of consumers, then two.
+    const int blocks = splits == 1 ? 1 : 2;
+    const DecodePlan plan =
+        plan_decode(c.shape, limits(GetParam()),
+                    {.splits = splits, .stages = blocks + 1, .blocks_per_multiprocessor = blocks});
+    ASSERT_EQ(plan.n_groups, 3 - blocks);
     const DecodeProblem before = make_decode_problem(c, splits);
     DecodeProblem first = before;
     run_decode_emulated(first, plan, 1);
@@ -64,6 +69,23 @@ TEST_P(EmulatedDecode, ResultDoesNotDependOnTheOrderOfEvents) {
   }
 }
 
+// Waiting for a barrier's phase is by parity. Were a stage shared by both groups, one could wait for the
+// phase after one that the other has not seen, and be let through at once; copies that land out of order show
+// it.
+TEST(DecodePlan, AStageBelongsToOneGroup) {
+  for (int slots : {64, 1000, 3276, 9000, 16384, 32768})
+    for (int group : {1, 4, 8})
+      for (int blocks : {1, 2})
+        for (int stages : {0, 5, 7}) {
+          const DecodePlan plan = plan_decode(
+              {8, 8 * group, 8, 128, slots, DType::bf16}, {.max_splits = 16, .resident_clusters = {}},
+              {.stages = stages, .blocks_per_multiprocessor = slots > 9000 ? 1 : blocks});
+          EXPECT_EQ(plan.n_stages % plan.n_groups, 0);
+          EXPECT_GE(plan.n_stages, 4);
+          EXPECT_LE(plan.smem_bytes, 232448);
+        }
+}
+
 // Every state that a step leaves is what the next one needs.
 TEST_P(EmulatedDecode, ClosedLoopStaysAsDefined) {
   for (bool shared : {false, true}) {
@@ -72,12 +94,12 @@ TEST_P(EmulatedDecode, ClosedLoopStaysAsDefined) {
     c.tokens = {57, 90};
     c.budget = 66, c.recent = 5, c.pinned = 2, c.shared = shared;
     c.score = shared ? FusedScore::contribution : FusedScore::accumulated_contribution;
-    const DecodePlan plan = plan_decode(c.shape, limits(GetParam()), 2);
+    const DecodePlan plan = plan_decode(c.shape, limits(GetParam()), {.splits = 2});
     DecodeProblem p = make_decode_problem(c, plan.n_splits);
-    for (uint64_t step = 0; step < 24; ++step) {
+    for (uint64_t step = 0; step < 16; ++step) {
       draw_decode_token(p, c, step);
       const DecodeProblem before = p;
-      run_decode_emulated(p, plan, step);
+      run_decode_emulated(p, plan, 2 * step);
       const DecodeCheck check = check_decode_step(before, p);
       ASSERT_EQ(check.failure, "") << "step " << step;
       for (int32_t& pos : p.step_pos) ++pos;
@@ -98,11 +120,11 @@ TEST(EmulatedDecode, VictimsOfTheHostPolicies) {
     c.tokens = {300, 400};
     c.recent = 4;
     c.shared = std::string(spec).find("granularity") == std::string::npos;
-    const DecodePlan plan = plan_decode(c.shape, limits(true), 2);
+    const DecodePlan plan = plan_decode(c.shape, limits(true), {.splits = 2});
     DecodeProblem p = make_decode_problem(c, 2);
-    for (uint64_t step = 0; step < 6; ++step) {
+    for (uint64_t step = 0; step < 4; ++step) {
       draw_decode_token(p, c, step);
-      run_decode_emulated(p, plan, step);
+      run_decode_emulated(p, plan, 2 * step);
       for (int b = 0; b < c.shape.batch; ++b) {
         const HostVictims host = host_policy_victims(p, b, spec);
         for (size_t row = 0; row < host.slots.size(); ++row)
@@ -118,7 +140,7 @@ TEST(EmulatedDecode, AllProtectedTakesTheOldestAndSaysSo) {
   c.shape = {1, 2, 1, 32, 40, DType::f16};
   c.tokens = {100};
   c.recent = 40;
-  const DecodePlan plan = plan_decode(c.shape, limits(true), 1);
+  const DecodePlan plan = plan_decode(c.shape, limits(true), {.splits = 1});
   DecodeProblem p = make_decode_problem(c, 1);
   ASSERT_EQ(p.victim_keys[0], ~uint64_t{0});
   run_decode_emulated(p, plan, 1);

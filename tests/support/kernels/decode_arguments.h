@@ -17,8 +17,10 @@ void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, con
   args.recent = p.recent;
   args.pinned = p.pinned;
   args.n_splits = plan.n_splits;
+  args.n_groups = plan.n_groups;
   args.n_stages = plan.n_stages;
   args.logits_bytes = plan.logits_bytes;
+  args.small_offset = plan.small_offset;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(p.shape.head_dim)));
   args.score_scale = p.score_scale();
   args.score = p.score;

@@ -13,7 +13,7 @@ template <int kHeadDim, class Element, bool kBulk>
 void run(const DecodeArgs<device::TensorMap>& args, const DecodePlan& plan, uint64_t seed) {
   device::EmulatedLaunch launch;
   launch.n_blocks = plan.n_ctas;
-  launch.n_threads = device::kDecodeThreads;
+  launch.n_threads = plan.n_threads;
   launch.cluster = kBulk ? plan.n_splits : 1;
   launch.smem_bytes = plan.smem_bytes;
   launch.seed = seed;

@@ -99,8 +99,8 @@ HostVictims host_policy_victims(const DecodeProblem& p, int b, std::string_view 
   for (int r = 0; r < n_rows; ++r) result.scores.emplace_back(scores.row(r).begin(), scores.row(r).end());
 
   Evictor evictor;
-  const std::optional<EvictionPlan> plan = evictor.decide(*policy, at, inputs, state, /*prompt_end=*/false);
-  if (!plan) fail("decode tests: {}: expected an eviction at {} slots", policy_spec, p.budget);
+  const EvictionPlan* plan = evictor.decide(*policy, at, inputs, state, /*prompt_end=*/false);
+  if (plan == nullptr) fail("decode tests: {}: expected an eviction at {} slots", policy_spec, p.budget);
   result.slots.assign(n_rows, -1);
   for (const Drop& drop : plan->drops)
     result.slots[drop.kv_head == kWholeLayer ? 0 : drop.kv_head] = raw(drop.slot);
