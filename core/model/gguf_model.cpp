@@ -5,6 +5,7 @@
 #include <set>
 
 #include "core/base/error.h"
+#include "core/model/json_document.h"
 
 namespace kvlapse {
 namespace {
@@ -52,7 +53,8 @@ Architecture read_architecture(const GgufFile& file) {
   if (name == "llama") return Architecture::llama;
   if (name == "qwen2") return Architecture::qwen2;
   if (name == "qwen3") return Architecture::qwen3;
-  fail("{}: general.architecture: expected llama, qwen2 or qwen3, found '{}'", file.describe(), name);
+  fail("{}: general.architecture: expected llama, qwen2 or qwen3, found '{}'", file.describe(),
+       quotable(name));
 }
 
 RopeSpec read_rope(const GgufFields& fields, int head_dim, int context) {
@@ -72,7 +74,7 @@ RopeSpec read_rope(const GgufFields& fields, int head_dim, int context) {
       rope.attention_factor = factor * (0.1 * std::log(rope.factor) + 1);
   } else if (type != "none") {
     fail("{}: {}: expected none, linear or yarn, found '{}'", file.describe(),
-         fields.key("rope.scaling.type"), type);
+         fields.key("rope.scaling.type"), quotable(type));
   }
   // Llama-3.1 files carry the result of its scaling: a divisor for each frequency.
   if (const TensorView* factors = file.find("rope_freqs.weight")) {
@@ -122,7 +124,7 @@ void check_names(const GgufFile& file, const ModelSpec& spec) {
   for (const TensorView& tensor : file.tensors())
     if (!known.contains(tensor.name))
       fail("{}: tensor '{}': expected tensors of {} with {} layers, found this one besides", file.describe(),
-           tensor.name, file.value<std::string_view>("general.architecture"), spec.n_layers);
+           quotable(tensor.name), file.value<std::string_view>("general.architecture"), spec.n_layers);
 }
 
 }  // namespace

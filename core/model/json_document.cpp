@@ -20,6 +20,13 @@ std::string shown(const nlohmann::json& value) {
 
 }  // namespace
 
+std::string quotable(std::string_view text) {
+  std::string out(text.substr(0, 80));
+  for (char& c : out)
+    if (static_cast<uint8_t>(c) < 0x20 || c == 0x7f) c = '?';
+  return text.size() > out.size() ? out + "..." : out;
+}
+
 JsonDocument::JsonDocument(const std::filesystem::path& path) : where_(path.string()) {
   MappedFile file(path);
   const char* begin = reinterpret_cast<const char*>(file.bytes().data());

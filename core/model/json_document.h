@@ -13,6 +13,9 @@
 
 namespace kvlapse {
 
+// Text of a file as it may stand in a one-line message: control characters replaced, length bounded.
+std::string quotable(std::string_view text);
+
 class JsonNode {
  public:
   JsonNode(const nlohmann::json& value, std::string where) : value_(&value), where_(std::move(where)) {}

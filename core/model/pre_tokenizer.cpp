@@ -1,6 +1,7 @@
 #include "core/model/pre_tokenizer.h"
 
 #include "core/base/error.h"
+#include "core/model/json_document.h"
 
 namespace kvlapse {
 
@@ -48,7 +49,8 @@ PreTokenizer named_pre_tokenizer(std::string_view name, std::string_view source)
   } else if (name == "llama-bpe" || name == "llama3" || name == "llama-v3") {
     add(kLlama3Pattern);
   } else {
-    fail("{}: expected gpt-2, smollm, qwen2, deepseek-r1-qwen or llama-bpe, found '{}'", source, name);
+    fail("{}: expected gpt-2, smollm, qwen2, deepseek-r1-qwen or llama-bpe, found '{}'", source,
+         quotable(name));
   }
   return result;
 }

@@ -7,6 +7,7 @@
 #include <array>
 
 #include "core/base/error.h"
+#include "core/model/json_document.h"
 #include "core/model/utf8.h"
 
 namespace kvlapse {
@@ -97,7 +98,7 @@ SplitPattern::SplitPattern(std::string_view expression, std::string_view source)
   if (!compiled_->code) {
     std::array<PCRE2_UCHAR, 256> reason{};
     pcre2_get_error_message(error, reason.data(), reason.size());
-    fail("{}: expression: expected a regular expression, found '{}' ({})", source, expression.substr(0, 80),
+    fail("{}: expression: expected a regular expression, found '{}' ({})", source, quotable(expression),
          reinterpret_cast<const char*>(reason.data()));
   }
   pcre2_jit_compile(compiled_->code, PCRE2_JIT_COMPLETE);  // without it the interpreter matches

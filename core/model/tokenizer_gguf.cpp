@@ -3,6 +3,7 @@
 #include "core/base/error.h"
 #include "core/model/byte_level.h"
 #include "core/model/gguf_file.h"
+#include "core/model/json_document.h"
 #include "core/model/pipeline_tokenizer.h"
 
 namespace kvlapse {
@@ -43,7 +44,7 @@ class GgufTokenizerReader {
     } else if (model == "llama") {
       read_sentence_piece();
     } else {
-      fail("{}: tokenizer.ggml.model: expected gpt2 or llama, found '{}'", file_.describe(), model);
+      fail("{}: tokenizer.ggml.model: expected gpt2 or llama, found '{}'", file_.describe(), quotable(model));
     }
     return make_pipeline_tokenizer(std::move(parts_));
   }
@@ -97,14 +98,14 @@ class GgufTokenizerReader {
       size_t space = all[i].find(' ', 1);
       if (space == std::string_view::npos || space + 1 == all[i].size())
         fail("{}: tokenizer.ggml.merges[{}]: expected two tokens with a space between, found '{}'",
-             file_.describe(), i, all[i].substr(0, 80));
+             file_.describe(), i, quotable(all[i]));
       std::string_view left = all[i].substr(0, space), right = all[i].substr(space + 1);
       both.assign(left).append(right);
       auto id = [&](std::string_view text) {
         auto found = ids.find(text);
         if (found == ids.end())
           fail("{}: tokenizer.ggml.merges[{}]: expected tokens of the vocabulary, found '{}'",
-               file_.describe(), i, text.substr(0, 80));
+               file_.describe(), i, quotable(text));
         return found->second;
       };
       merges.push_back({id(left), id(right), id(both)});
@@ -153,7 +154,7 @@ class GgufTokenizerReader {
         unsigned byte = 0;
         if (texts_[id].size() != 6 || std::sscanf(std::string(texts_[id]).c_str(), "<0x%2X>", &byte) != 1)
           fail("{}: tokenizer.ggml.tokens[{}]: expected <0x00> to <0xFF> for a byte, found '{}'",
-               file_.describe(), id, texts_[id].substr(0, 80));
+               file_.describe(), id, quotable(texts_[id]));
         bpe.byte_tokens[byte] = token;
         parts_.tokens[id] = std::string(1, static_cast<char>(byte));
       } else if (is_text(id)) {

@@ -11,40 +11,44 @@
 namespace kvlapse {
 namespace {
 
-constexpr int64_t kMaxTokens = 4'000'000;
+constexpr size_t kMaxTokens = 4'000'000;
+constexpr size_t kMaxGap = 4096;  // unused ids that a vocabulary may have, besides as many as it has tokens
 constexpr std::string_view kMetaspace = "\xe2\x96\x81";  // U+2581
 
 // Text (as the file has it) by id, with room for holes; ids are checked.
 struct RawVocabulary {
+  size_t limit =
+      0;  // of ids: follows from how many tokens the file lists, so that one entry cannot ask for gigabytes
   std::vector<std::string> texts;
   std::vector<bool> present;
   Vocabulary ids;
 
   void add(const std::string& text, int64_t id, const std::string& where) {
-    if (id < 0 || id >= kMaxTokens)
-      fail("{}: id of '{}': expected 0 to {}, found {}", where, text, kMaxTokens - 1, id);
+    if (id < 0 || static_cast<size_t>(id) >= limit)
+      fail("{}: id of '{}': expected 0 to {} (ids without large gaps), found {}", where, quotable(text),
+           limit - 1, id);
     auto at = static_cast<size_t>(id);
     if (at >= texts.size()) texts.resize(at + 1), present.resize(at + 1);
     if (present[at] && texts[at] != text)
-      fail("{}: id {}: expected one token, found '{}' and '{}'", where, id, texts[at], text);
+      fail("{}: id {}: expected one token, found '{}' and '{}'", where, id, quotable(texts[at]),
+           quotable(text));
     texts[at] = text;
     present[at] = true;
     ids[text] = static_cast<int32_t>(id);
   }
 };
 
-RawVocabulary read_vocabulary(const JsonNode& model) {
+RawVocabulary read_vocabulary(const JsonNode& model, size_t n_added) {
   RawVocabulary vocabulary;
   JsonNode vocab = model.get("vocab");
   if (!vocab.value().is_object()) vocab.refuse("an object of tokens and ids");
+  vocabulary.limit = std::min(2 * (vocab.value().size() + n_added) + kMaxGap, kMaxTokens);
   for (const auto& [text, id] : vocab.value().items()) {
-    if (!id.is_number_integer()) JsonNode(id, fmt::format("{} '{}'", vocab.where(), text)).refuse("an id");
+    if (!id.is_number_integer())
+      JsonNode(id, fmt::format("{} '{}'", vocab.where(), quotable(text))).refuse("an id");
     vocabulary.add(text, id.get<int64_t>(), vocab.where());
   }
   if (vocabulary.texts.empty()) fail("{}: expected tokens, found none", vocab.where());
-  if (vocabulary.texts.size() > 2 * vocabulary.ids.size() + 4096)
-    fail("{}: expected ids without large gaps, found {} tokens and id {}", vocab.where(),
-         vocabulary.ids.size(), vocabulary.texts.size() - 1);
   return vocabulary;
 }
 
@@ -72,7 +76,7 @@ std::vector<Merge> read_merges(const JsonNode& model, const RawVocabulary& vocab
     auto id = [&](const std::string& text) {
       auto found = vocabulary.ids.find(text);
       if (found == vocabulary.ids.end())
-        fail("{}: expected tokens of the vocabulary, found '{}'", where(), text);
+        fail("{}: expected tokens of the vocabulary, found '{}'", where(), quotable(text));
       return found->second;
     };
     merges.push_back({id(left), id(right), id(left + right)});
@@ -86,12 +90,12 @@ void read_added_tokens(const JsonNode& root, RawVocabulary& vocabulary, Tokenize
   for (const JsonNode& node : added->elements()) {
     AddedToken token;
     token.text = node.get("content").as_string();
-    token.id = static_cast<int32_t>(node.get("id").as_integer(0, kMaxTokens - 1));
+    token.id = static_cast<int32_t>(node.get("id").as_integer(0, static_cast<int64_t>(vocabulary.limit) - 1));
     token.special = node.flag("special", false);
     token.strip_left = node.flag("lstrip", false);
     token.strip_right = node.flag("rstrip", false);
     if (node.flag("single_word", false))
-      fail("{}: single_word: expected false, found true ('{}')", node.where(), token.text);
+      fail("{}: single_word: expected false, found true ('{}')", node.where(), quotable(token.text));
     vocabulary.add(token.text, token.id, node.where());
     if (token.special) {
       parts.special.resize(std::max(parts.special.size(), vocabulary.texts.size()));
@@ -113,7 +117,7 @@ void read_normalizer(const JsonNode& node, TextRewriting& rewriting) {
   } else if (type == "Replace" && node.get("pattern").text("String", "") == " ") {
     rewriting.space = node.get("content").as_string();
   } else {
-    fail("{}: type: expected NFC, Prepend or Replace of a space, found '{}'", node.where(), type);
+    fail("{}: type: expected NFC, Prepend or Replace of a space, found '{}'", node.where(), quotable(type));
   }
 }
 
@@ -180,7 +184,7 @@ class PreTokenizerReader {
     } else if (behavior == "Removed") {
       add(expression, invert ? PreTokenizer::Keep::matches : PreTokenizer::Keep::gaps, node);
     } else {
-      fail("{}: behavior: expected Isolated or Removed, found '{}'", node.where(), behavior);
+      fail("{}: behavior: expected Isolated or Removed, found '{}'", node.where(), quotable(behavior));
     }
   }
 
@@ -196,7 +200,7 @@ class PreTokenizerReader {
     } else if (scheme == "first") {
       rewriting.prefix = TextRewriting::Prefix::first_stretch;
     } else if (scheme != "never") {
-      fail("{}: prepend_scheme: expected always, first or never, found '{}'", node.where(), scheme);
+      fail("{}: prepend_scheme: expected always, first or never, found '{}'", node.where(), quotable(scheme));
     }
     if (node.flag("split", true)) fail("{}: split: expected false, found true", node.where());
   }
@@ -220,7 +224,8 @@ void read_post_processor(const JsonNode& node, TokenizerParts& parts) {
             static_cast<int32_t>(id.as_integer(0, static_cast<int64_t>(parts.tokens.size()) - 1)));
     }
   } else if (type != "ByteLevel") {
-    fail("{}: type: expected TemplateProcessing, ByteLevel or Sequence, found '{}'", node.where(), type);
+    fail("{}: type: expected TemplateProcessing, ByteLevel or Sequence, found '{}'", node.where(),
+         quotable(type));
   }
 }
 
@@ -275,9 +280,10 @@ class TokenizerJsonReader {
     // Before `type` was written, BPE was the only kind with merges.
     std::string type = model.text("type", model.find("merges") ? "BPE" : "WordLevel");
     if (type != "BPE" && type != "WordLevel")
-      fail("{}: type: expected BPE or WordLevel, found '{}'", model.where(), type);
+      fail("{}: type: expected BPE or WordLevel, found '{}'", model.where(), quotable(type));
 
-    vocabulary_ = read_vocabulary(model);
+    auto added = root.find("added_tokens");
+    vocabulary_ = read_vocabulary(model, added ? added->value().size() : 0);
     Vocabulary of_model = vocabulary_.ids;
     read_added_tokens(root, vocabulary_, parts_);
     PreTokenizerReader pre_tokenizer(parts_);

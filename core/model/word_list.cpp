@@ -1,4 +1,5 @@
 #include "core/base/error.h"
+#include "core/model/json_document.h"
 #include "core/model/token_model.h"
 
 namespace kvlapse {
@@ -11,7 +12,7 @@ class WordListModel final : public TokenModel {
   void encode(std::string_view piece, std::vector<int32_t>& ids) const override {
     auto found = parts_.vocabulary.find(std::string(piece));
     if (found == parts_.vocabulary.end() && parts_.unknown < 0)
-      fail("{}: vocabulary: expected a token for '{}', found none", parts_.source, piece.substr(0, 80));
+      fail("{}: vocabulary: expected a token for '{}', found none", parts_.source, quotable(piece));
     ids.push_back(found == parts_.vocabulary.end() ? parts_.unknown : found->second);
   }
 

@@ -146,7 +146,7 @@ TEST(TokenizerJson, RefusesBadFiles) {
               HasSubstr("a merge of two tokens, found 7"));
   EXPECT_THAT(with([](json& d) { d["model"]["vocab"]["x"] = 1; }), HasSubstr("id 1: expected one token"));
   EXPECT_THAT(with([](json& d) { d["model"]["vocab"]["x"] = -1; }), HasSubstr("found -1"));
-  EXPECT_THAT(with([](json& d) { d["model"]["vocab"]["x"] = 3999999; }), HasSubstr("without large gaps"));
+  EXPECT_THAT(with([](json& d) { d["model"]["vocab"]["x"] = 399999; }), HasSubstr("without large gaps"));
   EXPECT_THAT(with([](json& d) { d["model"]["vocab"] = json::object(); }),
               HasSubstr("expected tokens, found none"));
   EXPECT_THAT(with([](json& d) { d["model"]["type"] = "Unigram"; }), HasSubstr("found 'Unigram'"));
