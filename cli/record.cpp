@@ -181,7 +181,9 @@ class Recording {
                  options_.tier, longest,
                  format_bytes(static_cast<double>(estimate_trace_bytes(header, longest) *
                                                   static_cast<int64_t>(requests_.size()))));
-    Recorder recorder(options_.out, header, {.force = options_.force});
+    TraceWriterOptions writer_options{.force = options_.force};
+    writer_options.token_text = [this](int32_t id) { return std::string(model_.tokenizer->token_bytes(id)); };
+    Recorder recorder(options_.out, header, writer_options);
     session_options_.observers = {&recorder};
     DecodeSession session(*backend_, model_, session_options_);
     for (size_t i = 0; i < requests_.size(); ++i) {

@@ -306,6 +306,15 @@ int TraceReader::n_sequences() const {
   std::shared_lock lock(impl_->state_mutex);
   return static_cast<int>(impl_->sequences.size());
 }
+std::map<int32_t, std::string> TraceReader::token_texts() const {
+  std::map<int32_t, std::string> texts;
+  if (impl_->version < 2) return texts;
+  std::lock_guard lock(impl_->database_mutex);
+  Statement select(impl_->database, "SELECT token, text FROM KV_TOKEN_TEXT");
+  while (select.step()) texts.emplace(static_cast<int32_t>(select.integer(0)), select.text(1));
+  return texts;
+}
+
 int TraceReader::n_steps(int sequence) const { return impl_->n_steps(sequence); }
 
 TraceSequence TraceReader::sequence(int sequence) const {

@@ -49,6 +49,8 @@ class TraceReader {
   int n_sequences() const;
   TraceSequence sequence(int sequence) const;
   int n_steps(int sequence) const;
+  // Bytes of the tokens that occur; empty when the recorder did not store them.
+  std::map<int32_t, std::string> token_texts() const;
 
   // Ranges are half open and are clipped to what was recorded.
   std::vector<TraceStep> steps(int sequence, int begin, int end) const;  // only steps that chose a token

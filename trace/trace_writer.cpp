@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <unordered_set>
 
 #include "core/base/error.h"
 #include "trace/row_convert.h"
@@ -106,6 +107,15 @@ struct TraceWriter::Impl {
 
   void push(SequenceStreams& sequence, WriteMessage message) {
     sequence.queue_wait_ns += queue->push(std::move(message));
+  }
+
+  // Texts of ids that occur for the first time.
+  void name_tokens(SequenceStreams& sequence, std::span<const int32_t> ids) {
+    if (!options.token_text) return;
+    TokenTextMessage message;
+    for (int32_t id : ids)
+      if (named_tokens.insert(id).second) message.texts.emplace_back(id, options.token_text(id));
+    if (!message.texts.empty()) push(sequence, std::move(message));
   }
 
   // Hands over rows [begin, end) of the open chunk.
@@ -246,6 +256,7 @@ struct TraceWriter::Impl {
   TraceWriterOptions options;
   std::shared_ptr<BufferPool> pool = std::make_shared<BufferPool>();
   std::vector<SequenceStreams> sequences;
+  std::unordered_set<int32_t> named_tokens;
   std::unique_ptr<WriteQueue> queue;
   Clock::time_point last_commit = Clock::now();
   bool finished = false;
@@ -298,6 +309,7 @@ void TraceWriter::begin_sequence(int id, uint64_t seed, int budget_slots, std::s
     if (impl_->header.has_sketch(l)) layer.sketch = RowStream(chunk_kind::kSketch, g.n_kv_heads * sizeof(SketchRow), sizeof(float));
   }
   impl_->push_facts(sequence);
+  impl_->name_tokens(sequence, prompt);
   impl_->commit();
 }
 
@@ -375,6 +387,7 @@ void TraceWriter::step(const StepSummary& summary) {
   tokens.resize(pos + 1);
   tokens[pos] = summary.token;
   tokens.push_back(summary.next_token);
+  impl_->name_tokens(sequence, {&summary.next_token, 1});
   sequence.steps.push_back(step);
   impl_->advance(sequence, pos + 1);
 }

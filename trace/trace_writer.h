@@ -10,6 +10,7 @@
 
 #include <chrono>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <span>
 
@@ -23,6 +24,8 @@ struct TraceWriterOptions {
   int zstd_level = 1;
   size_t queue_bytes = size_t{64} << 20;           // uncompressed bytes that may wait for the writer
   std::chrono::milliseconds commit_interval{1000};  // at most, while steps arrive
+  // Bytes of a token, asked once for each id that occurs; empty: texts are not stored.
+  std::function<std::string(int32_t)> token_text = {};
 };
 
 // What a layer hands over for one token.

@@ -37,8 +37,9 @@ struct WriteQueue::Statements {
         put_sequence(database,
                      "INSERT OR REPLACE INTO KV_SEQUENCE(sequence, seed, n_prompt, n_steps, budget_slots, think_begin,"
                      " think_end, task, prompt, text, answer, answer_right, end_reason)"
-                     " VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)") {}
-  Statement insert_chunk, update_chunk, insert_step, put_sequence;
+                     " VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"),
+        insert_text(database, "INSERT INTO KV_TOKEN_TEXT(token, text) VALUES(?, ?)") {}
+  Statement insert_chunk, update_chunk, insert_step, put_sequence, insert_text;
 };
 
 size_t WriteQueue::ChunkKeyHash::operator()(const ChunkKey& key) const {
@@ -207,6 +208,11 @@ void WriteQueue::handle(SequenceMessage& message) {
   text(13, facts.end_reason);
   put.step();
   put.reset();
+}
+
+void WriteQueue::handle(TokenTextMessage& message) {
+  begin_if_needed();
+  for (const auto& [token, text] : message.texts) statements_->insert_text.run(token, std::string_view(text));
 }
 
 void WriteQueue::handle(CommitMessage&) {

@@ -34,8 +34,11 @@ struct StepsMessage {
 struct SequenceMessage {
   TraceSequence facts;
 };
+struct TokenTextMessage {
+  std::vector<std::pair<int32_t, std::string>> texts;
+};
 struct CommitMessage {};
-using WriteMessage = std::variant<ChunkMessage, StepsMessage, SequenceMessage, CommitMessage>;
+using WriteMessage = std::variant<ChunkMessage, StepsMessage, SequenceMessage, TokenTextMessage, CommitMessage>;
 
 class WriteQueue {
  public:
@@ -67,6 +70,7 @@ class WriteQueue {
   void handle(ChunkMessage& message);
   void handle(StepsMessage& message);
   void handle(SequenceMessage& message);
+  void handle(TokenTextMessage& message);
   void handle(CommitMessage& message);
   void begin_if_needed();
   void throw_if_failed() const;
