@@ -29,6 +29,7 @@ void add_commands(CLI::App& app, Context& context) {
   add_replay(app, context);
   add_sql(app, context);
   add_verify(app, context);
+  add_view(app, context);
 }
 
 // CLI11 would only say that a subcommand is required.

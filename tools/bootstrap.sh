@@ -6,7 +6,7 @@ set -eu
 packages="g++ cmake ninja-build pkg-config git ca-certificates python3 python3-pip
 libcli11-dev libfmt-dev libspdlog-dev nlohmann-json3-dev libsqlite3-dev libzstd-dev libxxhash-dev libpcre2-dev
 libutf8proc-dev libtbb-dev libhwy-dev libgtest-dev libgmock-dev libbenchmark-dev
-libegl1 libgl1-mesa-dri libx11-dev libxext-dev libxrandr-dev libxinerama-dev libxcursor-dev libxi-dev
+libegl1 libgl1-mesa-dri libgl-dev libopengl-dev libx11-dev libxext-dev libxrandr-dev libxinerama-dev libxcursor-dev libxi-dev
 fonts-inter fonts-jetbrains-mono fontconfig"
 
 if ! command -v dpkg-query >/dev/null 2>&1; then

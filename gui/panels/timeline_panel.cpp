@@ -1,0 +1,386 @@
+// Timeline: the whole generation as lanes over the step, with the transport that plays it.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <mutex>
+
+#include "gui/draw/line_pyramid.h"
+#include "gui/draw/widgets.h"
+#include "gui/panels/panels.h"
+#include "implot.h"
+
+namespace kvlapse::gui {
+namespace {
+
+struct LaneKind {
+  const char* name;
+  const char* unit;
+  Provenance provenance;
+  const char* from;
+  std::vector<float> Timeline::*column;
+};
+const std::array<LaneKind, 6>& lane_kinds() {
+  static const std::array<LaneKind, 6> kinds = {{
+      {"held", "tokens / kv head", Provenance::measured,
+       "Tokens held after each step, mean over layers and kv heads (KV_STEP.held_tokens).",
+       &Timeline::held_tokens},
+      {"evicted", "tokens / step", Provenance::measured,
+       "Tokens evicted by each step, all layers and kv heads (KV_STEP.evicted_tokens).",
+       &Timeline::evicted_tokens},
+      {"step time", "ms", Provenance::measured, "Wall time of the whole batch's step (KV_STEP.total_ns).",
+       &Timeline::step_ms},
+      {"attention", "share of step", Provenance::measured,
+       "Time of the attention phase over the step's time.", &Timeline::attention_share},
+      {"K, V read", "MiB / step", Provenance::modelled,
+       "Bytes of K and V that attention must read: tokens seen x bytes of a token; not counted by hardware.",
+       &Timeline::kv_read_mib},
+      {"K, V rate", "GiB / s", Provenance::derived, "Modelled bytes over the measured attention time.",
+       &Timeline::kv_gibps},
+  }};
+  return kinds;
+}
+
+// Pyramids of one version of a trace's timeline.
+struct Lanes {
+  std::shared_ptr<const Timeline> timeline;
+  std::array<LinePyramid, 6> pyramids;
+};
+
+struct TimelineModel final : DrawModel {
+  std::shared_ptr<const Lanes> lanes;
+  double x_min = 0, x_max = 1;
+  std::array<DrawnLine, 6> lines;
+};
+
+struct LanesCache {
+  std::mutex mutex;
+  uint64_t key = 0;
+  std::shared_ptr<const Lanes> lanes;
+};
+
+DrawModelPtr prepare(TraceSource& trace, int sequence, double x_min, double x_max, int width,
+                     LanesCache& cache, uint64_t version_key) {
+  auto model = std::make_shared<TimelineModel>();
+  if (trace.n_steps(sequence) == 0) {
+    model->absence =
+        "The trace holds no step yet. When it is being recorded, steps appear here as they are written.";
+    return model;
+  }
+  std::shared_ptr<const Lanes> lanes;
+  {
+    const std::scoped_lock lock(cache.mutex);
+    if (cache.key == version_key) lanes = cache.lanes;
+  }
+  if (!lanes) {
+    auto fresh = std::make_shared<Lanes>();
+    fresh->timeline = trace.timeline(sequence);
+    for (size_t i = 0; i < lane_kinds().size(); ++i)
+      fresh->pyramids[i] =
+          LinePyramid((*fresh->timeline).*lane_kinds()[i].column, fresh->timeline->first_step);
+    lanes = fresh;
+    const std::scoped_lock lock(cache.mutex);
+    cache.key = version_key;
+    cache.lanes = fresh;
+  }
+  model->lanes = lanes;
+  model->x_min = x_min, model->x_max = x_max;
+  for (size_t i = 0; i < model->lines.size(); ++i)
+    model->lines[i] = lanes->pyramids[i].line(x_min, x_max, width);
+  return model;
+}
+
+class TimelinePanel final : public Panel {
+ public:
+  PanelRequest request(const Ui& ui) override {
+    if (!ui.trace) {
+      return {1, [] {
+                auto model = std::make_shared<TimelineModel>();
+                model->absence =
+                    "No trace is open. Open a .kvl file with Ctrl+O, drop one here, or record one: kvlapse "
+                    "record -o run.kvl";
+                return model;
+              }};
+    }
+    if (trace_ != ui.trace.get()) {
+      trace_ = ui.trace.get();
+      whole_ = true;
+    }
+    if (whole_) x_min_ = 0, x_max_ = std::max(1, ui.n_steps);
+    const uint64_t version = mix_key({reinterpret_cast<uintptr_t>(trace_), ui.trace->version(),
+                                      static_cast<uint64_t>(ui.selection.sequence)});
+    const uint64_t key = mix_key({version, std::bit_cast<uint64_t>(x_min_), std::bit_cast<uint64_t>(x_max_),
+                                  static_cast<uint64_t>(width_)});
+    return {key, [trace = ui.trace, sequence = ui.selection.sequence, x_min = x_min_, x_max = x_max_,
+                  width = width_, cache = cache_,
+                  version] { return prepare(*trace, sequence, x_min, x_max, width, *cache, version); }};
+  }
+
+  void draw(Ui& ui, const DrawModel& base) override {
+    const auto& model = static_cast<const TimelineModel&>(base);
+    draw_transport(ui, model);
+    const Timeline& timeline = *model.lanes->timeline;
+    const float gutter = ui.px(176), strip = ui.px(20), axis = ImGui::GetTextLineHeight() + ui.px(12);
+    const float space = ImGui::GetContentRegionAvail().y;
+    // As many lanes as are legible; the rest by scrolling.
+    const float least = ui.px(34);
+    const int n_lanes = static_cast<int>(lane_kinds().size());
+    const int fitting = std::clamp(static_cast<int>((space - strip - axis - ui.px(8)) / least), 1, n_lanes);
+    const float lane_height =
+        std::max(least, (space - strip - axis - ui.px(8)) / static_cast<float>(fitting));
+    draw_strip(ui, timeline, gutter, strip);
+    ImGui::PushStyleVar(ImGuiStyleVar_ItemSpacing, ImVec2(0, ui.px(1)));
+    if (ImGui::BeginChild("##lanes", ImVec2(0, 0), ImGuiChildFlags_None,
+                          ImGuiWindowFlags_AlwaysVerticalScrollbar)) {
+      for (int i = 0; i < n_lanes; ++i)
+        draw_lane(ui, model, i, gutter, lane_height + (i == fitting - 1 ? axis : 0), i == fitting - 1);
+    }
+    ImGui::EndChild();
+    ImGui::PopStyleVar();
+  }
+
+  Table table(const DrawModel& base) const override {
+    const Timeline& timeline = *static_cast<const TimelineModel&>(base).lanes->timeline;
+    Table table{{"step"}, {}};
+    for (const LaneKind& kind : lane_kinds())
+      table.columns.push_back(fmt::format("{} ({})", kind.name, kind.unit));
+    for (size_t i = 0; i < timeline.size(); ++i) {
+      std::vector<std::string> row{std::to_string(timeline.first_step + static_cast<int>(i))};
+      for (const LaneKind& kind : lane_kinds())
+        row.push_back(fmt::format("{:.7g}", (timeline.*kind.column)[i]));
+      table.rows.push_back(std::move(row));
+    }
+    return table;
+  }
+
+  std::optional<Figure> figure(const Ui& ui, const DrawModel& base) const override {
+    const auto& model = static_cast<const TimelineModel&>(base);
+    const LinePyramid& held = model.lanes->pyramids[0];
+    Figure figure{.title = "Tokens held",
+                  .x_label = "step",
+                  .y_label = "tokens a kv head",
+                  .x_min = model.x_min,
+                  .x_max = model.x_max,
+                  .y_min = 0,
+                  .y_max = std::max(1.0, 1.05 * static_cast<double>(held.highest())),
+                  .y_down = false,
+                  .images = {},
+                  .series = {}};
+    FigureSeries series{.name = ui.trace ? ui.trace->reader().header().policy.spec : "",
+                        .xs = {},
+                        .ys = {},
+                        .colour = make_theme(ThemeKind::light).series[0],
+                        .line = true};
+    series.xs.assign(model.lines[0].xs.begin(), model.lines[0].xs.end());
+    series.ys.assign(model.lines[0].ys.begin(), model.lines[0].ys.end());
+    figure.series.push_back(std::move(series));
+    return figure;
+  }
+
+  std::string sql(const Ui& ui) const override {
+    return fmt::format(
+        "SELECT step, held_tokens, evicted_tokens, total_ns, attention_ns, evict_ns FROM KV_STEP WHERE "
+        "sequence = {} ORDER BY step",
+        ui.selection.sequence);
+  }
+
+ private:
+  void draw_transport(Ui& ui, const TimelineModel& model) {
+    Playback& play = ui.playback;
+    const auto jump = [&](const char* label, int by, const char* tip) {
+      if (ImGui::Button(label)) play.playing = false, ui.select_step(ui.selection.step + by);
+      ImGui::SetItemTooltip("%s", tip);
+      ImGui::SameLine(0, ui.px(3));
+    };
+    if (ImGui::Button(play.playing ? "Pause" : "Play", ImVec2(ui.px(58), 0))) {
+      play.playing = !play.playing;
+      if (play.playing && ui.selection.step >= ui.n_steps - 1) ui.select_step(0);
+    }
+    ImGui::SetItemTooltip("Space");
+    ImGui::SameLine(0, ui.px(3));
+    jump("-100", -100, "Ctrl+Left"), jump("-10", -10, "Shift+Left"), jump("-1", -1, "Left"),
+        jump("+1", 1, "Right"), jump("+10", 10, "Shift+Right"), jump("+100", 100, "Ctrl+Right");
+    int step = ui.selection.step;
+    ImGui::SetNextItemWidth(ui.px(84));
+    if (ImGui::InputInt("##step", &step, 0)) ui.select_step(step);
+    ImGui::SetItemTooltip("Step: position of the newest token");
+    ImGui::SameLine();
+    ImGui::Text("of %d", ui.n_steps - 1);
+    same_line_if_fits(ui.px(150));
+    float speed = static_cast<float>(play.steps_per_second);
+    ImGui::SetNextItemWidth(ui.px(120));
+    if (ImGui::SliderFloat("##speed", &speed, 1, 4000, "%.0f steps/s", ImGuiSliderFlags_Logarithmic))
+      play.steps_per_second = static_cast<double>(speed);
+    ImGui::SetItemTooltip("Play speed (+ and -)");
+    same_line_if_fits(ui.px(120));
+    ImGui::BeginDisabled(!ui.selection.has_range());
+    ImGui::Checkbox("loop range", &play.loop);
+    ImGui::EndDisabled();
+    ImGui::SetItemTooltip("L; shift+drag over a lane selects the range");
+    same_line_if_fits(ui.px(90));
+    if (ImGui::Button("All steps")) whole_ = true;
+    ImGui::SetItemTooltip("Double click on a lane does the same");
+    same_line_if_fits(ui.px(260));
+    for (const PhaseRange& phase : model.lanes->timeline->phases) {
+      if (ui.selection.step >= phase.begin && ui.selection.step < phase.end)
+        ImGui::TextDisabled("phase: %s", std::string(generation_phase_name(phase.phase)).c_str());
+    }
+    if (const Note* note = ui.document.notes().at(ui.selection.step)) {
+      ImGui::SameLine();
+      cut_text(ui, note->text, std::max(ui.px(40), ImGui::GetContentRegionAvail().x));
+    }
+  }
+
+  void setup_axes(Ui& ui, bool labels, double y_low, double y_high) {
+    const ImPlotAxisFlags x_flags =
+        ImPlotAxisFlags_NoGridLines | (labels ? ImPlotAxisFlags_None : ImPlotAxisFlags_NoDecorations);
+    ImPlot::SetupAxis(ImAxis_X1, nullptr, x_flags | ImPlotAxisFlags_NoHighlight);
+    ImPlot::SetupAxis(ImAxis_Y1, nullptr,
+                      ImPlotAxisFlags_NoDecorations | ImPlotAxisFlags_Lock | ImPlotAxisFlags_NoHighlight);
+    ImPlot::SetupAxisFormat(ImAxis_X1, "%.0f");
+    ImPlot::SetupAxisLimits(ImAxis_Y1, y_low, y_high, ImPlotCond_Always);
+    ImPlot::SetupAxisLimitsConstraints(ImAxis_X1, 0, std::max(1, ui.n_steps));
+    ImPlot::SetupAxisZoomConstraints(ImAxis_X1, 4, 1e9);
+    if (labels) round_ticks(ui, ImAxis_X1, x_min_, x_max_, static_cast<float>(width_));
+    ImPlot::SetupAxisLinks(ImAxis_X1, &x_min_, &x_max_);
+  }
+
+  // Phases, compactions and notes.
+  void draw_strip(Ui& ui, const Timeline& timeline, float gutter, float height) {
+    ImGui::SetCursorPosX(ImGui::GetCursorPosX());
+    ImGui::BeginGroup();
+    ImGui::PushStyleColor(ImGuiCol_Text, ui.theme.muted);
+    ImGui::TextUnformatted("phase");
+    ImGui::PopStyleColor();
+    ImGui::EndGroup();
+    ImGui::SameLine(gutter);
+    ImPlot::PushStyleVar(ImPlotStyleVar_PlotPadding, ImVec2(ui.px(16), 0));
+    if (ImPlot::BeginPlot("##phases", ImVec2(-ImGui::GetStyle().ScrollbarSize, height),
+                          ImPlotFlags_CanvasOnly | ImPlotFlags_NoFrame)) {
+      setup_axes(ui, false, 0, 1);
+      ImPlot::SetupFinish();
+      ImDrawList* list = ImPlot::GetPlotDrawList();
+      ImPlot::PushPlotClipRect();
+      for (const PhaseRange& phase : timeline.phases) {
+        const ImU32 colour =
+            Theme::blend(ui.theme.surface, ui.theme.series[static_cast<size_t>(phase.phase)], 0.55F);
+        const ImVec2 low = ImPlot::PlotToPixels(phase.begin, 1.0),
+                     high = ImPlot::PlotToPixels(phase.end, 0.0);
+        list->AddRectFilled(low, high, colour);
+        const std::string name(generation_phase_name(phase.phase));
+        const ImVec2 text = ImGui::CalcTextSize(name.c_str());
+        const float left = std::max(low.x, ImPlot::GetPlotPos().x) + ui.px(4);
+        if (text.x + ui.px(8) < high.x - low.x)
+          list->AddText(ImVec2(left, (low.y + high.y - text.y) / 2), Theme::ink_on(colour), name.c_str());
+      }
+      for (int step : timeline.compactions) {
+        const ImVec2 at = ImPlot::PlotToPixels(step, 0.0);
+        list->AddLine(at, ImVec2(at.x, at.y - height * 0.25F), ui.theme.text, ui.px(1));
+      }
+      for (const Note& note : ui.document.notes().all()) {
+        const ImVec2 at = ImPlot::PlotToPixels(note.step, 1.0);
+        const float side = ui.px(5);
+        list->AddTriangleFilled(ImVec2(at.x - side, at.y), ImVec2(at.x + side, at.y),
+                                ImVec2(at.x, at.y + 2 * side), ui.theme.selection);
+        if (ImPlot::IsPlotHovered() && std::abs(ImGui::GetMousePos().x - at.x) < side)
+          ImGui::SetTooltip("step %d: %s", note.step, note.text.c_str());
+      }
+      ImPlot::PopPlotClipRect();
+      step_cursor(ui, true);
+      drag_range(ui);
+      ImPlot::EndPlot();
+    }
+    ImPlot::PopStyleVar();
+  }
+
+  void draw_lane(Ui& ui, const TimelineModel& model, int index, float gutter, float height, bool labels) {
+    const LaneKind& kind = lane_kinds()[static_cast<size_t>(index)];
+    const Timeline& timeline = *model.lanes->timeline;
+    const LinePyramid& pyramid = model.lanes->pyramids[static_cast<size_t>(index)];
+    const std::vector<float>& column = timeline.*kind.column;
+    ImGui::PushID(index);
+    const ImVec2 start = ImGui::GetCursorPos();
+    ImGui::TextUnformatted(kind.name);
+    ImGui::SameLine(0, ui.px(6));
+    badge(ui, kind.provenance, kind.from);
+    const int at = ui.selection.step - timeline.first_step;
+    const std::string value = at >= 0 && static_cast<size_t>(at) < column.size()
+                                  ? format_count(static_cast<double>(column[static_cast<size_t>(at)]))
+                                  : "none";
+    ImGui::SetCursorPos(ImVec2(start.x, start.y + ImGui::GetTextLineHeight() + ui.px(1)));
+    cut_text(ui, fmt::format("{} {}", value, kind.unit), gutter - ui.px(10), true);
+    ImGui::SetCursorPos(ImVec2(start.x + gutter - ImGui::GetStyle().WindowPadding.x, start.y));
+    const float high = std::max(pyramid.highest(), 1e-9F);
+    ImPlot::PushStyleVar(ImPlotStyleVar_PlotPadding, ImVec2(ui.px(16), ui.px(1)));
+    if (ImPlot::BeginPlot("##lane", ImVec2(-1, height), ImPlotFlags_CanvasOnly | ImPlotFlags_NoFrame)) {
+      setup_axes(ui, labels, 0, static_cast<double>(high) * 1.1);
+      ImPlot::SetupFinish();
+      if (index == 0) width_ = std::clamp(static_cast<int>(ImPlot::GetPlotSize().x), 16, 16384);
+      const DrawnLine& line = model.lines[static_cast<size_t>(index)];
+      ImPlotSpec spec;
+      spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.series[static_cast<size_t>(index)]);
+      spec.LineWeight = ui.px(1.2F);
+      ImPlot::PlotLine("##line", line.xs.data(), line.ys.data(), static_cast<int>(line.xs.size()), spec);
+      const std::string top = format_count(static_cast<double>(high));
+      const ImVec2 corner = ImPlot::GetPlotPos();
+      ImPlot::GetPlotDrawList()->AddText(ImVec2(corner.x + ui.px(4), corner.y + ui.px(1)), ui.theme.muted,
+                                         top.c_str());
+      step_cursor(ui, true);
+      drag_range(ui);
+      if (ImPlot::IsPlotHovered() && ImGui::BeginTooltip()) {
+        const int step = static_cast<int>(std::lround(ImPlot::GetPlotMousePos().x));
+        const int row = step - timeline.first_step;
+        ImGui::Text("step %d", step);
+        if (row >= 0 && static_cast<size_t>(row) < column.size()) {
+          ImGui::Text("%s: %s %s", kind.name,
+                      format_value(static_cast<double>(column[static_cast<size_t>(row)])).c_str(), kind.unit);
+        } else {
+          ImGui::TextDisabled("not timed: a prompt token");
+        }
+        ImGui::EndTooltip();
+      }
+      ImPlot::EndPlot();
+    }
+    ImPlot::PopStyleVar();
+    ImGui::PopID();
+  }
+
+  // Click sets the step, shift+drag the range, double click shows everything; plain drag pans.
+  void drag_range(Ui& ui) {
+    if (!ImPlot::IsPlotHovered()) return;
+    if (ImGui::IsMouseDoubleClicked(ImGuiMouseButton_Left)) {
+      whole_ = true;
+      return;
+    }
+    const ImGuiIO& io = ImGui::GetIO();
+    const int step = static_cast<int>(std::lround(ImPlot::GetPlotMousePos().x));
+    if (io.KeyShift && ImGui::IsMouseClicked(ImGuiMouseButton_Left)) drag_from_ = step;
+    if (io.KeyShift && drag_from_ >= 0 && ImGui::IsMouseDown(ImGuiMouseButton_Left)) {
+      ui.selection.token_begin = std::clamp(std::min(drag_from_, step), 0, ui.n_steps);
+      ui.selection.token_end = std::clamp(std::max(drag_from_, step), 0, ui.n_steps);
+    }
+    const bool click = ImGui::IsMouseReleased(ImGuiMouseButton_Left) &&
+                       ImGui::GetMouseDragDelta(ImGuiMouseButton_Left, 0).x == 0 && drag_from_ < 0;
+    if (!ImGui::IsMouseDown(ImGuiMouseButton_Left)) drag_from_ = -1;
+    if (click) ui.select_step(step);
+    if (ImGui::IsMouseDragging(ImGuiMouseButton_Left) || ImGui::IsMouseDown(ImGuiMouseButton_Right) ||
+        io.MouseWheel != 0)
+      whole_ = false;
+  }
+
+  const TraceSource* trace_ = nullptr;
+  double x_min_ = 0, x_max_ = 1;
+  int width_ = 1000, drag_from_ = -1;
+  bool whole_ = true;
+  std::shared_ptr<LanesCache> cache_ = std::make_shared<LanesCache>();
+};
+
+}  // namespace
+
+std::unique_ptr<Panel> make_timeline_panel() {
+  return std::make_unique<TimelinePanel>();
+}
+
+}  // namespace kvlapse::gui

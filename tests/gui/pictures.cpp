@@ -1,0 +1,149 @@
+// pictures REFERENCES [write]: draws panels of a small synthetic trace through OpenGL without a display and
+// compares them with references: block averages of 8 x 8 pixels, so that antialiasing does not count and a
+// missing line does. The built-in font is used everywhere. Then shows that the tolerance notices a missing
+// series.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <thread>
+#include <vector>
+
+#include "core/base/error.h"
+#include "gui/app/application.h"
+#include "gui/app/platform.h"
+#include "tests/support/trace/synthetic_trace.h"
+
+namespace kvlapse::gui {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int kWidth = 960, kHeight = 600, kBlock = 8;
+constexpr int kColumns = kWidth / kBlock, kRows = kHeight / kBlock;
+constexpr int kSame = 12;             // levels of 255 that a block may differ
+constexpr double kMostWrong = 0.002;  // share of blocks that may differ more
+constexpr std::array<const char*, 8> kPanels = {"timeline", "head-grid", "life-map",  "text",
+                                                "info",     "memory",    "bandwidth", "kernels"};
+
+using Blocks = std::vector<uint8_t>;  // [kRows][kColumns][3]
+
+Blocks average(const std::vector<uint32_t>& pixels) {
+  Blocks blocks;
+  for (int row = 0; row < kRows; ++row) {
+    for (int column = 0; column < kColumns; ++column) {
+      for (int shift = 0; shift < 24; shift += 8) {
+        int sum = 0;
+        for (int y = 0; y < kBlock; ++y) {
+          for (int x = 0; x < kBlock; ++x)
+            sum += static_cast<int>(
+                pixels[static_cast<size_t>(row * kBlock + y) * kWidth + column * kBlock + x] >> shift & 255);
+        }
+        blocks.push_back(static_cast<uint8_t>(sum / (kBlock * kBlock)));
+      }
+    }
+  }
+  return blocks;
+}
+
+double share_wrong(const Blocks& a, const Blocks& b) {
+  if (a.size() != b.size()) return 1;
+  int wrong = 0;
+  for (size_t i = 0; i < a.size(); i += 3) {
+    int most = 0;
+    for (size_t c = 0; c < 3; ++c) most = std::max(most, std::abs(a[i + c] - b[i + c]));
+    wrong += most > kSame ? 1 : 0;
+  }
+  return static_cast<double>(wrong) / (kRows * kColumns);
+}
+
+Blocks draw(const fs::path& trace, const std::string& panel) {
+  ApplicationOptions options;
+  options.persistent = false;
+  options.builtin_font = true;
+  options.only_panel = panel;
+  Application app(options);
+  app.open(trace);
+  Platform platform(PlatformKind::headless, kWidth, kHeight, "kvlapse");
+  app.select(200, 1, 0);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  for (int settled = 0, frames = 0; settled < 4 || frames < 8; ++frames) {
+    platform.new_frame();
+    app.frame();
+    ImGui::Render();
+    platform.present(app.clear_colour());
+    settled = app.settled() ? settled + 1 : 0;
+    if (settled == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    if (std::chrono::steady_clock::now() > deadline) fail("{}: not ready after 60 s", panel);
+  }
+  int width = 0, height = 0;
+  return average(platform.read_pixels(&width, &height));
+}
+
+Blocks read(const fs::path& file) {
+  std::ifstream in(file, std::ios::binary);
+  std::string header;
+  for (int line = 0; line < 3; ++line) std::getline(in, header);
+  return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+}
+
+void write(const fs::path& file, const Blocks& blocks) {
+  std::ofstream out(file, std::ios::binary);
+  out << fmt::format("P6\n{} {}\n255\n", kColumns, kRows);
+  out.write(reinterpret_cast<const char*>(blocks.data()), static_cast<std::streamsize>(blocks.size()));
+}
+
+int run(const fs::path& references, bool make) {
+  const test::TemporaryFolder folder;
+  fs::current_path(folder.path());
+  test::SyntheticProcess process;
+  process.n_steps = 400;
+  process.n_prompt = 40;
+  process.budget = 96;
+  process.cadence = 32;
+  write_synthetic_trace("a.kvl", process);
+  process.budget = 0;  // nothing is evicted: the series of evictions is flat
+  write_synthetic_trace("b.kvl", process);
+  int failures = 0;
+  for (const char* panel : kPanels) {
+    const Blocks found = draw("a.kvl", panel);
+    const fs::path file = references / (std::string(panel) + ".ppm");
+    if (make) {
+      write(file, found);
+      continue;
+    }
+    const double wrong = share_wrong(found, read(file));
+    fmt::print("{}: {:.3f} % of the blocks differ (limit {:.3f} %)\n", panel, 100 * wrong, 100 * kMostWrong);
+    if (wrong > kMostWrong) {
+      ++failures;
+      write(fs::path("/tmp") / (std::string("kvlapse-picture-") + panel + ".ppm"), found);
+    }
+  }
+  if (make) return 0;
+  for (const char* panel : {"timeline", "life-map", "memory"}) {
+    const double wrong = share_wrong(draw("b.kvl", panel), read(references / (std::string(panel) + ".ppm")));
+    fmt::print("{} without evictions: {:.3f} % differ, must exceed the limit\n", panel, 100 * wrong);
+    if (wrong <= kMostWrong) ++failures;
+  }
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace kvlapse::gui
+
+int main(int argc, char** argv) {
+  if (argc < 2) {
+    fmt::print(stderr, "usage: gui_pictures REFERENCES [write]\n");
+    return 64;
+  }
+  try {
+    return kvlapse::gui::run(std::filesystem::absolute(argv[1]), argc > 2);
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "gui_pictures: {}\n", error.what());
+    return 2;
+  }
+}
