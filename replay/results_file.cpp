@@ -298,6 +298,65 @@ Results read_results(const fs::path& file, bool details) {
   return results;
 }
 
+bool is_results_file(const fs::path& file) {
+  try {
+    return Database::open_for_reading(file).application_id() == kApplicationId;
+  } catch (const Error&) {  // whoever needs the file reports why it cannot be opened
+    return false;
+  }
+}
+
+ResultsReport verify_results(const fs::path& file) {
+  ResultsReport report;
+  auto violation = [&](std::string text) { report.violations.push_back(std::move(text)); };
+  try {
+    Database db = open_file_for_reading(file, results_file_kind());
+    Statement integrity = db.prepare("PRAGMA integrity_check");
+    while (integrity.step())
+      if (integrity.text(0) != "ok") violation(fmt::format("SQLite: {}", integrity.text(0)));
+    for (const char* table : {"KV_VALUE", "KV_HEAD", "KV_SKETCH", "KV_SERIES"}) {
+      Statement orphans = db.prepare(
+          fmt::format("SELECT DISTINCT cell FROM {} WHERE cell NOT IN (SELECT cell FROM KV_CELL)", table));
+      while (orphans.step())
+        violation(fmt::format("{}: cell {}: expected a row in KV_CELL, found none", table, orphans.text(0)));
+    }
+    if (!report.violations.empty()) return report;
+
+    const Results results = read_results(file, /*details=*/true);
+    report.complete = results.complete;
+    report.cells = static_cast<int64_t>(results.cells.size());
+    report.evals = static_cast<int64_t>(results.evals.size());
+    std::map<std::string, const ResultTrace*> traces;
+    for (const ResultTrace& trace : results.traces) traces[trace.hash] = &trace;
+    for (const ResultCell& cell : results.cells) {
+      const std::string name = fmt::format("cell {} ({}, {})", cell.id, cell.policy, cell.budget);
+      const auto trace = traces.find(cell.trace);
+      if (trace == traces.end()) {
+        violation(fmt::format("{}: expected its trace {} in KV_TRACE, found none", name, cell.trace));
+        continue;
+      }
+      for (const NamedValue& v : cell.total)
+        if ((v.name.starts_with("recall") || v.name.starts_with("topk")) && !(v.value >= 0 && v.value <= 1))
+          violation(fmt::format("{}: {}: expected 0 to 1, found {}", name, v.name, v.value));
+      if (static_cast<int>(cell.sequences.size()) != trace->second->n_sequences)
+        violation(fmt::format("{}: expected {} sequences, found {}", name, trace->second->n_sequences,
+                              cell.sequences.size()));
+      const size_t n_series = static_cast<size_t>(trace->second->n_q_heads) * kSeriesBins;
+      for (const LayerSeries& series : cell.series)
+        if (series.data.size() != n_series)
+          violation(fmt::format("{}: series {} of layer {}: expected {} numbers, found {}", name,
+                                series.metric, series.layer, n_series, series.data.size()));
+    }
+    for (const EvalRow& row : results.evals)
+      if (row.correct < 0 || row.correct > row.n)
+        violation(fmt::format("KV_EVAL: {} {} {}: expected 0 to {} right, found {}", row.task, row.policy,
+                              row.budget, row.n, row.correct));
+  } catch (const Error& error) {
+    violation(error.what());
+  }
+  return report;
+}
+
 void merge_results(const std::vector<fs::path>& inputs, const fs::path& output, bool force) {
   Results all;
   for (const fs::path& input : inputs) {

@@ -72,6 +72,17 @@ struct Results {
 };
 Results read_results(const std::filesystem::path& file, bool details = false);
 
+// A file of this kind, by its application id; false for anything else, a missing file included.
+bool is_results_file(const std::filesystem::path& file);
+
+// Every invariant that a results file promises, one line per violation; empty: the file is sound.
+struct ResultsReport {
+  std::vector<std::string> violations;
+  int64_t cells = 0, evals = 0;
+  bool complete = false;
+};
+ResultsReport verify_results(const std::filesystem::path& file);
+
 // Joins files; a cell that several hold must be equal in all. Throws Error for an incomplete input.
 void merge_results(const std::vector<std::filesystem::path>& inputs, const std::filesystem::path& output,
                    bool force);

@@ -10,6 +10,7 @@
 
 #include "replay/comparison.h"
 #include "tests/support/trace/synthetic_trace.h"
+#include "trace/sqlite.h"
 
 namespace kvlapse {
 namespace {
@@ -144,6 +145,28 @@ TEST_F(SweepTest, CellsAreWhatTheySay) {
       EXPECT_EQ(cell.budget, "100%");
     }
   }
+}
+
+TEST_F(SweepTest, VerifyNamesWhatIsWrong) {
+  run(folder_ / "one.kvr");
+  EXPECT_TRUE(is_results_file(folder_ / "one.kvr"));
+  EXPECT_FALSE(is_results_file(folder_ / "a.kvl"));
+  EXPECT_FALSE(is_results_file(folder_ / "none.kvr"));
+  EXPECT_TRUE(verify_results(folder_ / "one.kvr").violations.empty());
+  EXPECT_EQ(verify_results(folder_ / "one.kvr").cells, 14);
+  auto damaged = [&](const char* sql) {
+    fs::copy_file(folder_ / "one.kvr", folder_ / "bad.kvr", fs::copy_options::overwrite_existing);
+    Database::open_for_writing(folder_ / "bad.kvr").execute(sql);
+    return verify_results(folder_ / "bad.kvr").violations;
+  };
+  EXPECT_FALSE(damaged("UPDATE KV_VALUE SET value = 1.5 WHERE metric = 'recall_mean'").empty());
+  EXPECT_FALSE(damaged("DELETE FROM KV_CELL WHERE cell IN (SELECT min(cell) FROM KV_CELL)").empty());
+  EXPECT_FALSE(damaged("DELETE FROM KV_TRACE").empty());
+  EXPECT_FALSE(damaged("UPDATE KV_SERIES SET data = x'00000000'").empty());
+  EXPECT_FALSE(damaged("UPDATE KV_SKETCH SET data = x'ffffffff00000000'").empty());
+  std::string bytes = bytes_of(folder_ / "one.kvr");
+  std::ofstream(folder_ / "short.kvr", std::ios::binary) << bytes.substr(0, bytes.size() / 2);
+  EXPECT_FALSE(verify_results(folder_ / "short.kvr").violations.empty());
 }
 
 TEST_F(SweepTest, OtherParametersAreOtherCells) {
