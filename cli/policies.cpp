@@ -117,7 +117,10 @@ void add_policies(CLI::App& app, Context& context) {
     } else {
       Table table({"policy", "evicts", "victims", "what it keeps"});
       for (const PolicyInfo& info : infos)
-        table.add({full_name(info), info.evicts ? fmt::format("every {}", info.rule.cadence) : "never",
+        table.add({full_name(info),
+                   info.evicts    ? fmt::format("every {}", info.rule.cadence)
+                   : info.selects ? "never: selects"
+                                  : "never",
                    !info.evicts                                  ? ""
                    : info.rule.granularity == Granularity::layer ? "per layer"
                                                                  : "per kv head",

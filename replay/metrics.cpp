@@ -62,8 +62,9 @@ void KvHeadMetrics::merge(const KvHeadMetrics& other) {
   prompt_kept += other.prompt_kept;
 }
 
-MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& retention)
-    : shared_(shared), retention_(retention) {
+MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& retention, bool selects)
+    : shared_(shared), retention_(retention), selects_(selects), selected_(shared.geometry().n_kv_heads) {
+  static_assert(kMetricSteps <= 32, "a step of a block is a bit");
   const CacheGeometry& g = shared.geometry();
   const int n_tokens = shared.sequence().n_tokens;
   metrics_.q_heads.resize(g.n_q_heads);
@@ -135,6 +136,22 @@ void MetricsCollector::on_evicted(const EvictionPlan& plan) {
   }
 }
 
+void MetricsCollector::on_selected(const SlotTable& table, int step,
+                                   const std::vector<std::vector<Slot>>& slots) {
+  for (int h = 0; h < table.n_kv_heads(); ++h) {
+    std::vector<uint32_t>& mask = selected_[h][step / kMetricSteps];
+    mask.resize(shared_.sequence().n_tokens, 0u);
+    std::span<const Pos> positions = table.positions(h);
+    for (Slot slot : slots[h]) mask[raw(positions[raw(slot)])] |= 1u << (step % kMetricSteps);
+  }
+}
+
+bool MetricsCollector::reads(int h, int pos, int step) const {
+  if (!selects_) return retention_.last(h)[pos] >= step;
+  const auto block = selected_[h].find(step / kMetricSteps);
+  return block != selected_[h].end() && ((block->second[pos] >> (step % kMetricSteps)) & 1u) != 0;
+}
+
 // Recomputes one row over the held tokens against their own maximum.
 void MetricsCollector::exact_row(int q_head, int step, float* output) const {
   const int h = shared_.geometry().kv_head_of(q_head), dim = shared_.geometry().head_dim;
@@ -142,11 +159,11 @@ void MetricsCollector::exact_row(int q_head, int step, float* output) const {
   const float* logits = shared_.logits(q_head, step);
   float most = -std::numeric_limits<float>::infinity();
   for (int i = 0; i <= step; ++i)
-    if (last[i] >= step) most = std::max(most, logits[i]);
+    if (reads(h, i, step)) most = std::max(most, logits[i]);
   double total = 0;
   std::vector<double> sum(dim);
   for (int i = 0; i <= step; ++i) {
-    if (last[i] < step) continue;
+    if (!reads(h, i, step)) continue;
     const double weight = std::exp(static_cast<double>(logits[i]) - most);
     total += weight;
     const float* row = shared_.value(h, i);
@@ -181,14 +198,16 @@ void MetricsCollector::begin_outputs(int h, int begin, int end) {
   dropped.clear();
   b.changed.clear();
   for (int i = 0; i < end; ++i) {
-    if (last[i] < begin)
+    if (selects_)
+      b.changed.push_back(i);  // any token may come and go
+    else if (last[i] < begin)
       dropped.push_back(i);
     else if (last[i] >= end - 1)
       kept.push_back(i);
     else
       b.changed.push_back(i);
   }
-  b.sum_dropped = dropped.size() <= kept.size();
+  b.sum_dropped = !selects_ && dropped.size() <= kept.size();
   if (b.sum_dropped) std::swap(b.tokens, b.other);
   b.sums.assign(shared_.token_columns() * shared_.geometry().head_dim, 0.0f);
   b.masses.assign(shared_.token_columns(), 0.0f);
@@ -210,6 +229,7 @@ void MetricsCollector::finish_outputs(int h) {
   add_changed(h);
   close_rows(h);
   future(h);
+  selected_[h].erase(blocks_[h].begin / kMetricSteps);
 }
 
 // Tokens evicted inside the block are part of the sum on one side of their eviction only.
@@ -228,6 +248,12 @@ void MetricsCollector::add_changed(int h) {
     const auto gone = static_cast<size_t>(last[i] + 1 - b.begin / kMetricSteps * kMetricSteps) * group;
     float* row = b.changed_weights.data() + u * columns;
     std::copy_n(weights + static_cast<size_t>(i) * columns, columns, row);
+    if (selects_) {
+      for (int t = b.begin; t < b.end; ++t)
+        if (!reads(h, i, t)) std::fill_n(row + static_cast<size_t>(t % kMetricSteps) * group, group, 0.0f);
+      std::copy_n(shared_.value(h, i), dim, b.changed_rows.data() + u * dim);
+      continue;
+    }
     std::fill(row + (b.sum_dropped ? 0 : gone), row + (b.sum_dropped ? gone : columns), 0.0f);
     std::copy_n(shared_.value(h, i), dim, b.changed_rows.data() + u * dim);
   }
@@ -282,14 +308,14 @@ void MetricsCollector::close_rows(int h) {
 
       double held_sinks = 0;
       for (int i = 0; i < std::min(kSinkTokens, t + 1); ++i)
-        if (last[i] >= t) held_sinks += shared_.exp_of(q, t, i);
+        if (reads(h, i, t)) held_sinks += shared_.exp_of(q, t, i);
       const double outside = static_cast<double>(row.total) - row.sinks;
       double missing_no_sinks = 0;
       if (outside > 1e-6 * row.total)
         missing_no_sinks = std::clamp(
             (missing * row.total - (static_cast<double>(row.sinks) - held_sinks)) / outside, 0.0, 1.0);
       int top_held = 0;
-      for (int i = 0; i < row.n_top; ++i) top_held += last[row.top[i]] >= t;
+      for (int i = 0; i < row.n_top; ++i) top_held += reads(h, row.top[i], t);
 
       QHeadMetrics& m = metrics_.q_heads[q];
       ++m.steps;

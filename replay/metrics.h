@@ -17,6 +17,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "replay/replay_memory.h"
@@ -84,11 +85,13 @@ struct LayerMetrics {
 
 class MetricsCollector {
  public:
-  MetricsCollector(const SharedLayer& shared, const Retention& retention);
+  // `selects`: every token is held and on_selected says which ones attention reads.
+  MetricsCollector(const SharedLayer& shared, const Retention& retention, bool selects = false);
 
   // After attention, before the eviction: what each head holds.
   void on_attended(const SlotTable& table, int step);
   void on_evicted(const EvictionPlan& plan);
+  void on_selected(const SlotTable& table, int step, const std::vector<std::vector<Slot>>& slots);
   // A sampled decision: correlations of its score rows, and the evictor's counts so far.
   void on_probe(std::span<const double> correlations, const Evictor::Sensitivity& sensitivity);
   // Every step of [begin, end), one loaded block, was decided. Heads are independent: one thread each. Per
@@ -112,6 +115,8 @@ class MetricsCollector {
     std::vector<float> sums, masses;  // [columns][D], [columns]
     std::vector<float> changed_weights, changed_rows, inverse_totals;
   };
+  // Whether attention reads the token at that step.
+  bool reads(int kv_head, int pos, int step) const;
   void add_changed(int kv_head);
   void close_rows(int kv_head);
   void future(int kv_head);
@@ -121,6 +126,9 @@ class MetricsCollector {
 
   const SharedLayer& shared_;
   const Retention& retention_;
+  bool selects_;
+  // Per kv head and block of kMetricSteps: [T], bit (step % kMetricSteps) set when the token is selected.
+  std::vector<std::map<int, std::vector<uint32_t>>> selected_;
   LayerMetrics metrics_;
   std::vector<double> series_sums_;  // like LayerMetrics::series
   std::vector<int32_t> series_counts_;

@@ -83,13 +83,14 @@ ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool
     : shared_(shared),
       retention_(shared.geometry().n_kv_heads, shared.sequence().n_tokens),
       memory_(shared, retention_, layer_capacity(shared, config)),
-      visitor_(std::move(visitor)) {
+      visitor_(std::move(visitor)),
+      selects_(config.policy->info().selects) {
   CacheGeometry geometry = shared.geometry();
   geometry.n_slots = layer_capacity(shared, config);
-  const SiteFacts facts{.rope_theta = shared.rope_theta(), .future = future};
+  const SiteFacts facts{.rope_theta = shared.rope_theta(), .future = future, .may_select = true};
   site_ = std::make_unique<CacheSite>(geometry, shared.layer(), *config.policy, config.budget,
                                       shared.sequence().n_prompt, memory_, facts);
-  if (metrics) collector_ = std::make_unique<MetricsCollector>(shared, retention_);
+  if (metrics) collector_ = std::make_unique<MetricsCollector>(shared, retention_, selects_);
 }
 
 void ConfigRun::evicted(const EvictionPlan* plan) {
@@ -110,7 +111,10 @@ void ConfigRun::advance() {
     }
     site_->append(pos, {});
     memory_.attend(site_->table(), pos);
-    if (collector_) collector_->on_attended(site_->table(), next_);
+    if (collector_) {
+      collector_->on_attended(site_->table(), next_);
+      if (selects_) collector_->on_selected(site_->table(), next_, site_->select());
+    }
     const bool probes = collector_ && next_ >= next_probe_ && (next_ + 1) % site_->rule().cadence == 0 &&
                         site_->table().max_count() > site_->budget() - site_->rule().headroom;
     if (probes) probe_.take(*site_, memory_, shared_, next_);

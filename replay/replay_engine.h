@@ -61,6 +61,7 @@ class ConfigRun {
   std::unique_ptr<CacheSite> site_;
   std::unique_ptr<MetricsCollector> collector_;
   PlanVisitor visitor_;
+  bool selects_;
   ScoreProbe probe_;
   int next_probe_ = kProbeSteps;  // step from which the next decision is probed
   int next_ = 0;                  // position of the next token

@@ -94,7 +94,8 @@ void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies,
     const std::shared_ptr<const Policy> policy = make_policy(spec);
     for (const Budget& written : budgets) {
       // A policy that never evicts has one cell.
-      const Budget budget = policy->info().evicts ? written : Budget{100, true};
+      const bool has_budget = policy->info().evicts || policy->info().selects;
+      const Budget budget = has_budget ? written : Budget{100, true};
       SweepCell cell{trace, policy, budget.text(), {}, {}};
       for (int s = 0; s < rows.n_sequences(); ++s) {
         const RowSequence sequence = rows.sequence(s);
@@ -106,7 +107,7 @@ void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies,
       cell.id = cell_id(traces_[trace].facts.hash, *policy, cell.budget, options_.match, cell.budget_slots,
                         engine.layer_begin(), engine.layer_end(), options_.max_tokens);
       cells_.push_back(std::move(cell));
-      if (!policy->info().evicts) break;
+      if (!has_budget) break;
     }
   }
 }

@@ -18,6 +18,8 @@ CacheSite::CacheSite(const CacheGeometry& geometry, int layer, const Policy& pol
     fail("policy {}: needs the RoPE base of the model, which is unknown here", info.name);
   if (contains(info.signals, Signal::future) && !facts.future)
     fail("policy {}: is an oracle and needs a finished trace: it can be replayed, not decoded", info.name);
+  if (info.selects && !facts.may_select)
+    fail("policy {}: selects from a full cache and frees no memory: it can be replayed, not decoded", info.name);
   check_budget(policy, policy.layer_budget(layer, geometry.n_layers, budget), n_prompt);
   context_.geometry = geometry;
   context_.layer = layer;
@@ -65,6 +67,10 @@ const EvictionPlan* CacheSite::finish(Pos) {
     policy_.observe(context_, inputs, state_);
   }
   return evict(/*prompt_end=*/false);
+}
+
+const std::vector<std::vector<Slot>>& CacheSite::select() {
+  return evictor_.select(policy_, context_, memory_, state_);
 }
 
 const EvictionPlan* CacheSite::evict(bool prompt_end) {

@@ -33,6 +33,7 @@ class LayerMemory : public LayerInputs {
 struct SiteFacts {
   double rope_theta = 0;           // 0: unknown
   FutureInputs* future = nullptr;  // oracles only
+  bool may_select = false;         // a selection policy frees no memory: only a replay runs it
 };
 
 class CacheSite {
@@ -54,6 +55,9 @@ class CacheSite {
   // The parts of step(), for a driver that attends for many sites at once between them.
   void append(Pos pos, const TokenRows& rows);
   const EvictionPlan* finish(Pos pos);
+
+  // What each kv head attends to at the newest token, under a policy that selects.
+  const std::vector<std::vector<Slot>>& select();
 
   const SlotTable& table() const { return table_; }
   int budget() const { return context_.budget; }  // of this layer

@@ -124,6 +124,35 @@ const EvictionPlan* Evictor::decide(const Policy& policy, const LayerContext& at
   return &plan_;
 }
 
+const std::vector<std::vector<Slot>>& Evictor::select(const Policy& policy, const LayerContext& at,
+                                                      LayerInputs& inputs, const SlotState& state) {
+  const PolicyInfo& info = policy.info();
+  const int n_heads = at.geometry.n_kv_heads;
+  const bool shared = info.rule.granularity == Granularity::layer;
+  const int n_rows = shared ? 1 : n_heads;
+  counts_.resize(n_rows);
+  for (int r = 0; r < n_rows; ++r) counts_[r] = at.count(r);
+  policy_ = info.name;
+  scores_.reset(n_rows, static_cast<int>(info.score_parts.size()), counts_);
+  CheckedInputs checked(inputs, info);
+  policy.score(at, checked, state, scores_);
+  collect(at, info.rule);
+  selected_.resize(n_heads);
+  for (int r = 0; r < n_rows; ++r) {
+    std::span<Candidate> row(candidates_.data() + row_begin_[r], row_begin_[r + 1] - row_begin_[r]);
+    const int drops = std::clamp(counts_[r] - at.budget, 0, static_cast<int>(row.size()));
+    arrange(row, drops, info.rule);
+    gone_.assign(counts_[r], 0);
+    for (int i = 0; i < drops; ++i) gone_[raw(row[i].slot)] = 1;
+    std::vector<Slot>& slots = selected_[r];
+    slots.clear();
+    for (int s = 0; s < counts_[r]; ++s)
+      if (!gone_[s]) slots.push_back(Slot{s});
+  }
+  for (int h = n_rows; h < n_heads; ++h) selected_[h] = selected_[0];
+  return selected_;
+}
+
 // Hole filling: one victim a row.
 void Evictor::choose_lowest(const LayerContext& at, const EvictionRule& rule, int row, int kv_head) {
   std::span<const Pos> positions = at.positions(row);
@@ -230,7 +259,7 @@ void Evictor::arrange(std::span<Candidate> row, int drops, const EvictionRule& r
 
 void Evictor::choose_many(const LayerContext& at, const EvictionRule& rule) {
   const int n_rows = scores_.n_rows(), n_heads = at.geometry.n_kv_heads;
-  const bool shared = n_rows == 1;
+  const bool shared = rule.granularity == Granularity::layer && !rule.ragged;
   collect(at, rule);
   split_drops(at, rule);
   for (int r = 0; r < n_rows; ++r) {

@@ -37,6 +37,10 @@ class Evictor {
   // The plan is the evictor's until the next call; null when nothing is due.
   const EvictionPlan* decide(const Policy& policy, const LayerContext& at, LayerInputs& inputs,
                              const SlotState& state, bool prompt_end);
+  // Of a policy that selects: the slots that each kv head attends to, the `budget` of highest score and the
+  // protected ones, in slot order. The evictor's until the next call.
+  const std::vector<std::vector<Slot>>& select(const Policy& policy, const LayerContext& at,
+                                               LayerInputs& inputs, const SlotState& state);
   // Scores of the last decision, before any cast.
   const Scores& scores() const { return scores_; }
 
@@ -68,6 +72,7 @@ class Evictor {
   std::vector<float> cast_;
   std::vector<Slot> order_;
   std::vector<char> gone_;
+  std::vector<std::vector<Slot>> selected_;
   bool counts_sensitivity_ = false, perturb_ = false;
   Sensitivity sensitivity_;
 };

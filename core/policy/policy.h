@@ -79,9 +79,12 @@ struct PolicyInfo {
   int query_window = 0;                       // most rows that window_* will be asked for
   int state_columns = 0;                      // SlotState columns
   int workspace_floats_per_slot = 0;          // beyond state columns, for memory accounting
-  bool pairwise_similarity = false;  // the reference builds a slots x slots matrix per kv head
+  bool pairwise_similarity = false;           // the reference builds a slots x slots matrix per kv head
   std::vector<std::string_view> score_parts;  // named parts of the score, at most 2
-  bool evicts = true;                         // false: full
+  bool evicts = true;                         // false: full, and policies that select
+  // Holds every token and attends, at each step, to the `budget` of highest score per kv head: memory is not
+  // reduced. Replay only.
+  bool selects = false;
 };
 
 // Where and when a policy is asked.

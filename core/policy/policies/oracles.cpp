@@ -51,6 +51,17 @@ class Oracle final : public Policy {
   Question question_;
 };
 
+// The most attended tokens of each step: no eviction policy can do better, none can reach it.
+class TopB final : public Policy {
+ public:
+  using Policy::Policy;
+  void score(const LayerContext& at, LayerInputs& inputs, const SlotState&, Scores& out) const override {
+    for (int r = 0; r < out.n_rows(); ++r)
+      reduce_heads(q_heads_of(at, out, r), at.rule.gqa, out.row(r),
+                   [&](int q) { return inputs.attention(q); });
+  }
+};
+
 PolicyInfo oracle(std::string_view name, std::string_view summary, std::string_view formula) {
   PolicyInfo info;
   info.name = name;
@@ -65,6 +76,24 @@ PolicyInfo oracle(std::string_view name, std::string_view summary, std::string_v
 }
 
 }  // namespace
+
+PolicyInfo oracle_topb_info() {
+  PolicyInfo info;
+  info.name = "oracle_topb";
+  info.summary = "bound: attends to the B most attended tokens of each step; unreachable, memory not reduced";
+  info.formula = "the B highest of the full cache's attention, mean over the group, anew at each step";
+  info.paper = "a bound for comparison: needs the full cache";
+  info.deviations = {"a selection bound: an evicted token could come back, which no eviction policy can do",
+                     "one set per kv head: its query heads share it"};
+  info.signals = static_cast<SignalSet>(Signal::attention);
+  info.evicts = false;
+  info.selects = true;
+  return info;
+}
+
+std::unique_ptr<Policy> make_oracle_topb(PolicyInfo info) {
+  return std::make_unique<TopB>(std::move(info));
+}
 
 PolicyInfo oracle_mass_info() {
   return oracle("oracle_mass", "oracle: most attention in the coming steps",

@@ -47,6 +47,8 @@ KVLAPSE_POLICY(knorm);
 KVLAPSE_POLICY(keydiff);
 KVLAPSE_POLICY(lagkv);
 KVLAPSE_POLICY(expected_attention);
+KVLAPSE_POLICY(quest);
+KVLAPSE_POLICY(oracle_topb);
 KVLAPSE_POLICY(oracle_mass);
 KVLAPSE_POLICY(oracle_max);
 KVLAPSE_POLICY(oracle_next_use);

@@ -64,12 +64,37 @@ TEST(Oracles, NextUseDropsTheFarthestAndFirstOfAllTheUnused) {
   EXPECT_THAT(b.dropped(), ElementsAre(3));
 }
 
+TEST(OracleTopB, SelectsTheMostAttendedTokens) {
+  PolicyBench b("oracle_topb", 2, 1, 1, 2);
+  b.append(4);
+  b.inputs.attention_of = {{0.1f, 0.5f, 0.1f, 0.3f}, {0.5f, 0.3f, 0.1f, 0.1f}};
+  EXPECT_THAT(b.evictor.select(*b.policy, b.at, b.inputs, b.state),
+              ElementsAre(ElementsAre(Slot{0}, Slot{1})));
+  EXPECT_THAT(b.dropped(), ::testing::IsEmpty());
+}
+
+TEST(Quest, SelectsThePagesOfHighestBound) {
+  PolicyBench b("quest:page=2:least_pages=1:dense_layers=0", 1, 1, 2, 4);
+  b.append(6);
+  b.inputs.queries = {1, -1};
+  // Bounds: page 0: 1 * max(1, 0) - min(0, 0) = 1; page 1: 3 + 2 = 5 though no key reaches it; page 2 is the
+  // newest.
+  b.inputs.keys_of = {{1, 0, 0, 0, 3, 3, -3, -2, 0, 0, 0, 0}};
+  EXPECT_THAT(b.score(),
+              ElementsAre(1, 1, 5, 5, std::numeric_limits<float>::max(), std::numeric_limits<float>::max()));
+  EXPECT_THAT(b.evictor.select(*b.policy, b.at, b.inputs, b.state),
+              ElementsAre(ElementsAre(Slot{2}, Slot{3}, Slot{4}, Slot{5})));
+  EXPECT_EQ(make_policy("quest")->layer_budget(2, 6, 100), 96);
+  EXPECT_EQ(make_policy("quest")->layer_budget(2, 6, 20), 48);
+}
+
 TEST(Oracles, CannotBeDecoded) {
   CacheGeometry geometry{1, 1, 1, 1, 8, DType::f32};
   std::vector<float> rows(8, 1.0f);
   TensorMemory memory(geometry, rows, rows, rows);
   auto policy = make_policy("oracle_mass");
   EXPECT_THROW(CacheSite(geometry, 0, *policy, 4, 0, memory), Error);
+  EXPECT_THROW(CacheSite(geometry, 0, *make_policy("quest"), 4, 0, memory), Error);
 }
 
 }  // namespace
