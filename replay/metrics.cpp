@@ -155,7 +155,6 @@ bool MetricsCollector::reads(int h, int pos, int step) const {
 // Recomputes one row over the held tokens against their own maximum.
 void MetricsCollector::exact_row(int q_head, int step, float* output) const {
   const int h = shared_.geometry().kv_head_of(q_head), dim = shared_.geometry().head_dim;
-  const int32_t* last = retention_.last(h);
   const float* logits = shared_.logits(q_head, step);
   float most = -std::numeric_limits<float>::infinity();
   for (int i = 0; i <= step; ++i)
@@ -266,7 +265,6 @@ void MetricsCollector::close_rows(int h) {
   HeadBlock& b = blocks_[h];
   const int begin = b.begin, end = b.end, group = shared_.geometry().group();
   const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
-  const int32_t* last = retention_.last(h);
   const bool sum_dropped = b.sum_dropped;
   const size_t first_column = static_cast<size_t>(begin % kMetricSteps) * group;
   std::vector<float> exact(dim);
