@@ -25,6 +25,6 @@ stage "5/6 layer 0 is closed: open-loop replay of the full recording against the
 "$kvlapse" replay --self "$out/longflow.kvl" --layer0-of "$out/full.kvl"
 
 stage "6/6 replay: policies and budgets over the one recording"
-"$kvlapse" replay "$out/full.kvl" --policy streaming_llm,random,random:pin_prompt=1,longflow,rkv --budget 10%,25%,50% --force -o "$out/compare.kvr"
+"$kvlapse" replay "$out/full.kvl" --policy streaming_llm,random:pin_prompt=1,longflow,rkv --budget 10%,25%,50% --force -o "$out/compare.kvr"
 
 printf '\nNext: %s view %s/full.kvl %s/compare.kvr\n' "$kvlapse" "$out" "$out"
