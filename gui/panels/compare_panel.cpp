@@ -71,8 +71,11 @@ DrawModelPtr prepare(const std::vector<std::filesystem::path>& files) {
     return std::ranges::any_of(model->lines,
                                [&](const PolicyLine& line) { return line.policy.starts_with(prefix); });
   };
-  if (!model->rows.empty() && (!has("random") || !has("oracle"))) {
-    model->notes.push_back("The bounds are missing: add random:pin_prompt=1 and oracle_topb to the sweep.");
+  // The null model that an informed policy must beat, and the best that eviction could do.
+  for (const auto& [policy, bound] : {std::pair{"random:pin_prompt=1", "lower"}, {"oracle_", "upper"}}) {
+    if (model->rows.empty() || has(policy)) continue;
+    model->notes.push_back(fmt::format("The {} bound is missing: add {} to the sweep.", bound,
+                                       bound[0] == 'u' ? "oracle_mass" : policy));
   }
   return model;
 }
@@ -159,8 +162,12 @@ class ComparePanel final : public Panel {
       return;
     }
     const float height = std::max(ui.px(150), ImGui::GetContentRegionAvail().y * 0.55F);
-    if (!ImPlot::BeginPlot("##tradeoff", ImVec2(-1, height), ImPlotFlags_NoTitle | ImPlotFlags_NoFrame))
+    // Room around the outermost points, so that their markers are drawn whole.
+    ImPlot::PushStyleVar(ImPlotStyleVar_FitPadding, ImVec2(0.03F, 0.06F));
+    if (!ImPlot::BeginPlot("##tradeoff", ImVec2(-1, height), ImPlotFlags_NoTitle | ImPlotFlags_NoFrame)) {
+      ImPlot::PopStyleVar();
       return;
+    }
     ImPlot::SetupAxes(closed ? "budget, tokens a kv head" : "peak K and V, MiB",
                       kQualityNames[static_cast<size_t>(quality_)],
                       ImPlotAxisFlags_AutoFit | ImPlotAxisFlags_NoGridLines, ImPlotAxisFlags_AutoFit);
@@ -196,6 +203,7 @@ class ComparePanel final : public Panel {
       }
     }
     ImPlot::EndPlot();
+    ImPlot::PopStyleVar();
   }
 
   void draw_rows(Ui& ui, const CompareModel& model) {
