@@ -17,12 +17,9 @@ namespace fs = std::filesystem;
 
 std::string_view architecture_name(Architecture architecture) {
   switch (architecture) {
-    case Architecture::llama:
-      return "llama";
-    case Architecture::qwen2:
-      return "qwen2";
-    case Architecture::qwen3:
-      return "qwen3";
+    case Architecture::llama: return "llama";
+    case Architecture::qwen2: return "qwen2";
+    case Architecture::qwen3: return "qwen3";
   }
   return "?";
 }

@@ -16,7 +16,8 @@ std::vector<std::filesystem::path> model_roots();
 // Empty name: the built-in model. Throws Error naming what was looked for and where.
 std::filesystem::path find_model(const std::string& name);
 
-// XXH3-128 over the weights of a model file or folder, in the order of their names: what a trace says it was made with.
+// XXH3-128 over the weights of a model file or folder, in the order of their names: what a trace says it was
+// made with.
 std::string model_content_hash(const std::filesystem::path& model);
 
 }  // namespace kvlapse::cli

@@ -12,7 +12,8 @@ namespace kvlapse {
 namespace {
 
 constexpr std::string_view kShufflePrefix = "zstd-shuffle";
-constexpr int64_t kMostRawBytes = int64_t{1} << 30;  // no chunk is near this; a damaged row may claim anything
+constexpr int64_t kMostRawBytes = int64_t{1}
+                                  << 30;  // no chunk is near this; a damaged row may claim anything
 constexpr int kMostElementBytes = 4096;
 
 // The width as a constant lets the compiler vectorise the transposition.
@@ -95,7 +96,8 @@ EncodedChunk ChunkEncoder::encode(std::span<const std::byte> raw, int element_by
 
 std::vector<std::byte> decode_chunk(std::string_view encoding, int64_t raw_bytes, int64_t checksum,
                                     std::span<const std::byte> data) {
-  if (raw_bytes < 0 || raw_bytes > kMostRawBytes) fail("raw_bytes: expected 0 to {}, found {}", kMostRawBytes, raw_bytes);
+  if (raw_bytes < 0 || raw_bytes > kMostRawBytes)
+    fail("raw_bytes: expected 0 to {}, found {}", kMostRawBytes, raw_bytes);
   std::vector<std::byte> raw;
   if (encoding == "raw") {
     if (data.size() != static_cast<size_t>(raw_bytes))
@@ -117,7 +119,8 @@ std::vector<std::byte> decode_chunk(std::string_view encoding, int64_t raw_bytes
       fail("data: expected a zstd frame of {} bytes, found another", raw_bytes);
     thread_local std::unique_ptr<ZSTD_DCtx, size_t (*)(ZSTD_DCtx*)> zstd(ZSTD_createDCtx(), ZSTD_freeDCtx);
     std::vector<std::byte> shuffled(static_cast<size_t>(raw_bytes));
-    const size_t size = ZSTD_decompressDCtx(zstd.get(), shuffled.data(), shuffled.size(), data.data(), data.size());
+    const size_t size =
+        ZSTD_decompressDCtx(zstd.get(), shuffled.data(), shuffled.size(), data.data(), data.size());
     if (ZSTD_isError(size)) fail("data: zstd: {}", ZSTD_getErrorName(size));
     if (size != shuffled.size()) fail("data: expected {} decoded bytes, found {}", raw_bytes, size);
     if (element_bytes == 1) {
@@ -128,7 +131,8 @@ std::vector<std::byte> decode_chunk(std::string_view encoding, int64_t raw_bytes
     }
   }
   if (const int64_t found = checksum_of(raw); found != checksum)
-    fail("checksum: expected {:016x}, found {:016x}", static_cast<uint64_t>(checksum), static_cast<uint64_t>(found));
+    fail("checksum: expected {:016x}, found {:016x}", static_cast<uint64_t>(checksum),
+         static_cast<uint64_t>(found));
   return raw;
 }
 

@@ -1,5 +1,5 @@
-// How the blob of a KV_CHUNK row becomes bytes and back: zstd, for records after a byte shuffle (byte b of every
-// element together), with an XXH3 checksum of the decoded bytes. Formats: trace/FORMAT.md.
+// How the blob of a KV_CHUNK row becomes bytes and back: zstd, for records after a byte shuffle (byte b of
+// every element together), with an XXH3 checksum of the decoded bytes. Formats: trace/FORMAT.md.
 #pragma once
 
 #include <cstddef>
@@ -35,7 +35,8 @@ class ChunkEncoder {
   std::string encoding_;
 };
 
-// Throws Error (without file or chunk: the caller knows them) when the data cannot be what was written. Thread-safe.
+// Throws Error (without file or chunk: the caller knows them) when the data cannot be what was written.
+// Thread-safe.
 std::vector<std::byte> decode_chunk(std::string_view encoding, int64_t raw_bytes, int64_t checksum,
                                     std::span<const std::byte> data);
 

@@ -31,7 +31,9 @@ Recorder::Recorder(const std::filesystem::path& file, TraceHeader header, TraceW
   group_logits_.resize(h.geometry.group());
 }
 
-void Recorder::set_sequence(int sequence, uint64_t seed, int budget_slots) { starts_[sequence] = {seed, budget_slots}; }
+void Recorder::set_sequence(int sequence, uint64_t seed, int budget_slots) {
+  starts_[sequence] = {seed, budget_slots};
+}
 
 void Recorder::on_prompt(int sequence, std::span<const int32_t> ids) {
   const Start start = starts_[sequence];
@@ -68,7 +70,8 @@ void Recorder::on_attended(int sequence, int layer, Pos pos, const TokenRows& ro
 
 void Recorder::on_evicted(int sequence, int layer, const EvictionPlan& plan) {
   Timer timer(raw(plan.step) < n_prompt_[sequence] ? spent_prompt_ns_ : spent_in_step_ns_);
-  if (!plan.drops.empty()) evicted_[static_cast<size_t>(sequence) * writer_.header().geometry.n_layers + layer] = 1;
+  if (!plan.drops.empty())
+    evicted_[static_cast<size_t>(sequence) * writer_.header().geometry.n_layers + layer] = 1;
   writer_.evict(sequence, layer, plan);
 }
 

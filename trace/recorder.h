@@ -1,5 +1,5 @@
-// Recorder: the StepObserver that writes a trace. Lives on the decoding thread; does there only what cannot wait
-// (copies, the sketch's partial selection) and measures what it costs.
+// Recorder: the StepObserver that writes a trace. Lives on the decoding thread; does there only what cannot
+// wait (copies, the sketch's partial selection) and measures what it costs.
 #pragma once
 
 #include "core/engine/step_observer.h"
@@ -12,9 +12,11 @@ class Recorder final : public StepObserver {
  public:
   Recorder(const std::filesystem::path& file, TraceHeader header, TraceWriterOptions options = {});
 
-  // Before the sequence's on_prompt: its seed (sampling or task) and its resolved budget. Otherwise 0 and the header's.
+  // Before the sequence's on_prompt: its seed (sampling or task) and its resolved budget. Otherwise 0 and the
+  // header's.
   void set_sequence(int sequence, uint64_t seed, int budget_slots);
-  // Texts, tags, task and answer of a sequence, once known. One that was interrupted before its prompt leaves nothing.
+  // Texts, tags, task and answer of a sequence, once known. One that was interrupted before its prompt leaves
+  // nothing.
   void describe_sequence(const TraceSequence& facts);
   // Marks the file complete or interrupted and stores the measured overhead. Throws Error.
   void finish(bool interrupted);
@@ -37,11 +39,11 @@ class Recorder final : public StepObserver {
     uint64_t seed = 0;
     int budget_slots = 0;
   };
-  std::map<int, Start> starts_;            // by sequence
-  std::vector<int> n_prompt_;              // [sequence]; 0: its prompt did not come yet
-  std::vector<char> evicted_;              // [sequence][layer]: something was evicted before
-  std::vector<int32_t> held_;              // [H]
-  std::vector<SketchRow> sketch_;          // [H]
+  std::map<int, Start> starts_;    // by sequence
+  std::vector<int> n_prompt_;      // [sequence]; 0: its prompt did not come yet
+  std::vector<char> evicted_;      // [sequence][layer]: something was evicted before
+  std::vector<int32_t> held_;      // [H]
+  std::vector<SketchRow> sketch_;  // [H]
   std::vector<std::span<const float>> group_weights_, group_logits_;  // [G]
   Sketcher sketcher_;
   int64_t spent_prompt_ns_ = 0;   // in callbacks of prompt tokens

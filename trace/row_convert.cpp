@@ -22,7 +22,8 @@ size_t f16_from_f32(const float* values, size_t n, uint16_t* out) {
   const hn::Rebind<uint16_t, decltype(df)> du;
   const size_t lanes = hn::Lanes(df);
   size_t i = 0;
-  for (; i + lanes <= n; i += lanes) hn::StoreU(hn::BitCast(du, hn::DemoteTo(dh, hn::LoadU(df, values + i))), du, out + i);
+  for (; i + lanes <= n; i += lanes)
+    hn::StoreU(hn::BitCast(du, hn::DemoteTo(dh, hn::LoadU(df, values + i))), du, out + i);
   return i;
 }
 
@@ -60,7 +61,8 @@ size_t f32_from_f16(const uint16_t* data, size_t n, float* out) {
   const hn::Rebind<uint16_t, decltype(df)> du;
   const size_t lanes = hn::Lanes(df);
   size_t i = 0;
-  for (; i + lanes <= n; i += lanes) hn::StoreU(hn::PromoteTo(df, hn::BitCast(dh, hn::LoadU(du, data + i))), df, out + i);
+  for (; i + lanes <= n; i += lanes)
+    hn::StoreU(hn::PromoteTo(df, hn::BitCast(dh, hn::LoadU(du, data + i))), df, out + i);
   return i;
 }
 
@@ -93,12 +95,14 @@ void store_rows(const float* values, size_t n, DType type, std::byte* out) {
     }
     case DType::bf16: {
       auto* bits = reinterpret_cast<uint16_t*>(out);
-      for (size_t i = HWY_DYNAMIC_DISPATCH(bf16_from_f32)(values, n, bits); i < n; ++i) bits[i] = f32_to_bf16(values[i]);
+      for (size_t i = HWY_DYNAMIC_DISPATCH(bf16_from_f32)(values, n, bits); i < n; ++i)
+        bits[i] = f32_to_bf16(values[i]);
       return;
     }
     case DType::f16: {
       auto* bits = reinterpret_cast<uint16_t*>(out);
-      for (size_t i = HWY_DYNAMIC_DISPATCH(f16_from_f32)(values, n, bits); i < n; ++i) bits[i] = f32_to_f16(values[i]);
+      for (size_t i = HWY_DYNAMIC_DISPATCH(f16_from_f32)(values, n, bits); i < n; ++i)
+        bits[i] = f32_to_f16(values[i]);
       return;
     }
     case DType::f8e4m3: break;
@@ -116,7 +120,8 @@ void load_rows(const std::byte* data, size_t n, DType type, float* out) {
     }
     case DType::f16: {
       const auto* bits = reinterpret_cast<const uint16_t*>(data);
-      for (size_t i = HWY_DYNAMIC_DISPATCH(f32_from_f16)(bits, n, out); i < n; ++i) out[i] = f16_to_f32(bits[i]);
+      for (size_t i = HWY_DYNAMIC_DISPATCH(f32_from_f16)(bits, n, out); i < n; ++i)
+        out[i] = f16_to_f32(bits[i]);
       return;
     }
     case DType::f8e4m3: break;

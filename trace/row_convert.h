@@ -1,5 +1,6 @@
-// fp32 to and from the cache's dtype for rows of q, k, v. The values were rounded to that dtype before, so storing
-// them loses nothing. SIMD, chosen at run time; bit for bit the scalar conversions of core/base/dtype.h.
+// fp32 to and from the cache's dtype for rows of q, k, v. The values were rounded to that dtype before, so
+// storing them loses nothing. SIMD, chosen at run time; bit for bit the scalar conversions of
+// core/base/dtype.h.
 #pragma once
 
 #include <cstddef>

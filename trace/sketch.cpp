@@ -17,8 +17,8 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 // One pass over what attention left: mean[i] = mean over the group, zero from n to the end of the last block;
 // block_max[b] = largest of each `block` slots, a multiple of 8; dots[g] = sum of weights[g] * logits[g].
-void reduce(const std::span<const float>* weights, const std::span<const float>* logits, size_t group, size_t n,
-            size_t block, float* mean, float* block_max, float* dots) {
+void reduce(const std::span<const float>* weights, const std::span<const float>* logits, size_t group,
+            size_t n, size_t block, float* mean, float* block_max, float* dots) {
   const hn::CappedTag<float, 8> d;
   const size_t lanes = hn::Lanes(d);
   const auto scale = hn::Set(d, 1.0f / static_cast<float>(group));
@@ -47,14 +47,16 @@ void reduce(const std::span<const float>* weights, const std::span<const float>*
   }
 }
 
-// A bound that at least `least` and at most `enough` of the values reach, by halving the range of their bits; values
-// are not negative, so they order like these. With equal values more than `enough` may reach it. `values` is padded
-// with zeros to a multiple of 8. No branch depends on the order of the values: sorting would guess wrong at each.
+// A bound that at least `least` and at most `enough` of the values reach, by halving the range of their bits;
+// values are not negative, so they order like these. With equal values more than `enough` may reach it.
+// `values` is padded with zeros to a multiple of 8. No branch depends on the order of the values: sorting
+// would guess wrong at each.
 float bound(const float* values, size_t n, size_t least, size_t enough) {
   const hn::CappedTag<float, 8> d;
   const hn::RebindToSigned<decltype(d)> di;
   const size_t lanes = hn::Lanes(d);
-  uint32_t low = 0, high = 0x3f800001u;  // weights are at most about 1; all reach 0, none the bits behind 1 + epsilon
+  uint32_t low = 0,
+           high = 0x3f800001u;  // weights are at most about 1; all reach 0, none the bits behind 1 + epsilon
   size_t at_low = n;
   while (at_low > enough && high - low > 1) {
     const uint32_t middle = low + (high - low) / 2;
@@ -85,15 +87,17 @@ HWY_EXPORT(bound);
 
 // -sum p log p without a logarithm per slot: log p = logit - lse, and one slot tells lse.
 float head_entropy(std::span<const float> weights, std::span<const float> logits, float dot, size_t slot) {
-  if (!(weights[slot] > 1e-30f)) slot = static_cast<size_t>(std::max_element(weights.begin(), weights.end()) - weights.begin());
+  if (!(weights[slot] > 1e-30f))
+    slot = static_cast<size_t>(std::max_element(weights.begin(), weights.end()) - weights.begin());
   const float lse = logits[slot] - std::log(weights[slot]);
   return std::max(0.0f, lse - dot);
 }
 
 }  // namespace
 
-void Sketcher::sketch(std::span<const std::span<const float>> weights, std::span<const std::span<const float>> logits,
-                      std::span<const Pos> positions, SketchRow& out) {
+void Sketcher::sketch(std::span<const std::span<const float>> weights,
+                      std::span<const std::span<const float>> logits, std::span<const Pos> positions,
+                      SketchRow& out) {
   const size_t n = positions.size(), group = weights.size();
   out.pos.fill(-1);
   out.weight.fill(0.0f);
@@ -109,11 +113,14 @@ void Sketcher::sketch(std::span<const std::span<const float>> weights, std::span
   }
   block_max_.assign(n_blocks + 8, 0.0f);
   dots_.resize(group);
-  HWY_DYNAMIC_DISPATCH(reduce)(weights.data(), logits.data(), group, n, block, mean_.data(), block_max_.data(), dots_.data());
+  HWY_DYNAMIC_DISPATCH(reduce)
+  (weights.data(), logits.data(), group, n, block, mean_.data(), block_max_.data(), dots_.data());
 
-  // At least kSketchTop weights reach a bound that as many blocks reach, so nothing below it is among the top.
+  // At least kSketchTop weights reach a bound that as many blocks reach, so nothing below it is among the
+  // top.
   float floor = 0;
-  if (n_blocks > kSketchTop) floor = HWY_DYNAMIC_DISPATCH(bound)(block_max_.data(), n_blocks, kSketchTop, kSketchTop + 4);
+  if (n_blocks > kSketchTop)
+    floor = HWY_DYNAMIC_DISPATCH(bound)(block_max_.data(), n_blocks, kSketchTop, kSketchTop + 4);
   size_t found = 0;
   for (size_t b = 0; b < n_blocks; ++b) {
     if (block_max_[b] < floor) continue;

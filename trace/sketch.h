@@ -1,5 +1,6 @@
-// The sketch of one attention row: its largest weights and its entropy. Runs on the decoding thread at the sketch
-// tier, so it sorts nothing (the reader does) and looks only at what can be among the largest. SIMD, chosen at run time.
+// The sketch of one attention row: its largest weights and its entropy. Runs on the decoding thread at the
+// sketch tier, so it sorts nothing (the reader does) and looks only at what can be among the largest. SIMD,
+// chosen at run time.
 #pragma once
 
 #include <span>
@@ -12,8 +13,8 @@ namespace kvlapse {
 
 class Sketcher {
  public:
-  // `weights`, `logits`: one span [n] per query head of the group, weights = softmax(logits) over the n held slots;
-  // `positions` [n]. Fills all of `out` but recall; the weights in no order.
+  // `weights`, `logits`: one span [n] per query head of the group, weights = softmax(logits) over the n held
+  // slots; `positions` [n]. Fills all of `out` but recall; the weights in no order.
   void sketch(std::span<const std::span<const float>> weights, std::span<const std::span<const float>> logits,
               std::span<const Pos> positions, SketchRow& out);
 

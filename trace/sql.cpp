@@ -25,7 +25,8 @@ SqlQuery::SqlQuery(const std::filesystem::path& file, std::string_view sql)
 
   sqlite3_stmt* parsed = nullptr;
   const char* tail = nullptr;
-  const int code = sqlite3_prepare_v2(database.handle(), sql.data(), static_cast<int>(sql.size()), &parsed, &tail);
+  const int code =
+      sqlite3_prepare_v2(database.handle(), sql.data(), static_cast<int>(sql.size()), &parsed, &tail);
   const std::string message = code == SQLITE_OK ? "" : sqlite3_errmsg(database.handle());
   sqlite3_finalize(parsed);
   if (code == SQLITE_NOTADB || code == SQLITE_CORRUPT) fail("{}: {}", database.file(), message);
@@ -36,12 +37,16 @@ SqlQuery::SqlQuery(const std::filesystem::path& file, std::string_view sql)
     fail_usage("sql: expected one statement, found more behind it: '{}'", rest.substr(0, 40));
 
   impl_->statement = std::make_unique<Statement>(database, sql);
-  if (!impl_->statement->read_only()) fail_usage("sql: expected a statement that reads, found one that writes");
-  for (int c = 0; c < impl_->statement->columns(); ++c) impl_->columns.emplace_back(impl_->statement->name(c));
+  if (!impl_->statement->read_only())
+    fail_usage("sql: expected a statement that reads, found one that writes");
+  for (int c = 0; c < impl_->statement->columns(); ++c)
+    impl_->columns.emplace_back(impl_->statement->name(c));
 }
 SqlQuery::~SqlQuery() = default;
 
-const std::vector<std::string>& SqlQuery::columns() const { return impl_->columns; }
+const std::vector<std::string>& SqlQuery::columns() const {
+  return impl_->columns;
+}
 
 bool SqlQuery::next(std::vector<SqlValue>& row) {
   Statement& statement = *impl_->statement;

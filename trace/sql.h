@@ -1,5 +1,5 @@
-// Read-only SQL over a trace or a results file, with the chunked data of a trace as virtual tables (kv_eviction,
-// kv_occupancy, kv_sketch, kv_token, kv_value: trace/FORMAT.md). One thread at a time.
+// Read-only SQL over a trace or a results file, with the chunked data of a trace as virtual tables
+// (kv_eviction, kv_occupancy, kv_sketch, kv_token, kv_value: trace/FORMAT.md). One thread at a time.
 #pragma once
 
 #include <filesystem>
@@ -16,7 +16,8 @@ using SqlValue = std::variant<std::monostate, int64_t, double, std::string, std:
 
 class SqlQuery {
  public:
-  // Any SQLite file. Throws Error for another file, UsageError for wrong SQL and for a statement that would write.
+  // Any SQLite file. Throws Error for another file, UsageError for wrong SQL and for a statement that would
+  // write.
   SqlQuery(const std::filesystem::path& file, std::string_view sql);
   ~SqlQuery();
   SqlQuery(const SqlQuery&) = delete;

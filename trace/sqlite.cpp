@@ -23,8 +23,9 @@ struct Database::Connection {
     int error = 0;
     sqlite3_file_control(handle, "main", SQLITE_FCNTL_LAST_ERRNO, &error);
     sqlite3_file* journal = nullptr;  // or the WAL
-    if (error == 0 && sqlite3_file_control(handle, "main", SQLITE_FCNTL_JOURNAL_POINTER, &journal) == SQLITE_OK && journal &&
-        journal->pMethods)
+    if (error == 0 &&
+        sqlite3_file_control(handle, "main", SQLITE_FCNTL_JOURNAL_POINTER, &journal) == SQLITE_OK &&
+        journal && journal->pMethods)
       journal->pMethods->xFileControl(journal, SQLITE_FCNTL_LAST_ERRNO, &error);
     return error;
   }
@@ -35,10 +36,13 @@ struct Database::Connection {
     const int system = io ? system_error() : 0;
     if ((code & 0xff) == SQLITE_FULL || (io && (system == ENOSPC || system == EFBIG || system == EDQUOT)))
       fail("{}: {}: the disk is full, or the file reached its size limit", file, doing);
-    if ((code & 0xff) == SQLITE_NOTADB) fail("{}: {}: expected an SQLite file, found something else", file, doing);
-    if ((code & 0xff) == SQLITE_CORRUPT) fail("{}: {}: the file is damaged: {}", file, doing, sqlite3_errmsg(handle));
+    if ((code & 0xff) == SQLITE_NOTADB)
+      fail("{}: {}: expected an SQLite file, found something else", file, doing);
+    if ((code & 0xff) == SQLITE_CORRUPT)
+      fail("{}: {}: the file is damaged: {}", file, doing, sqlite3_errmsg(handle));
     if (io && system != 0)
-      fail("{}: {}: {}: {} (SQLite code {})", file, doing, sqlite3_errmsg(handle), std::generic_category().message(system), code);
+      fail("{}: {}: {}: {} (SQLite code {})", file, doing, sqlite3_errmsg(handle),
+           std::generic_category().message(system), code);
     fail("{}: {}: {} (SQLite code {})", file, doing, sqlite3_errmsg(handle), code);
   }
 };
@@ -83,8 +87,8 @@ void sync_path(const fs::path& path, int flags) {
 Database Database::open(const fs::path& file, int flags, const std::string& uri) {
   auto connection = std::make_shared<Connection>();
   connection->file = file.string();
-  if (sqlite3_open_v2(uri.c_str(), &connection->handle, flags | SQLITE_OPEN_URI | SQLITE_OPEN_NOMUTEX, nullptr) !=
-      SQLITE_OK)
+  if (sqlite3_open_v2(uri.c_str(), &connection->handle, flags | SQLITE_OPEN_URI | SQLITE_OPEN_NOMUTEX,
+                      nullptr) != SQLITE_OK)
     connection->raise("cannot open");
   sqlite3_extended_result_codes(connection->handle, 1);
   sqlite3_busy_timeout(connection->handle, kBusyTimeout_ms);
@@ -93,15 +97,15 @@ Database Database::open(const fs::path& file, int flags, const std::string& uri)
 
 Database Database::open_for_reading(const fs::path& file) {
   require_file(file);
-  // A connection that may write, told not to: only such a one removes the side files of a trace whose writer was
-  // killed or finished first. Without that right, read-only; on read-only media WAL needs `immutable`.
+  // A connection that may write, told not to: only such a one removes the side files of a trace whose writer
+  // was killed or finished first. Without that right, read-only; on read-only media WAL needs `immutable`.
   if (::access(file.c_str(), R_OK) != 0) fail("{}: cannot open: permission denied", file.string());
   fs::path folder = fs::absolute(file).parent_path();
   const bool writable = ::access(file.c_str(), W_OK) == 0 && ::access(folder.c_str(), W_OK) == 0;
   Database database = writable ? open(file, SQLITE_OPEN_READWRITE, uri_of(file, ""))
-                     : fs::exists(file.string() + "-wal")
-                         ? open(file, SQLITE_OPEN_READONLY, uri_of(file, ""))
-                         : open(file, SQLITE_OPEN_READONLY, uri_of(file, "?immutable=1"));
+                      : fs::exists(file.string() + "-wal")
+                          ? open(file, SQLITE_OPEN_READONLY, uri_of(file, ""))
+                          : open(file, SQLITE_OPEN_READONLY, uri_of(file, "?immutable=1"));
   database.execute("PRAGMA query_only = 1; PRAGMA trusted_schema = 0; PRAGMA cell_size_check = 1");
   return database;
 }
@@ -111,12 +115,19 @@ Database Database::open_for_writing(const fs::path& file) {
   return open(file, SQLITE_OPEN_READWRITE, uri_of(file, ""));
 }
 
-const std::string& Database::file() const { return connection_->file; }
-sqlite3* Database::handle() const { return connection_->handle; }
-Statement Database::prepare(std::string_view sql) { return Statement(*this, sql); }
+const std::string& Database::file() const {
+  return connection_->file;
+}
+sqlite3* Database::handle() const {
+  return connection_->handle;
+}
+Statement Database::prepare(std::string_view sql) {
+  return Statement(*this, sql);
+}
 
 void Database::execute(const std::string& sql) {
-  if (sqlite3_exec(handle(), sql.c_str(), nullptr, nullptr, nullptr) != SQLITE_OK) connection_->raise("cannot run SQL");
+  if (sqlite3_exec(handle(), sql.c_str(), nullptr, nullptr, nullptr) != SQLITE_OK)
+    connection_->raise("cannot run SQL");
 }
 
 int64_t Database::query_integer(std::string_view sql) {
@@ -124,15 +135,21 @@ int64_t Database::query_integer(std::string_view sql) {
   return statement.step() ? statement.integer(0) : 0;
 }
 
-int Database::application_id() { return static_cast<int>(query_integer("PRAGMA application_id")); }
-int Database::user_version() { return static_cast<int>(query_integer("PRAGMA user_version")); }
+int Database::application_id() {
+  return static_cast<int>(query_integer("PRAGMA application_id"));
+}
+int Database::user_version() {
+  return static_cast<int>(query_integer("PRAGMA user_version"));
+}
 
 Statement::Statement(Database& database, std::string_view sql) : connection_(database.connection_) {
-  if (sqlite3_prepare_v3(connection_->handle, sql.data(), static_cast<int>(sql.size()), SQLITE_PREPARE_PERSISTENT,
-                         &statement_, nullptr) != SQLITE_OK)
+  if (sqlite3_prepare_v3(connection_->handle, sql.data(), static_cast<int>(sql.size()),
+                         SQLITE_PREPARE_PERSISTENT, &statement_, nullptr) != SQLITE_OK)
     connection_->raise("cannot prepare SQL");
 }
-Statement::~Statement() { sqlite3_finalize(statement_); }
+Statement::~Statement() {
+  sqlite3_finalize(statement_);
+}
 Statement::Statement(Statement&& other) noexcept
     : connection_(std::move(other.connection_)), statement_(std::exchange(other.statement_, nullptr)) {}
 Statement& Statement::operator=(Statement&& other) noexcept {
@@ -181,19 +198,30 @@ bool Statement::step() {
     }
   }
 }
-void Statement::reset() { sqlite3_reset(statement_); }
+void Statement::reset() {
+  sqlite3_reset(statement_);
+}
 
-int Statement::columns() const { return sqlite3_column_count(statement_); }
+int Statement::columns() const {
+  return sqlite3_column_count(statement_);
+}
 std::string_view Statement::name(int column) const {
   const char* name = sqlite3_column_name(statement_, column);
   return name ? name : "";
 }
-bool Statement::is_null(int column) const { return type(column) == Type::null; }
-int64_t Statement::integer(int column) const { return sqlite3_column_int64(statement_, column); }
-double Statement::real(int column) const { return sqlite3_column_double(statement_, column); }
+bool Statement::is_null(int column) const {
+  return type(column) == Type::null;
+}
+int64_t Statement::integer(int column) const {
+  return sqlite3_column_int64(statement_, column);
+}
+double Statement::real(int column) const {
+  return sqlite3_column_double(statement_, column);
+}
 std::string_view Statement::text(int column) const {
   const auto* data = reinterpret_cast<const char*>(sqlite3_column_text(statement_, column));
-  return data ? std::string_view(data, static_cast<size_t>(sqlite3_column_bytes(statement_, column))) : std::string_view();
+  return data ? std::string_view(data, static_cast<size_t>(sqlite3_column_bytes(statement_, column)))
+              : std::string_view();
 }
 std::span<const std::byte> Statement::blob(int column) const {
   const auto* data = static_cast<const std::byte*>(sqlite3_column_blob(statement_, column));
@@ -208,9 +236,13 @@ Statement::Type Statement::type(int column) const {
     default: return Type::null;
   }
 }
-bool Statement::read_only() const { return sqlite3_stmt_readonly(statement_) != 0; }
+bool Statement::read_only() const {
+  return sqlite3_stmt_readonly(statement_) != 0;
+}
 
-Transaction::Transaction(Database& database) : database_(database) { database_.execute("BEGIN IMMEDIATE"); }
+Transaction::Transaction(Database& database) : database_(database) {
+  database_.execute("BEGIN IMMEDIATE");
+}
 Transaction::~Transaction() {
   // After a failure SQLite may have rolled back by itself.
   if (open_ && sqlite3_get_autocommit(database_.handle()) == 0)
@@ -221,11 +253,14 @@ void Transaction::commit() {
   open_ = false;
 }
 
-void create_file(const fs::path& file, const FileKind& kind, bool force, const std::function<void(Database&)>& fill) {
+void create_file(const fs::path& file, const FileKind& kind, bool force,
+                 const std::function<void(Database&)>& fill) {
   std::error_code error;
-  if (!force && fs::exists(file, error)) fail("{}: exists; expected a new file, or --force to replace it", file.string());
+  if (!force && fs::exists(file, error))
+    fail("{}: exists; expected a new file, or --force to replace it", file.string());
   fs::path folder = fs::absolute(file).parent_path();
-  if (!fs::is_directory(folder, error)) fail("{}: cannot create: no folder {}", file.string(), folder.string());
+  if (!fs::is_directory(folder, error))
+    fail("{}: cannot create: no folder {}", file.string(), folder.string());
   fs::path temporary = file;
   temporary += fmt::format(".new-{}", ::getpid());
   fs::remove(temporary, error);
@@ -240,7 +275,8 @@ void create_file(const fs::path& file, const FileKind& kind, bool force, const s
       database.execute("PRAGMA page_size = 16384; PRAGMA journal_mode = MEMORY; PRAGMA synchronous = FULL");
       Transaction transaction(database);
       for (const Migration& migration : kind.schema) database.execute(std::string(migration.sql));
-      database.execute(fmt::format("PRAGMA application_id = {}; PRAGMA user_version = {}", kind.application_id, kind.version()));
+      database.execute(fmt::format("PRAGMA application_id = {}; PRAGMA user_version = {}",
+                                   kind.application_id, kind.version()));
       fill(database);
       transaction.commit();
     }
@@ -280,12 +316,14 @@ Database open_file_for_reading(const fs::path& file, const FileKind& kind) {
 Database open_file_for_appending(const fs::path& file, const FileKind& kind) {
   Database database = Database::open_for_writing(file);
   check_kind(database, kind);
-  database.execute("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 1024");
+  database.execute(
+      "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 1024");
   return database;
 }
 
 bool fold_wal(Database& database) {
-  // With a reader present both need locks that they will not get; WAL mode then stays, which is as good a file.
+  // With a reader present both need locks that they will not get; WAL mode then stays, which is as good a
+  // file.
   sqlite3_busy_timeout(database.handle(), 200);
   sqlite3_wal_checkpoint_v2(database.handle(), nullptr, SQLITE_CHECKPOINT_TRUNCATE, nullptr, nullptr);
   Statement statement(database, "PRAGMA journal_mode = DELETE");
@@ -312,7 +350,9 @@ ContentHash& ContentHash::add(std::span<const std::byte> bytes) {
   XXH3_128bits_update(state_->xxh, bytes.data(), bytes.size());
   return *this;
 }
-ContentHash& ContentHash::add(std::string_view text) { return add(std::as_bytes(std::span(text))); }
+ContentHash& ContentHash::add(std::string_view text) {
+  return add(std::as_bytes(std::span(text)));
+}
 ContentHash& ContentHash::add(int64_t value) {
   XXH3_128bits_update(state_->xxh, &value, sizeof value);
   return *this;

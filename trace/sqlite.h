@@ -1,7 +1,7 @@
-// A small RAII layer over SQLite and the life of the files that kvlapse writes with it (traces, results): made under
-// a temporary name, renamed when schema and header are committed, written in WAL, left as one file. The only other
-// user of sqlite3.h is trace/*.cpp. A connection and its statements belong to one thread at a time. Every failure is
-// an Error that names the file.
+// A small RAII layer over SQLite and the life of the files that kvlapse writes with it (traces, results):
+// made under a temporary name, renamed when schema and header are committed, written in WAL, left as one
+// file. The only other user of sqlite3.h is trace/*.cpp. A connection and its statements belong to one thread
+// at a time. Every failure is an Error that names the file.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,8 @@ struct sqlite3_stmt;
 
 namespace kvlapse {
 
-// One numbered step of a schema; entry i brings a file from user_version i to i + 1. Never edited after landing.
-// Made from <layer>/schema/000N_*.sql by kvlapse_embed_schema of cmake/embed_schema.cmake.
+// One numbered step of a schema; entry i brings a file from user_version i to i + 1. Never edited after
+// landing. Made from <layer>/schema/000N_*.sql by kvlapse_embed_schema of cmake/embed_schema.cmake.
 struct Migration {
   std::string_view name;
   std::string_view sql;
@@ -27,8 +27,8 @@ struct Migration {
 
 // What tells one of our file formats from another.
 struct FileKind {
-  std::string_view name;         // in messages: "a kvlapse trace"
-  int32_t application_id = 0;    // PRAGMA application_id
+  std::string_view name;       // in messages: "a kvlapse trace"
+  int32_t application_id = 0;  // PRAGMA application_id
   std::span<const Migration> schema;
   int version() const { return static_cast<int>(schema.size()); }  // PRAGMA user_version
 };
@@ -40,14 +40,15 @@ class Statement;
 
 class Database {
  public:
-  // The file must exist. Never writes to it, SQLite's own WAL recovery aside; also opens files on read-only media.
+  // The file must exist. Never writes to it, SQLite's own WAL recovery aside; also opens files on read-only
+  // media.
   static Database open_for_reading(const std::filesystem::path& file);
   // The file must exist.
   static Database open_for_writing(const std::filesystem::path& file);
 
   const std::string& file() const;
   Statement prepare(std::string_view sql);
-  void execute(const std::string& sql);  // any number of statements, results dropped
+  void execute(const std::string& sql);         // any number of statements, results dropped
   int64_t query_integer(std::string_view sql);  // first column of the first row, 0 without a row
   int application_id();
   int user_version();
@@ -121,17 +122,18 @@ class Transaction {
   bool open_ = true;
 };
 
-// Makes `file` with kind's schema and what `fill` writes, in one transaction, under a temporary name in the same
-// folder, then renames it: a file of that name is always whole. Refuses an existing file unless `force`. Equal calls
-// of `fill` give equal bytes.
+// Makes `file` with kind's schema and what `fill` writes, in one transaction, under a temporary name in the
+// same folder, then renames it: a file of that name is always whole. Refuses an existing file unless `force`.
+// Equal calls of `fill` give equal bytes.
 void create_file(const std::filesystem::path& file, const FileKind& kind, bool force,
                  const std::function<void(Database&)>& fill);
 // Opens a file of this kind and checks that it is one: SQLite, application id, a version that we know.
 Database open_file_for_reading(const std::filesystem::path& file, const FileKind& kind);
-// The same, to append in WAL (synchronous=NORMAL: a crash of the machine can lose the last commits, never the file).
+// The same, to append in WAL (synchronous=NORMAL: a crash of the machine can lose the last commits, never the
+// file).
 Database open_file_for_appending(const std::filesystem::path& file, const FileKind& kind);
-// Folds the WAL into the file and leaves no side files. Returns false when a reader still holds the file: the last
-// connection that closes removes them.
+// Folds the WAL into the file and leaves no side files. Returns false when a reader still holds the file: the
+// last connection that closes removes them.
 bool fold_wal(Database& database);
 
 // Hash over an ordered list of facts (XXH3, 128 bits), as traces and results use it for identity.

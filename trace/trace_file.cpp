@@ -16,8 +16,8 @@ constexpr int32_t kApplicationId = 0x4b564c54;  // "KVLT"
 // Bounds that no real model nears; a damaged header must not become an allocation.
 struct IntField {
   const char* key;
-  int TraceHeader::* top = nullptr;
-  int CacheGeometry::* shape = nullptr;
+  int TraceHeader::*top = nullptr;
+  int CacheGeometry::*shape = nullptr;
   int min = 0, max = 0;
 };
 constexpr IntField kIntFields[] = {
@@ -36,10 +36,10 @@ int& field_of(TraceHeader& header, const IntField& field) {
 }
 
 constexpr std::string_view kReservedKeys[] = {
-    "format",     "kvlapse_version", "kv_dtype",    "tier",        "budget_text",     "rope_theta",   "rope_convention",
-    "gqa_map",    "chunk_steps",     "sketch_top",  "complete",    "interrupted",     "content_hash", "n_layers",
-    "n_q_heads",  "n_kv_heads",      "head_dim",    "n_slots",     "layer_begin",     "layer_end",    "budget_slots",
-    "n_sequences"};
+    "format",          "kvlapse_version", "kv_dtype",     "tier",       "budget_text", "rope_theta",
+    "rope_convention", "gqa_map",         "chunk_steps",  "sketch_top", "complete",    "interrupted",
+    "content_hash",    "n_layers",        "n_q_heads",    "n_kv_heads", "head_dim",    "n_slots",
+    "layer_begin",     "layer_end",       "budget_slots", "n_sequences"};
 
 std::string need(const MetaMap& meta, const std::string& file, const std::string& key) {
   auto found = meta.find(key);
@@ -61,29 +61,35 @@ void check_shape(const TraceHeader& header, const std::string& file) {
   if (g.n_q_heads % g.n_kv_heads != 0)
     fail("{}: n_q_heads: expected a multiple of n_kv_heads = {}, found {}", file, g.n_kv_heads, g.n_q_heads);
   if (header.layer_begin > header.layer_end || header.layer_end > g.n_layers)
-    fail("{}: layers: expected a range within 0:{}, found {}:{}", file, g.n_layers, header.layer_begin, header.layer_end);
-  if (!header.policy.layer_budgets.empty() && static_cast<int>(header.policy.layer_budgets.size()) != g.n_layers)
+    fail("{}: layers: expected a range within 0:{}, found {}:{}", file, g.n_layers, header.layer_begin,
+         header.layer_end);
+  if (!header.policy.layer_budgets.empty() &&
+      static_cast<int>(header.policy.layer_budgets.size()) != g.n_layers)
     fail("{}: KV_LAYER: expected {} budgets, found {}", file, g.n_layers, header.policy.layer_budgets.size());
 }
 
-// KV_POLICY holds the rule by name so that it can be queried; enumerations are stored as their number with the
-// meaning in the summary.
+// KV_POLICY holds the rule by name so that it can be queried; enumerations are stored as their number with
+// the meaning in the summary.
 struct RuleField {
   std::string_view name, summary;
   double (*get)(const EvictionRule&);
   void (*set)(EvictionRule&, double);
 };
-#define KVLAPSE_RULE_FIELD(member, type, text)                               \
-  {                                                                          \
-    #member, text, [](const EvictionRule& r) { return static_cast<double>(r.member); }, \
-        [](EvictionRule& r, double v) { r.member = static_cast<type>(v); }   \
+#define KVLAPSE_RULE_FIELD(member, type, text)                                                              \
+  {                                                                                                         \
+#member, text,                                                                                          \
+        [](const EvictionRule&                                                                              \
+               r) { return static_cast<double>(r.member); },                                                \
+                                                          [](EvictionRule & r,                              \
+                                                             double v) { r.member = static_cast<type>(v); } \
   }
 constexpr RuleField kRuleFields[] = {
     KVLAPSE_RULE_FIELD(cadence, int, "evicts after token t when (t + 1) % cadence == 0"),
     KVLAPSE_RULE_FIELD(headroom, int, "slots left free by an eviction"),
     KVLAPSE_RULE_FIELD(granularity, Granularity, "0: victims shared by the layer, 1: per kv head"),
     KVLAPSE_RULE_FIELD(gqa, GqaRule, "how query heads become one kv head: 0 mean, 1 max, 2 sum"),
-    KVLAPSE_RULE_FIELD(reclaim, Reclaim, "0: next token overwrites the victim, 1: compact, 2: compact in score order"),
+    KVLAPSE_RULE_FIELD(reclaim, Reclaim,
+                       "0: next token overwrites the victim, 1: compact, 2: compact in score order"),
     KVLAPSE_RULE_FIELD(cast, ScoreCast, "precision of comparison: 0 fp32, 1 fp16, 2 bf16"),
     KVLAPSE_RULE_FIELD(ties, TieOrder, "first to go among equals: 0 lowest slot, 1 highest slot"),
     KVLAPSE_RULE_FIELD(pin_prompt, bool, "1: prompt tokens are never evicted"),
@@ -96,7 +102,7 @@ constexpr RuleField kRuleFields[] = {
 
 struct TextField {
   std::string_view name, summary;
-  std::string TracePolicy::* member;
+  std::string TracePolicy::*member;
 };
 constexpr TextField kTextFields[] = {
     {"spec", "canonical spec: equal text means equal behaviour for one version", &TracePolicy::spec},
@@ -112,13 +118,15 @@ void store_policy(Database& database, const TraceHeader& header) {
   const TracePolicy& policy = header.policy;
   Statement insert(database, "INSERT INTO KV_POLICY(name, kind, value, summary) VALUES(?, ?, ?, ?)");
   using View = std::string_view;
-  for (const TextField& field : kTextFields) insert.run(field.name, View("identity"), View(policy.*field.member), field.summary);
+  for (const TextField& field : kTextFields)
+    insert.run(field.name, View("identity"), View(policy.*field.member), field.summary);
   insert.run(View("version"), View("identity"), policy.version, View("raised when victims change"));
   insert.run(View("evicts"), View("identity"), policy.evicts ? 1 : 0, View("0: keeps everything"));
   for (size_t i = 0; i < policy.score_parts.size(); ++i)
     insert.run(View(fmt::format("score_part{}", i)), View("identity"), View(policy.score_parts[i]),
                View("name of that part of an eviction's score"));
-  for (const RuleField& field : kRuleFields) insert.run(field.name, View("rule"), field.get(policy.rule), field.summary);
+  for (const RuleField& field : kRuleFields)
+    insert.run(field.name, View("rule"), field.get(policy.rule), field.summary);
   for (const auto& [name, value] : policy.parameters)
     insert.run(View("parameter." + name), View("parameter"), value, View("resolved"));
 
@@ -150,7 +158,8 @@ TracePolicy load_policy(Database& database, int n_layers) {
     for (const RuleField& field : kRuleFields) {
       if (field.name != name) continue;
       const double value = select.real(2);
-      if (!(value >= -1e9 && value <= 1e9)) fail("{}: KV_POLICY: {}: expected a number, found {}", database.file(), name, value);
+      if (!(value >= -1e9 && value <= 1e9))
+        fail("{}: KV_POLICY: {}: expected a number, found {}", database.file(), name, value);
       field.set(policy.rule, value);
     }
     if (name == "version") policy.version = static_cast<int>(select.integer(2));
@@ -159,18 +168,22 @@ TracePolicy load_policy(Database& database, int n_layers) {
   }
   for (auto& [name, value] : parts) policy.score_parts.push_back(value);
   if (policy.score_parts.size() > 2)
-    fail("{}: KV_POLICY: expected at most 2 score parts, found {}", database.file(), policy.score_parts.size());
-  if (policy.rule.cadence < 1) fail("{}: KV_POLICY: cadence: expected at least 1, found {}", database.file(), policy.rule.cadence);
+    fail("{}: KV_POLICY: expected at most 2 score parts, found {}", database.file(),
+         policy.score_parts.size());
+  if (policy.rule.cadence < 1)
+    fail("{}: KV_POLICY: cadence: expected at least 1, found {}", database.file(), policy.rule.cadence);
 
   Statement layers(database, "SELECT layer, budget_slots FROM KV_LAYER ORDER BY layer");
   int expected = 0;
   while (layers.step()) {
     if (layers.integer(0) != expected || expected >= n_layers)
-      fail("{}: KV_LAYER: expected layer {} of {}, found {}", database.file(), expected, n_layers, layers.integer(0));
+      fail("{}: KV_LAYER: expected layer {} of {}, found {}", database.file(), expected, n_layers,
+           layers.integer(0));
     ++expected;
     if (!layers.is_null(1)) policy.layer_budgets.push_back(static_cast<int>(layers.integer(1)));
   }
-  if (expected != n_layers) fail("{}: KV_LAYER: expected {} rows, found {}", database.file(), n_layers, expected);
+  if (expected != n_layers)
+    fail("{}: KV_LAYER: expected {} rows, found {}", database.file(), n_layers, expected);
   return policy;
 }
 
@@ -206,9 +219,11 @@ TracePolicy describe_policy(const Policy& policy, int budget_slots, int n_layers
   out.evicts = info.evicts;
   out.rule = info.rule;
   out.score_parts.assign(info.score_parts.begin(), info.score_parts.end());
-  for (const ParameterInfo& parameter : info.parameters) out.parameters.emplace_back(parameter.name, parameter.value);
+  for (const ParameterInfo& parameter : info.parameters)
+    out.parameters.emplace_back(parameter.name, parameter.value);
   if (info.evicts)
-    for (int l = 0; l < n_layers; ++l) out.layer_budgets.push_back(policy.layer_budget(l, n_layers, budget_slots));
+    for (int l = 0; l < n_layers; ++l)
+      out.layer_budgets.push_back(policy.layer_budget(l, n_layers, budget_slots));
   return out;
 }
 
@@ -221,7 +236,8 @@ void store_header(Database& database, const TraceHeader& header) {
   check_shape(header, database.file());
   MetaMap meta = header.meta;
   for (std::string_view key : kReservedKeys)
-    if (meta.count(std::string(key))) fail("{}: meta: the key '{}' belongs to the format", database.file(), key);
+    if (meta.count(std::string(key)))
+      fail("{}: meta: the key '{}' belongs to the format", database.file(), key);
   for (const IntField& field : kIntFields) meta[field.key] = std::to_string(field_of(copy, field));
   meta["format"] = "kvlapse trace";
   meta["kvlapse_version"] = KVLAPSE_VERSION;

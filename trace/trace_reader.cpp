@@ -32,7 +32,8 @@ struct CacheKey {
 struct CacheKeyHash {
   size_t operator()(const CacheKey& key) const {
     size_t hash = std::hash<std::string_view>()(key.kind);
-    for (int word : {key.sequence, key.layer, key.begin}) hash = hash * 1'000'003u + static_cast<size_t>(word);
+    for (int word : {key.sequence, key.layer, key.begin})
+      hash = hash * 1'000'003u + static_cast<size_t>(word);
     return hash;
   }
 };
@@ -79,7 +80,9 @@ class ChunkCache {
   size_t bytes_ = 0;
 };
 
-std::string optional_text(const Statement& statement, int column) { return std::string(statement.text(column)); }
+std::string optional_text(const Statement& statement, int column) {
+  return std::string(statement.text(column));
+}
 
 constexpr int kMostSteps = 1 << 28;
 
@@ -112,13 +115,16 @@ struct TraceReader::Impl {
                      "SELECT id, step_begin, step_end, encoding, raw_bytes, checksum, data FROM KV_CHUNK"
                      " WHERE kind = ? AND sequence = ? AND layer = ? AND step_begin BETWEEN ? AND ?"
                      " ORDER BY step_begin DESC LIMIT 1"),
-        select_sequences(database,
-                         "SELECT sequence, seed, n_prompt, n_steps, budget_slots, think_begin, think_end, task, prompt,"
-                         " text, answer, answer_right, end_reason FROM KV_SEQUENCE ORDER BY sequence"),
-        select_steps(database,
-                     "SELECT step, token, next_token, logprob, margin, held_tokens, evicted_tokens, start_ns, total_ns,"
-                     " embed_ns, attention_ns, matmul_ns, evict_ns, head_ns, sample_ns, observe_ns, queue_wait_ns"
-                     " FROM KV_STEP WHERE sequence = ? AND step >= ? AND step < ? ORDER BY step") {
+        select_sequences(
+            database,
+            "SELECT sequence, seed, n_prompt, n_steps, budget_slots, think_begin, think_end, task, prompt,"
+            " text, answer, answer_right, end_reason FROM KV_SEQUENCE ORDER BY sequence"),
+        select_steps(
+            database,
+            "SELECT step, token, next_token, logprob, margin, held_tokens, evicted_tokens, start_ns, "
+            "total_ns,"
+            " embed_ns, attention_ns, matmul_ns, evict_ns, head_ns, sample_ns, observe_ns, queue_wait_ns"
+            " FROM KV_STEP WHERE sequence = ? AND step >= ? AND step < ? ORDER BY step") {
     load_state();
   }
 
@@ -147,10 +153,12 @@ struct TraceReader::Impl {
         facts.seed = static_cast<uint64_t>(s.integer(1));
         const int64_t n_prompt = s.integer(2), n_steps = s.integer(3);
         if (s.integer(0) != static_cast<int64_t>(now.size()) || facts.sequence >= header.n_sequences)
-          fail("{}: KV_SEQUENCE: expected sequence {} of {}, found {}", file.string(), now.size(), header.n_sequences, s.integer(0));
+          fail("{}: KV_SEQUENCE: expected sequence {} of {}, found {}", file.string(), now.size(),
+               header.n_sequences, s.integer(0));
         if (n_prompt < 1 || n_prompt > kMostSteps || n_steps < 0 || n_steps > kMostSteps)
-          fail("{}: KV_SEQUENCE {}: expected 1 to {} prompt tokens and as many steps at most, found {} and {}", file.string(),
-               facts.sequence, kMostSteps, n_prompt, n_steps);
+          fail(
+              "{}: KV_SEQUENCE {}: expected 1 to {} prompt tokens and as many steps at most, found {} and {}",
+              file.string(), facts.sequence, kMostSteps, n_prompt, n_steps);
         facts.n_prompt = static_cast<int>(n_prompt);
         facts.n_steps = static_cast<int>(n_steps);
         facts.budget_slots = static_cast<int>(s.integer(4));
@@ -168,9 +176,11 @@ struct TraceReader::Impl {
     }
     std::unique_lock lock(state_mutex);
     auto same = [](const TraceSequence& a, const TraceSequence& b) {
-      return a.n_steps == b.n_steps && a.end_reason == b.end_reason && a.text == b.text && a.answer == b.answer;
+      return a.n_steps == b.n_steps && a.end_reason == b.end_reason && a.text == b.text &&
+             a.answer == b.answer;
     };
-    const bool changed = meta_now != meta || !std::equal(now.begin(), now.end(), sequences.begin(), sequences.end(), same);
+    const bool changed =
+        meta_now != meta || !std::equal(now.begin(), now.end(), sequences.begin(), sequences.end(), same);
     sequences = std::move(now);
     meta = std::move(meta_now);
     return changed;
@@ -178,7 +188,8 @@ struct TraceReader::Impl {
 
   const TraceSequence& sequence_of(int sequence) const {
     if (sequence < 0 || sequence >= static_cast<int>(sequences.size()))
-      fail("{}: sequence: expected 0 to {}, found {}", file.string(), static_cast<int>(sequences.size()) - 1, sequence);
+      fail("{}: sequence: expected 0 to {}, found {}", file.string(), static_cast<int>(sequences.size()) - 1,
+           sequence);
     return sequences[sequence];
   }
   int n_steps(int sequence) const {
@@ -192,12 +203,14 @@ struct TraceReader::Impl {
   }
 
   std::string name_of(std::string_view kind, int sequence, int layer, int begin, int64_t id) const {
-    return layer < 0 ? fmt::format("{}: chunk {} ({} of sequence {}, from step {})", file.string(), id, kind, sequence, begin)
-                     : fmt::format("{}: chunk {} ({} of sequence {}, layer {}, from step {})", file.string(), id, kind,
-                                   sequence, layer, begin);
+    return layer < 0 ? fmt::format("{}: chunk {} ({} of sequence {}, from step {})", file.string(), id, kind,
+                                   sequence, begin)
+                     : fmt::format("{}: chunk {} ({} of sequence {}, layer {}, from step {})", file.string(),
+                                   id, kind, sequence, layer, begin);
   }
 
-  // The chunk that begins at `step` or before it, within the same kChunkSteps; null when there is none. `row_bytes` > 0: one row a step.
+  // The chunk that begins at `step` or before it, within the same kChunkSteps; null when there is none.
+  // `row_bytes` > 0: one row a step.
   ChunkPtr load_chunk(std::string_view kind, int sequence, int layer, int step, size_t row_bytes) {
     auto chunk = std::make_shared<Chunk>();
     std::string encoding;
@@ -207,7 +220,11 @@ struct TraceReader::Impl {
       std::lock_guard lock(database_mutex);
       Statement& s = select_chunk;
       s.reset();
-      s.bind(1, kind).bind(2, sequence).bind(3, layer).bind(4, step / kChunkSteps * kChunkSteps).bind(5, step);
+      s.bind(1, kind)
+          .bind(2, sequence)
+          .bind(3, layer)
+          .bind(4, step / kChunkSteps * kChunkSteps)
+          .bind(5, step);
       if (!s.step()) {
         s.reset();
         return nullptr;
@@ -221,13 +238,15 @@ struct TraceReader::Impl {
       stored.assign(blob.begin(), blob.end());
       s.reset();
       if (begin < 0 || end <= begin || end - begin > kChunkSteps || end > kMostSteps)
-        fail("{}: expected at most {} steps, found {} to {}", name_of(kind, sequence, layer, step, chunk->id), kChunkSteps, begin, end);
+        fail("{}: expected at most {} steps, found {} to {}", name_of(kind, sequence, layer, step, chunk->id),
+             kChunkSteps, begin, end);
       chunk->begin = static_cast<int>(begin);
       chunk->end = static_cast<int>(end);
     }
     const size_t expected = (chunk->end - chunk->begin) * row_bytes;
     if (row_bytes > 0 && raw_bytes != static_cast<int64_t>(expected))
-      fail("{}: raw_bytes: expected {}, found {}", name_of(kind, sequence, layer, chunk->begin, chunk->id), expected, raw_bytes);
+      fail("{}: raw_bytes: expected {}, found {}", name_of(kind, sequence, layer, chunk->begin, chunk->id),
+           expected, raw_bytes);
     try {
       chunk->data = decode_chunk(encoding, raw_bytes, checksum, stored);
     } catch (const Error& error) {
@@ -236,13 +255,15 @@ struct TraceReader::Impl {
     return chunk;
   }
 
-  // As load_chunk, through the cache; `needed_end`: steps below it were recorded, so the chunk must reach there as far
-  // as it can.
-  ChunkPtr chunk_at(std::string_view kind, int sequence, int layer, int step, int needed_end, size_t row_bytes) {
+  // As load_chunk, through the cache; `needed_end`: steps below it were recorded, so the chunk must reach
+  // there as far as it can.
+  ChunkPtr chunk_at(std::string_view kind, int sequence, int layer, int step, int needed_end,
+                    size_t row_bytes) {
     const int slot_end = (step / kChunkSteps + 1) * kChunkSteps;
     const CacheKey key{kind, sequence, layer, slot_end};
     const int reach = std::min(needed_end, slot_end);
-    if (ChunkPtr cached = cache.find(key); cached && cached->end >= reach && cached->begin <= step) return cached;
+    if (ChunkPtr cached = cache.find(key); cached && cached->end >= reach && cached->begin <= step)
+      return cached;
     ChunkPtr chunk = load_chunk(kind, sequence, layer, step, row_bytes);
     if (chunk && chunk->end > step) cache.put(key, chunk);
     return chunk;
@@ -250,11 +271,13 @@ struct TraceReader::Impl {
 
   // Calls use(row, step) for the rows of [begin, end), which must all be there.
   template <typename Use>
-  void for_rows(std::string_view kind, int sequence, int layer, int begin, int end, size_t row_bytes, Use use) {
+  void for_rows(std::string_view kind, int sequence, int layer, int begin, int end, size_t row_bytes,
+                Use use) {
     for (int step = begin; step < end;) {
       ChunkPtr chunk = chunk_at(kind, sequence, layer, step, end, row_bytes);
       if (!chunk || chunk->end <= step)
-        fail("{}: {} of sequence {}, layer {}: expected step {}, found a gap", file.string(), kind, sequence, layer, step);
+        fail("{}: {} of sequence {}, layer {}: expected step {}, found a gap", file.string(), kind, sequence,
+             layer, step);
       const int stop = std::min(end, chunk->end);
       use(chunk->data.data() + (step - chunk->begin) * row_bytes, step, stop);
       step = stop;
@@ -278,9 +301,15 @@ TraceReader::TraceReader(const std::filesystem::path& file, TraceReaderOptions o
     : impl_(std::make_unique<Impl>(file, options)) {}
 TraceReader::~TraceReader() = default;
 
-const std::filesystem::path& TraceReader::file() const { return impl_->file; }
-int TraceReader::format_version() const { return impl_->version; }
-const TraceHeader& TraceReader::header() const { return impl_->header; }
+const std::filesystem::path& TraceReader::file() const {
+  return impl_->file;
+}
+int TraceReader::format_version() const {
+  return impl_->version;
+}
+const TraceHeader& TraceReader::header() const {
+  return impl_->header;
+}
 
 std::map<std::string, std::string> TraceReader::meta() const {
   std::shared_lock lock(impl_->state_mutex);
@@ -315,7 +344,9 @@ std::map<int32_t, std::string> TraceReader::token_texts() const {
   return texts;
 }
 
-int TraceReader::n_steps(int sequence) const { return impl_->n_steps(sequence); }
+int TraceReader::n_steps(int sequence) const {
+  return impl_->n_steps(sequence);
+}
 
 TraceSequence TraceReader::sequence(int sequence) const {
   TraceSequence facts;
@@ -374,8 +405,8 @@ std::vector<TraceEviction> TraceReader::evictions(int sequence, int layer, int b
     if (ChunkPtr chunk = impl_->chunk_at(chunk_kind::kEvictions, sequence, layer, step, end, 0)) {
       if (chunk->data.size() % sizeof(TraceEviction) != 0)
         fail("{}: raw_bytes: expected a multiple of {}, found {}",
-             impl_->name_of(chunk_kind::kEvictions, sequence, layer, chunk->begin, chunk->id), sizeof(TraceEviction),
-             chunk->data.size());
+             impl_->name_of(chunk_kind::kEvictions, sequence, layer, chunk->begin, chunk->id),
+             sizeof(TraceEviction), chunk->data.size());
       for (size_t offset = 0; offset < chunk->data.size(); offset += sizeof(TraceEviction)) {
         TraceEviction record;
         std::memcpy(&record, chunk->data.data() + offset, sizeof record);
@@ -394,7 +425,8 @@ int TraceReader::read_occupancy(int sequence, int layer, int begin, int end, int
   const size_t row_bytes = impl_->header.geometry.n_kv_heads * sizeof(int32_t);
   impl_->for_rows(chunk_kind::kOccupancy, sequence, layer, begin, end, row_bytes,
                   [&](const std::byte* rows, int from, int to) {
-                    std::memcpy(reinterpret_cast<std::byte*>(out) + (from - begin) * row_bytes, rows, (to - from) * row_bytes);
+                    std::memcpy(reinterpret_cast<std::byte*>(out) + (from - begin) * row_bytes, rows,
+                                (to - from) * row_bytes);
                   });
   return std::max(0, end - begin);
 }
@@ -413,7 +445,9 @@ std::vector<SketchRow> TraceReader::sketches(int sequence, int layer, int begin,
     if (!chunk || chunk->end <= step) {
       // Prompt tokens have no sketch: rows begin somewhere in this chunk's range, or later.
       const int slot_end = (step / kChunkSteps + 1) * kChunkSteps, probe = std::min(slot_end, end) - 1;
-      if (!out.empty()) fail("{}: sketch of sequence {}, layer {}: expected step {}, found a gap", impl_->file.string(), sequence, layer, step);
+      if (!out.empty())
+        fail("{}: sketch of sequence {}, layer {}: expected step {}, found a gap", impl_->file.string(),
+             sequence, layer, step);
       chunk = impl_->chunk_at(chunk_kind::kSketch, sequence, layer, probe, end, row_bytes);
       step = chunk && chunk->end > step && chunk->begin > step ? chunk->begin : slot_end;
       continue;
@@ -422,7 +456,8 @@ std::vector<SketchRow> TraceReader::sketches(int sequence, int layer, int begin,
     const int stop = std::min(end, chunk->end);
     const size_t old = out.size();
     out.resize(old + static_cast<size_t>(stop - step) * n_heads);
-    std::memcpy(static_cast<void*>(out.data() + old), chunk->data.data() + (step - chunk->begin) * row_bytes, (stop - step) * row_bytes);
+    std::memcpy(static_cast<void*>(out.data() + old), chunk->data.data() + (step - chunk->begin) * row_bytes,
+                (stop - step) * row_bytes);
     for (size_t i = old; i < out.size(); ++i) sort_sketch(out[i]);
     step = stop;
   }
@@ -432,13 +467,14 @@ std::vector<SketchRow> TraceReader::sketches(int sequence, int layer, int begin,
 namespace {
 
 // Heads of a row; throws when the trace does not hold such rows.
-int check_rows(const TraceHeader& header, const std::string& file, int layer, RowKind kind, int first, int n, int n_steps) {
+int check_rows(const TraceHeader& header, const std::string& file, int layer, RowKind kind, int first, int n,
+               int n_steps) {
   if (!header.has_rows(layer))
-    fail("{}: {} of layer {}: expected tier qkv with that layer, found tier {} with layers {}:{}", file, row_kind_name(kind),
-         layer, tier_name(header.tier), header.layer_begin, header.layer_end);
+    fail("{}: {} of layer {}: expected tier qkv with that layer, found tier {} with layers {}:{}", file,
+         row_kind_name(kind), layer, tier_name(header.tier), header.layer_begin, header.layer_end);
   if (first < 0 || n < 0 || first > n_steps - n)
-    fail("{}: {} of layer {}: expected positions within 0 to {}, found {} to {}", file, row_kind_name(kind), layer, n_steps,
-         first, static_cast<int64_t>(first) + n);
+    fail("{}: {} of layer {}: expected positions within 0 to {}, found {} to {}", file, row_kind_name(kind),
+         layer, n_steps, first, static_cast<int64_t>(first) + n);
   return kind == RowKind::q ? header.geometry.n_q_heads : header.geometry.n_kv_heads;
 }
 
@@ -446,7 +482,8 @@ int check_rows(const TraceHeader& header, const std::string& file, int layer, Ro
 
 void TraceReader::read_rows(int sequence, int layer, RowKind kind, int first, int n, float* out) const {
   const CacheGeometry& g = impl_->header.geometry;
-  const int heads = check_rows(impl_->header, impl_->file.string(), layer, kind, first, n, impl_->n_steps(sequence));
+  const int heads =
+      check_rows(impl_->header, impl_->file.string(), layer, kind, first, n, impl_->n_steps(sequence));
   const size_t values = static_cast<size_t>(heads) * g.head_dim;
   impl_->for_rows(row_kind_name(kind), sequence, layer, first, first + n, heads * g.row_bytes(),
                   [&](const std::byte* rows, int from, int to) {
@@ -454,9 +491,11 @@ void TraceReader::read_rows(int sequence, int layer, RowKind kind, int first, in
                   });
 }
 
-void TraceReader::read_rows_raw(int sequence, int layer, RowKind kind, int first, int n, std::byte* out) const {
+void TraceReader::read_rows_raw(int sequence, int layer, RowKind kind, int first, int n,
+                                std::byte* out) const {
   const CacheGeometry& g = impl_->header.geometry;
-  const int heads = check_rows(impl_->header, impl_->file.string(), layer, kind, first, n, impl_->n_steps(sequence));
+  const int heads =
+      check_rows(impl_->header, impl_->file.string(), layer, kind, first, n, impl_->n_steps(sequence));
   const size_t row_bytes = heads * g.row_bytes();
   impl_->for_rows(row_kind_name(kind), sequence, layer, first, first + n, row_bytes,
                   [&](const std::byte* rows, int from, int to) {
@@ -471,20 +510,26 @@ std::string TraceReader::content_hash() const {
   return compute_content_hash(impl_->database, impl_->header);
 }
 
-std::vector<ChunkDamage> TraceReader::damaged_chunks(const std::function<void(int64_t, int64_t)>& progress) const {
+std::vector<ChunkDamage> TraceReader::damaged_chunks(
+    const std::function<void(int64_t, int64_t)>& progress) const {
   // A connection of its own: the scan must not hold up other threads of this reader.
   Database database = open_file_for_reading(impl_->file, trace_file_kind());
   std::vector<ChunkDamage> damages;
   int64_t done = 0;
   const int64_t total = database.query_integer("SELECT count(*) FROM KV_CHUNK");
-  Statement select(database,
-                   "SELECT id, kind, sequence, layer, step_begin, step_end, encoding, raw_bytes, checksum, data"
-                   " FROM KV_CHUNK ORDER BY id");
+  Statement select(
+      database,
+      "SELECT id, kind, sequence, layer, step_begin, step_end, encoding, raw_bytes, checksum, data"
+      " FROM KV_CHUNK ORDER BY id");
   try {
     while (select.step()) {
-      ChunkDamage chunk{select.integer(0), std::string(select.text(1)), static_cast<int>(select.integer(2)),
-                        static_cast<int>(select.integer(3)), static_cast<int>(select.integer(4)),
-                        static_cast<int>(select.integer(5)), ""};
+      ChunkDamage chunk{select.integer(0),
+                        std::string(select.text(1)),
+                        static_cast<int>(select.integer(2)),
+                        static_cast<int>(select.integer(3)),
+                        static_cast<int>(select.integer(4)),
+                        static_cast<int>(select.integer(5)),
+                        ""};
       try {
         decode_chunk(select.text(6), select.integer(7), select.integer(8), select.blob(9));
       } catch (const Error& error) {

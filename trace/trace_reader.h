@@ -1,10 +1,10 @@
-// TraceReader: the read-only side of a trace, finished, killed or still being written. Any member may be called from
-// any number of threads; two readers of one file do not disturb each other or the writer. Memory is bounded by the
-// chunk cache, not by the trace. Never writes (SQLite's own WAL recovery aside). A damaged or truncated file gives
-// Errors that name the file and the chunk, never a crash.
+// TraceReader: the read-only side of a trace, finished, killed or still being written. Any member may be
+// called from any number of threads; two readers of one file do not disturb each other or the writer. Memory
+// is bounded by the chunk cache, not by the trace. Never writes (SQLite's own WAL recovery aside). A damaged
+// or truncated file gives Errors that name the file and the chunk, never a crash.
 //
-// A step is a token position; positions [0, n_steps) of a sequence were recorded, prompt included. refresh() moves
-// n_steps and what depends on it; between two calls all answers agree.
+// A step is a token position; positions [0, n_steps) of a sequence were recorded, prompt included. refresh()
+// moves n_steps and what depends on it; between two calls all answers agree.
 #pragma once
 
 #include <filesystem>
@@ -39,7 +39,8 @@ class TraceReader {
   const std::filesystem::path& file() const;
   int format_version() const;
   const TraceHeader& header() const;  // as of opening; its meta does not grow
-  // Keys and values as of the last refresh: header facts, and what is only known at the end (overhead, content hash).
+  // Keys and values as of the last refresh: header facts, and what is only known at the end (overhead,
+  // content hash).
   std::map<std::string, std::string> meta() const;
   bool complete() const;     // finished without interruption
   bool interrupted() const;  // ended by Ctrl-C
@@ -60,7 +61,8 @@ class TraceReader {
   // [steps][H] of the steps in range that have a sketch; `first` receives the position of the first one.
   std::vector<SketchRow> sketches(int sequence, int layer, int begin, int end, int* first) const;
 
-  // q [n][Hq][D], k or v [n][H][D] of positions [first, first + n). Throws Error when the trace does not hold them.
+  // q [n][Hq][D], k or v [n][H][D] of positions [first, first + n). Throws Error when the trace does not hold
+  // them.
   void read_rows(int sequence, int layer, RowKind kind, int first, int n, float* out) const;
   // The same in the dtype of the file, n * heads * D * dtype_bytes.
   void read_rows_raw(int sequence, int layer, RowKind kind, int first, int n, std::byte* out) const;

@@ -28,7 +28,8 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
       }
     }
     if (!buffer) buffer = std::make_unique_for_overwrite<std::byte[]>(bytes);
-    return {buffer.release(), [pool = shared_from_this(), bytes](std::byte* data) { pool->give(bytes, data); }};
+    return {buffer.release(),
+            [pool = shared_from_this(), bytes](std::byte* data) { pool->give(bytes, data); }};
   }
 
  private:
@@ -47,31 +48,37 @@ std::shared_ptr<std::byte[]> copy_bytes(const void* data, size_t bytes) {
   return copy;
 }
 
-// Width of the byte shuffle by kind, from real recordings at zstd's level 1: tokens, evictions and sketches become 15
-// to 35 % smaller; occupancy repeats whole numbers and becomes larger; q, k, v gain 1 % at two thirds of the speed.
+// Width of the byte shuffle by kind, from real recordings at zstd's level 1: tokens, evictions and sketches
+// become 15 to 35 % smaller; occupancy repeats whole numbers and becomes larger; q, k, v gain 1 % at two
+// thirds of the speed.
 constexpr int kNoShuffle = 1;
 
-int chunk_end(int step) { return (step / kChunkSteps + 1) * kChunkSteps; }
+int chunk_end(int step) {
+  return (step / kChunkSteps + 1) * kChunkSteps;
+}
 
-// Rows of one kind and layer: q, k, v or sketches. A full chunk is handed over at once, its rows never change.
+// Rows of one kind and layer: q, k, v or sketches. A full chunk is handed over at once, its rows never
+// change.
 struct RowStream {
   std::string_view kind;
   size_t row_bytes = 0;
   int element_bytes = 4;
-  int begin = -1;      // of the open chunk; -1: no row yet
-  int end = 0;         // behind its last row
-  int flushed_end = 0; // of what the writer was last given of it
+  int begin = -1;       // of the open chunk; -1: no row yet
+  int end = 0;          // behind its last row
+  int flushed_end = 0;  // of what the writer was last given of it
   std::shared_ptr<std::byte[]> buffer;
 
   RowStream() = default;
-  RowStream(std::string_view kind_name, size_t bytes, int element) : kind(kind_name), row_bytes(bytes), element_bytes(element) {}
+  RowStream(std::string_view kind_name, size_t bytes, int element)
+      : kind(kind_name), row_bytes(bytes), element_bytes(element) {}
   bool active() const { return row_bytes > 0; }
 };
 
 struct LayerStreams {
   int next_pos = 0;
   RowStream q, k, v, sketch;
-  // [steps][H] since occupancy_begin, tokens held after the step; the newest row until its eviction: before it.
+  // [steps][H] since occupancy_begin, tokens held after the step; the newest row until its eviction: before
+  // it.
   std::vector<int32_t> occupancy;
   int occupancy_begin = 0, occupancy_flushed = 0;
   std::vector<TraceEviction> evictions;  // since evictions_begin
@@ -95,8 +102,12 @@ struct SequenceStreams {
 }  // namespace
 
 struct TraceWriter::Impl {
-  Impl(const std::filesystem::path& file_path, TraceHeader trace_header, const TraceWriterOptions& writer_options)
-      : file(file_path), header(std::move(trace_header)), options(writer_options), sequences(header.n_sequences) {}
+  Impl(const std::filesystem::path& file_path, TraceHeader trace_header,
+       const TraceWriterOptions& writer_options)
+      : file(file_path),
+        header(std::move(trace_header)),
+        options(writer_options),
+        sequences(header.n_sequences) {}
 
   SequenceStreams& sequence_of(int sequence) {
     if (sequence < 0 || sequence >= static_cast<int>(sequences.size()))
@@ -121,8 +132,9 @@ struct TraceWriter::Impl {
   // Hands over rows [begin, end) of the open chunk.
   void flush_stream(SequenceStreams& sequence, int layer, RowStream& stream, int end) {
     if (stream.begin < 0 || end <= stream.flushed_end || end <= stream.begin) return;
-    ChunkMessage chunk{stream.kind, sequence.facts.sequence, layer, stream.begin, end, stream.element_bytes,
-                       stream.buffer, (end - stream.begin) * stream.row_bytes};
+    ChunkMessage chunk{
+        stream.kind, sequence.facts.sequence, layer,         stream.begin,
+        end,         stream.element_bytes,    stream.buffer, (end - stream.begin) * stream.row_bytes};
     stream.flushed_end = end;
     push(sequence, std::move(chunk));
   }
@@ -147,7 +159,8 @@ struct TraceWriter::Impl {
     stream.begin = stream.end;
   }
 
-  void append_row(SequenceStreams& sequence, RowStream& stream, int layer, int pos, const float* values, size_t n) {
+  void append_row(SequenceStreams& sequence, RowStream& stream, int layer, int pos, const float* values,
+                  size_t n) {
     store_rows(values, n, header.geometry.dtype, next_row(sequence, stream, layer, pos));
     close_if_full(sequence, stream, layer);
   }
@@ -165,7 +178,8 @@ struct TraceWriter::Impl {
                                   copy_bytes(streams.occupancy.data(), bytes), bytes});
       streams.occupancy_flushed = end;
       if (!full) break;
-      streams.occupancy.erase(streams.occupancy.begin(), streams.occupancy.begin() + static_cast<ptrdiff_t>(values));
+      streams.occupancy.erase(streams.occupancy.begin(),
+                              streams.occupancy.begin() + static_cast<ptrdiff_t>(values));
       streams.occupancy_begin = end;
     }
     while (true) {
@@ -194,8 +208,9 @@ struct TraceWriter::Impl {
       const bool full = end == chunk_end(begin);
       if (end <= begin || !(full || partial)) break;
       const size_t bytes = static_cast<size_t>(end - begin) * sizeof(int32_t);
-      push(sequence, ChunkMessage{chunk_kind::kTokens, sequence.facts.sequence, -1, begin, end, sizeof(int32_t),
-                                  copy_bytes(sequence.facts.tokens.data() + begin, bytes), bytes});
+      push(sequence,
+           ChunkMessage{chunk_kind::kTokens, sequence.facts.sequence, -1, begin, end, sizeof(int32_t),
+                        copy_bytes(sequence.facts.tokens.data() + begin, bytes), bytes});
       if (!full) break;
       sequence.tokens_begin = end;
     }
@@ -207,7 +222,8 @@ struct TraceWriter::Impl {
     for (int layer = 0; layer < header.geometry.n_layers; ++layer) {
       LayerStreams& streams = sequence.layers[layer];
       for (RowStream* stream : {&streams.q, &streams.k, &streams.v, &streams.sketch})
-        if (stream->active()) flush_stream(sequence, layer, *stream, std::min(stream->end, sequence.finished));
+        if (stream->active())
+          flush_stream(sequence, layer, *stream, std::min(stream->end, sequence.finished));
       flush_layer_events(sequence, layer, /*partial=*/true);
     }
     flush_tokens(sequence, /*partial=*/true);
@@ -243,8 +259,8 @@ struct TraceWriter::Impl {
     }
   }
 
-  // While a prompt passes, a position is whole when every layer had it; its last one only after the first step,
-  // because the prompt's cut comes behind it.
+  // While a prompt passes, a position is whole when every layer had it; its last one only after the first
+  // step, because the prompt's cut comes behind it.
   void advance_prompt(SequenceStreams& sequence) {
     int least = sequence.facts.n_prompt - 1;
     for (const LayerStreams& layer : sequence.layers) least = std::min(least, layer.next_pos);
@@ -283,7 +299,9 @@ TraceWriter::~TraceWriter() {
   }
 }
 
-const TraceHeader& TraceWriter::header() const { return impl_->header; }
+const TraceHeader& TraceWriter::header() const {
+  return impl_->header;
+}
 
 void TraceWriter::begin_sequence(int id, uint64_t seed, int budget_slots, std::span<const int32_t> prompt) {
   if (id < 0 || id >= static_cast<int>(impl_->sequences.size()))
@@ -295,7 +313,9 @@ void TraceWriter::begin_sequence(int id, uint64_t seed, int budget_slots, std::s
   sequence.begun = true;
   sequence.facts.sequence = id;
   sequence.facts.seed = seed;
-  sequence.facts.budget_slots = !impl_->header.policy.evicts ? 0 : budget_slots > 0 ? budget_slots : impl_->header.budget_slots;
+  sequence.facts.budget_slots = !impl_->header.policy.evicts ? 0
+                                : budget_slots > 0           ? budget_slots
+                                                             : impl_->header.budget_slots;
   sequence.facts.n_prompt = static_cast<int>(prompt.size());
   sequence.facts.tokens.assign(prompt.begin(), prompt.end());
   sequence.layers.resize(g.n_layers);
@@ -306,7 +326,8 @@ void TraceWriter::begin_sequence(int id, uint64_t seed, int budget_slots, std::s
       layer.k = RowStream("k", g.n_kv_heads * g.row_bytes(), kNoShuffle);
       layer.v = RowStream("v", g.n_kv_heads * g.row_bytes(), kNoShuffle);
     }
-    if (impl_->header.has_sketch(l)) layer.sketch = RowStream(chunk_kind::kSketch, g.n_kv_heads * sizeof(SketchRow), sizeof(float));
+    if (impl_->header.has_sketch(l))
+      layer.sketch = RowStream(chunk_kind::kSketch, g.n_kv_heads * sizeof(SketchRow), sizeof(float));
   }
   impl_->push_facts(sequence);
   impl_->name_tokens(sequence, prompt);
@@ -320,21 +341,23 @@ void TraceWriter::append(int id, int layer, Pos pos, const LayerRecord& record) 
     fail("{}: layer: expected 0 to {}, found {}", impl_->file.string(), g.n_layers - 1, layer);
   LayerStreams& streams = sequence.layers[layer];
   if (raw(pos) != streams.next_pos)
-    fail("{}: sequence {}, layer {}: expected position {}, found {}", impl_->file.string(), id, layer, streams.next_pos,
-         raw(pos));
+    fail("{}: sequence {}, layer {}: expected position {}, found {}", impl_->file.string(), id, layer,
+         streams.next_pos, raw(pos));
   if (static_cast<int>(record.held.size()) != g.n_kv_heads)
     fail("{}: held: expected {} kv heads, found {}", impl_->file.string(), g.n_kv_heads, record.held.size());
   ++streams.next_pos;
   streams.occupancy.insert(streams.occupancy.end(), record.held.begin(), record.held.end());
   if (streams.k.active()) {
     if (!record.rows) fail("{}: tier qkv: layer {}: expected rows, found none", impl_->file.string(), layer);
-    const size_t q = static_cast<size_t>(g.n_q_heads) * g.head_dim, kv = static_cast<size_t>(g.n_kv_heads) * g.head_dim;
+    const size_t q = static_cast<size_t>(g.n_q_heads) * g.head_dim,
+                 kv = static_cast<size_t>(g.n_kv_heads) * g.head_dim;
     impl_->append_row(sequence, streams.q, layer, raw(pos), record.rows->q, q);
     impl_->append_row(sequence, streams.k, layer, raw(pos), record.rows->k, kv);
     impl_->append_row(sequence, streams.v, layer, raw(pos), record.rows->v, kv);
   }
   if (streams.sketch.active() && !record.sketch.empty()) {
-    std::memcpy(impl_->next_row(sequence, streams.sketch, layer, raw(pos)), record.sketch.data(), streams.sketch.row_bytes);
+    std::memcpy(impl_->next_row(sequence, streams.sketch, layer, raw(pos)), record.sketch.data(),
+                streams.sketch.row_bytes);
     impl_->close_if_full(sequence, streams.sketch, layer);
   }
   if (raw(pos) < sequence.facts.n_prompt && layer == g.n_layers - 1) impl_->advance_prompt(sequence);
@@ -376,8 +399,8 @@ void TraceWriter::step(const StepSummary& summary) {
   step.summary = summary;
   for (const LayerStreams& layer : sequence.layers) {
     if (layer.next_pos != pos + 1)
-      fail("{}: step {} of sequence {}: expected {} positions in every layer, found {}", impl_->file.string(), pos,
-           summary.sequence, pos + 1, layer.next_pos);
+      fail("{}: step {} of sequence {}: expected {} positions in every layer, found {}", impl_->file.string(),
+           pos, summary.sequence, pos + 1, layer.next_pos);
     const int32_t* held = layer.occupancy.data() + static_cast<size_t>(pos - layer.occupancy_begin) * n_heads;
     for (int h = 0; h < n_heads; ++h) step.held_tokens += held[h];
   }
@@ -443,7 +466,9 @@ void TraceWriter::finish(bool interrupted, const std::map<std::string, std::stri
   impl_->finished = true;
 }
 
-TraceWriterStats TraceWriter::stats() const { return impl_->queue->stats(); }
+TraceWriterStats TraceWriter::stats() const {
+  return impl_->queue->stats();
+}
 
 int64_t TraceWriter::file_bytes() const {
   int64_t bytes = 0;

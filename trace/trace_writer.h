@@ -1,11 +1,12 @@
-// TraceWriter: the append-only side of a trace. The decoding thread copies into chunk buffers; one writer thread
-// behind a bounded queue compresses them and commits: all layers of a step or none, every 64 steps or every second.
-// The caller waits only when the queue is full, and the wait is measured. A failure of the writer thread (full disk)
-// is thrown by the next call; what was committed before stays valid. All calls come from one thread.
+// TraceWriter: the append-only side of a trace. The decoding thread copies into chunk buffers; one writer
+// thread behind a bounded queue compresses them and commits: all layers of a step or none, every 64 steps or
+// every second. The caller waits only when the queue is full, and the wait is measured. A failure of the
+// writer thread (full disk) is thrown by the next call; what was committed before stays valid. All calls come
+// from one thread.
 //
-// A run of a sequence: begin_sequence; for each position in order and each layer: append, then evict if the policy
-// did; step after all layers of a generated token; end_sequence. Sequences may interleave, prompts may go layer by
-// layer.
+// A run of a sequence: begin_sequence; for each position in order and each layer: append, then evict if the
+// policy did; step after all layers of a generated token; end_sequence. Sequences may interleave, prompts may
+// go layer by layer.
 #pragma once
 
 #include <chrono>
@@ -22,7 +23,7 @@ namespace kvlapse {
 struct TraceWriterOptions {
   bool force = false;  // replace an existing file
   int zstd_level = 1;
-  size_t queue_bytes = size_t{64} << 20;           // uncompressed bytes that may wait for the writer
+  size_t queue_bytes = size_t{64} << 20;            // uncompressed bytes that may wait for the writer
   std::chrono::milliseconds commit_interval{1000};  // at most, while steps arrive
   // Bytes of a token, asked once for each id that occurs; empty: texts are not stored.
   std::function<std::string(int32_t)> token_text = {};
@@ -36,13 +37,13 @@ struct LayerRecord {
 };
 
 struct TraceWriterStats {
-  int64_t queue_wait_ns = 0;   // decode waited for the writer, measured
+  int64_t queue_wait_ns = 0;  // decode waited for the writer, measured
   int64_t queue_waits = 0;
-  int64_t writer_cpu_ns = 0;   // CPU time of the writer thread, measured
-  int64_t raw_bytes = 0;       // of chunks, before compression
-  int64_t stored_bytes = 0;    // of chunks, after it
-  int64_t committed_steps = 0; // forward passes of all sequences, prompts included
-  int64_t dropped_records = 0; // always 0: decode waits instead
+  int64_t writer_cpu_ns = 0;    // CPU time of the writer thread, measured
+  int64_t raw_bytes = 0;        // of chunks, before compression
+  int64_t stored_bytes = 0;     // of chunks, after it
+  int64_t committed_steps = 0;  // forward passes of all sequences, prompts included
+  int64_t dropped_records = 0;  // always 0: decode waits instead
 };
 
 class TraceWriter {
@@ -65,8 +66,8 @@ class TraceWriter {
   // Task, texts, tags, answer. Tokens, lengths and the end reason are the writer's own.
   void describe_sequence(const TraceSequence& facts);
 
-  // Commits everything, stores `meta` beside the header's, marks the file complete (or interrupted) and folds the WAL
-  // into it. Throws Error when something could not be written.
+  // Commits everything, stores `meta` beside the header's, marks the file complete (or interrupted) and folds
+  // the WAL into it. Throws Error when something could not be written.
   void finish(bool interrupted, const std::map<std::string, std::string>& meta = {});
 
   TraceWriterStats stats() const;
@@ -77,8 +78,8 @@ class TraceWriter {
   std::unique_ptr<Impl> impl_;
 };
 
-// Expected size of a trace of `tokens` forward passes per sequence, `n_prompt` of them of the prompt. Modelled: raw
-// sizes times the compression that was measured on real recordings of each dtype.
+// Expected size of a trace of `tokens` forward passes per sequence, `n_prompt` of them of the prompt.
+// Modelled: raw sizes times the compression that was measured on real recordings of each dtype.
 int64_t estimate_trace_bytes(const TraceHeader& header, int64_t tokens, int64_t n_prompt = 0);
 
 }  // namespace kvlapse

@@ -55,8 +55,8 @@ class Verifier {
       if (chunk.kind.empty())
         add("{}", chunk.what);
       else
-        add("chunk {} ({} of sequence {}, layer {}, steps {} to {}): {}", chunk.id, chunk.kind, chunk.sequence, chunk.layer,
-            chunk.step_begin, chunk.step_end, chunk.what);
+        add("chunk {} ({} of sequence {}, layer {}, steps {} to {}): {}", chunk.id, chunk.kind,
+            chunk.sequence, chunk.layer, chunk.step_begin, chunk.step_end, chunk.what);
     }
     report_.chunks = database_.query_integer("SELECT count(*) FROM KV_CHUNK");
   }
@@ -90,18 +90,21 @@ class Verifier {
     }
     if (reader_.complete() && reader_.n_sequences() != header_.n_sequences)
       add("KV_SEQUENCE: expected {} sequences, found {}", header_.n_sequences, reader_.n_sequences());
-    const int64_t strange = database_.query_integer(fmt::format(
-        "SELECT count(*) FROM KV_CHUNK WHERE sequence NOT BETWEEN 0 AND {} OR layer NOT BETWEEN -1 AND {} OR kind NOT IN"
-        " ('tokens', 'occupancy', 'evictions', 'sketch', 'q', 'k', 'v')",
-        reader_.n_sequences() - 1, header_.geometry.n_layers - 1));
-    if (strange != 0) add("KV_CHUNK: expected known kinds, sequences and layers, found {} other chunks", strange);
+    const int64_t strange =
+        database_.query_integer(fmt::format("SELECT count(*) FROM KV_CHUNK WHERE sequence NOT BETWEEN 0 AND "
+                                            "{} OR layer NOT BETWEEN -1 AND {} OR kind NOT IN"
+                                            " ('tokens', 'occupancy', 'evictions', 'sketch', 'q', 'k', 'v')",
+                                            reader_.n_sequences() - 1, header_.geometry.n_layers - 1));
+    if (strange != 0)
+      add("KV_CHUNK: expected known kinds, sequences and layers, found {} other chunks", strange);
   }
 
   void check_sequence(int s) {
     const TraceSequence sequence = reader_.sequence(s);
     const int n = sequence.n_steps;
     report_.steps += n;
-    if (reader_.complete() && sequence.end_reason.empty()) add("sequence {}: the trace is complete, expected an end reason", s);
+    if (reader_.complete() && sequence.end_reason.empty())
+      add("sequence {}: the trace is complete, expected an end reason", s);
     check_coverage(s, chunk_kind::kTokens, -1, 0, n);
     check_steps(sequence);
     held_.assign(n, 0);
@@ -127,51 +130,63 @@ class Verifier {
                      " ORDER BY step_begin, step_end");
     select.bind(1, kind).bind(2, s).bind(3, layer);
     const auto where = [&] {
-      return layer < 0 ? fmt::format("{} of sequence {}", kind, s) : fmt::format("{} of sequence {}, layer {}", kind, s, layer);
+      return layer < 0 ? fmt::format("{} of sequence {}", kind, s)
+                       : fmt::format("{} of sequence {}, layer {}", kind, s, layer);
     };
     int64_t expected = begin;
     while (select.step()) {
       const int64_t from = select.integer(0), to = select.integer(1);
       if (from < 0 || to <= from || from / kChunkSteps != (to - 1) / kChunkSteps)
         return add("{}: expected chunks within {} steps, found {} to {}", where(), kChunkSteps, from, to);
-      if (from < expected) return add("{}: expected a chunk from step {}, found {} to {}", where(), expected, from, to);
-      if (end >= 0 && from != expected) return add("{}: expected a chunk from step {}, found one from {}", where(), expected, from);
+      if (from < expected)
+        return add("{}: expected a chunk from step {}, found {} to {}", where(), expected, from, to);
+      if (end >= 0 && from != expected)
+        return add("{}: expected a chunk from step {}, found one from {}", where(), expected, from);
       expected = to;
     }
     if (end < 0) return;
     // A trace that was cut off may hold rows of a step that was not finished.
     if (expected < end || (expected > end && end > 0 && reader_.complete()))
       add("{}: expected chunks up to step {}, found them up to {}", where(), end, expected);
-    if (end == 0 && expected > begin) add("{}: expected none at tier {}, found chunks", where(), tier_name(header_.tier));
+    if (end == 0 && expected > begin)
+      add("{}: expected none at tier {}, found chunks", where(), tier_name(header_.tier));
   }
 
   void check_steps(const TraceSequence& sequence) {
     const std::vector<TraceStep> steps = reader_.steps(sequence.sequence, 0, sequence.n_steps);
     const int s = sequence.sequence;
-    const int64_t rows = database_.query_integer(fmt::format("SELECT count(*) FROM KV_STEP WHERE sequence = {}", s));
+    const int64_t rows =
+        database_.query_integer(fmt::format("SELECT count(*) FROM KV_STEP WHERE sequence = {}", s));
     if (rows != static_cast<int64_t>(steps.size()))
-      add("KV_STEP of sequence {}: expected {} rows before step {}, found {}", s, steps.size(), sequence.n_steps, rows);
+      add("KV_STEP of sequence {}: expected {} rows before step {}, found {}", s, steps.size(),
+          sequence.n_steps, rows);
     if (steps.empty()) {
-      if (sequence.n_steps > sequence.n_prompt) add("KV_STEP of sequence {}: expected rows up to step {}, found none", s, sequence.n_steps - 1);
+      if (sequence.n_steps > sequence.n_prompt)
+        add("KV_STEP of sequence {}: expected rows up to step {}, found none", s, sequence.n_steps - 1);
       return;
     }
     int expected = raw(steps.front().summary.pos);
     if (expected != sequence.n_prompt - 1 && expected != sequence.n_prompt)
-      add("KV_STEP of sequence {}: expected step {} or {} first, found {}", s, sequence.n_prompt - 1, sequence.n_prompt, expected);
+      add("KV_STEP of sequence {}: expected step {} or {} first, found {}", s, sequence.n_prompt - 1,
+          sequence.n_prompt, expected);
     for (size_t i = 0; i < steps.size(); ++i, ++expected) {
       const StepSummary& step = steps[i].summary;
-      if (raw(step.pos) != expected) return add("KV_STEP of sequence {}: expected step {}, found {}", s, expected, raw(step.pos));
+      if (raw(step.pos) != expected)
+        return add("KV_STEP of sequence {}: expected step {}, found {}", s, expected, raw(step.pos));
       if (step.token != sequence.tokens[expected])
-        return add("KV_STEP of sequence {}, step {}: token: expected {}, found {}", s, expected, sequence.tokens[expected], step.token);
+        return add("KV_STEP of sequence {}, step {}: token: expected {}, found {}", s, expected,
+                   sequence.tokens[expected], step.token);
       if (i + 1 < steps.size() && step.next_token != sequence.tokens[expected + 1])
-        return add("KV_STEP of sequence {}, step {}: next_token: expected {}, found {}", s, expected, sequence.tokens[expected + 1],
-                   step.next_token);
+        return add("KV_STEP of sequence {}, step {}: next_token: expected {}, found {}", s, expected,
+                   sequence.tokens[expected + 1], step.next_token);
       if (step.total_ns < 0 || step.start_ns < 0)
-        return add("KV_STEP of sequence {}, step {}: expected times from 0, found {} and {}", s, expected, step.start_ns, step.total_ns);
+        return add("KV_STEP of sequence {}, step {}: expected times from 0, found {} and {}", s, expected,
+                   step.start_ns, step.total_ns);
     }
     // The last position may have chosen no token.
     if (expected != sequence.n_steps && expected != sequence.n_steps - 1)
-      add("KV_STEP of sequence {}: expected steps up to {}, found them up to {}", s, sequence.n_steps - 1, expected - 1);
+      add("KV_STEP of sequence {}: expected steps up to {}, found them up to {}", s, sequence.n_steps - 1,
+          expected - 1);
   }
 
   int layer_budget(const TraceSequence& sequence, int layer) const {
@@ -179,22 +194,30 @@ class Verifier {
     if (policy.layer_budgets.empty()) return 0;
     const int budget = policy.layer_budgets[layer];
     // Budgets that are shares of the length differ by sequence; layers that differ keep their proportion.
-    if (sequence.budget_slots == 0 || header_.budget_slots == 0 || sequence.budget_slots == header_.budget_slots) return budget;
+    if (sequence.budget_slots == 0 || header_.budget_slots == 0 ||
+        sequence.budget_slots == header_.budget_slots)
+      return budget;
     if (budget == header_.budget_slots) return sequence.budget_slots;
-    return static_cast<int>(std::ceil(static_cast<double>(budget) * sequence.budget_slots / header_.budget_slots)) + 1;
+    return static_cast<int>(
+               std::ceil(static_cast<double>(budget) * sequence.budget_slots / header_.budget_slots)) +
+           1;
   }
 
-  // Replays the layer's evictions against the occupancy: nothing goes twice, nothing protected goes, the budget holds.
+  // Replays the layer's evictions against the occupancy: nothing goes twice, nothing protected goes, the
+  // budget holds.
   void check_evictions(const TraceSequence& sequence, int layer) {
     const TracePolicy& policy = header_.policy;
     const EvictionRule& rule = policy.rule;
     const int s = sequence.sequence, n = sequence.n_steps, n_heads = header_.geometry.n_kv_heads;
-    const int budget = layer_budget(sequence, layer), recent = std::min(rule.recent_slots(budget), budget - rule.headroom);
+    const int budget = layer_budget(sequence, layer),
+              recent = std::min(rule.recent_slots(budget), budget - rule.headroom);
     const int most_held = budget + rule.cadence - 1;
     gone_at_.assign(static_cast<size_t>(n_heads) * n, -1);
     std::vector<int64_t> held(n_heads, 0);
     std::vector<int32_t> occupancy(static_cast<size_t>(kChunkSteps) * n_heads);
-    const auto where = [&](int step) { return fmt::format("sequence {}, layer {}, step {}", s, layer, step); };
+    const auto where = [&](int step) {
+      return fmt::format("sequence {}, layer {}, step {}", s, layer, step);
+    };
     for (int begin = 0; begin < n; begin += kChunkSteps) {
       const int end = std::min(n, begin + kChunkSteps);
       const std::vector<TraceEviction> evictions = reader_.evictions(s, layer, begin, end);
@@ -206,17 +229,21 @@ class Verifier {
         const size_t first = next;
         for (; next < evictions.size() && evictions[next].step == step; ++next) {
           const TraceEviction& e = evictions[next];
-          if (!policy.evicts) return add("{}: the policy {} keeps everything, found an eviction", where(step), policy.spec);
+          if (!policy.evicts)
+            return add("{}: the policy {} keeps everything, found an eviction", where(step), policy.spec);
           if (e.kv_head < kWholeLayer || e.kv_head >= n_heads)
-            return add("{}: evicted kv head: expected -1 to {}, found {}", where(step), n_heads - 1, e.kv_head);
+            return add("{}: evicted kv head: expected -1 to {}, found {}", where(step), n_heads - 1,
+                       e.kv_head);
           const bool whole = e.kv_head == kWholeLayer;
           if (whole != (rule.granularity == Granularity::layer))
-            return add("{}: expected victims {}, found kv head {}", where(step), whole ? "per kv head" : "shared by the layer", e.kv_head);
-          if (e.pos < 0 || e.pos > step) return add("{}: evicted position: expected 0 to {}, found {}", where(step), step, e.pos);
+            return add("{}: expected victims {}, found kv head {}", where(step),
+                       whole ? "per kv head" : "shared by the layer", e.kv_head);
+          if (e.pos < 0 || e.pos > step)
+            return add("{}: evicted position: expected 0 to {}, found {}", where(step), step, e.pos);
           const bool prompt_cut = e.reason == EvictionReason::prompt_over_budget;
           if (prompt_cut != (step == sequence.n_prompt - 1))
-            return add("{}: expected the prompt's cut at step {} alone, found reason {}", where(step), sequence.n_prompt - 1,
-                       static_cast<int>(e.reason));
+            return add("{}: expected the prompt's cut at step {} alone, found reason {}", where(step),
+                       sequence.n_prompt - 1, static_cast<int>(e.reason));
           if (!prompt_cut && (step + 1) % rule.cadence != 0)
             return add("{}: expected evictions when (step + 1) % {} == 0 alone", where(step), rule.cadence);
           if (e.pos < rule.sinks || (rule.pin_prompt && e.pos < sequence.n_prompt) || e.pos > step - recent)
@@ -228,7 +255,8 @@ class Verifier {
           for (int h = whole ? 0 : e.kv_head; h < (whole ? n_heads : e.kv_head + 1); ++h) {
             int32_t& gone = gone_at_[static_cast<size_t>(h) * n + e.pos];
             if (gone >= 0)
-              return add("{}: kv head {}: position {} was evicted at step {} already", where(step), h, e.pos, gone);
+              return add("{}: kv head {}: position {} was evicted at step {} already", where(step), h, e.pos,
+                         gone);
             gone = step;
             --held[h];
             ++evicted_[step];
@@ -236,20 +264,23 @@ class Verifier {
         }
         for (int h = 0; h < n_heads; ++h) {
           const int32_t found = occupancy[static_cast<size_t>(step - begin) * n_heads + h];
-          if (found != held[h]) return add("{}: kv head {}: occupancy: expected {}, found {}", where(step), h, held[h], found);
+          if (found != held[h])
+            return add("{}: kv head {}: occupancy: expected {}, found {}", where(step), h, held[h], found);
           held_[step] += found;
           if (policy.evicts && !rule.ragged && step >= sequence.n_prompt - 1 && found > most_held)
-            return add("{}: kv head {}: expected at most {} held tokens (budget {}, cadence {}), found {}", where(step), h, most_held,
-                       budget, rule.cadence, found);
+            return add("{}: kv head {}: expected at most {} held tokens (budget {}, cadence {}), found {}",
+                       where(step), h, most_held, budget, rule.cadence, found);
         }
         if (policy.evicts && rule.ragged && step >= sequence.n_prompt - 1) {
           int64_t total = 0;
           for (int64_t count : held) total += count;
           if (total > int64_t{most_held} * n_heads)
-            return add("{}: expected at most {} held tokens in the layer, found {}", where(step), int64_t{most_held} * n_heads, total);
+            return add("{}: expected at most {} held tokens in the layer, found {}", where(step),
+                       int64_t{most_held} * n_heads, total);
         }
       }
-      if (next != evictions.size()) return add("{}: evictions are not in order of their steps", where(evictions[next].step));
+      if (next != evictions.size())
+        return add("{}: evictions are not in order of their steps", where(evictions[next].step));
     }
   }
 
@@ -262,7 +293,8 @@ class Verifier {
       reader_.read_rows(s, layer, kind, begin, count, rows.data());
       for (size_t i = 0; i < count * width; ++i)
         if (!std::isfinite(rows[i]))
-          return add("sequence {}, layer {}, step {}: {} holds a value that is not finite", s, layer, begin + i / width, row_kind_name(kind));
+          return add("sequence {}, layer {}, step {}: {} holds a value that is not finite", s, layer,
+                     begin + i / width, row_kind_name(kind));
     }
   }
 
@@ -270,7 +302,8 @@ class Verifier {
     const int s = sequence.sequence, n = sequence.n_steps, n_heads = header_.geometry.n_kv_heads;
     for (int begin = sequence.n_prompt; begin < n; begin += kChunkSteps) {
       int first = 0;
-      const std::vector<SketchRow> rows = reader_.sketches(s, layer, begin, std::min(n, begin + kChunkSteps), &first);
+      const std::vector<SketchRow> rows =
+          reader_.sketches(s, layer, begin, std::min(n, begin + kChunkSteps), &first);
       for (size_t i = 0; i < rows.size(); ++i) {
         const int step = first + static_cast<int>(i) / n_heads, h = static_cast<int>(i) % n_heads;
         const SketchRow& row = rows[i];
@@ -281,15 +314,20 @@ class Verifier {
         for (int t = 0; t < kSketchTop; ++t) {
           const int32_t pos = row.pos[t];
           if (pos == -1) break;
-          if (pos < 0 || pos > step) return bad(fmt::format("position: expected 0 to {}, found {}", step, pos));
+          if (pos < 0 || pos > step)
+            return bad(fmt::format("position: expected 0 to {}, found {}", step, pos));
           const int32_t gone = gone_at_[static_cast<size_t>(h) * n + pos];
-          if (gone >= 0 && gone < step) return bad(fmt::format("position {} was evicted at step {}", pos, gone));
-          if (!(row.weight[t] >= 0) || (t > 0 && row.weight[t] > row.weight[t - 1])) return bad("weights: expected descending from at most 1");
+          if (gone >= 0 && gone < step)
+            return bad(fmt::format("position {} was evicted at step {}", pos, gone));
+          if (!(row.weight[t] >= 0) || (t > 0 && row.weight[t] > row.weight[t - 1]))
+            return bad("weights: expected descending from at most 1");
           total += row.weight[t];
         }
         if (total > 1.001) return bad(fmt::format("sum of weights: expected at most 1, found {:.4f}", total));
-        if (!(row.recall >= 0 && row.recall <= 1.001f) && !std::isnan(row.recall)) return bad(fmt::format("recall: expected 0 to 1, found {}", row.recall));
-        if (!(row.entropy >= -1e-3f && row.entropy <= 25.0f)) return bad(fmt::format("entropy: expected 0 to 25 nats, found {}", row.entropy));
+        if (!(row.recall >= 0 && row.recall <= 1.001f) && !std::isnan(row.recall))
+          return bad(fmt::format("recall: expected 0 to 1, found {}", row.recall));
+        if (!(row.entropy >= -1e-3f && row.entropy <= 25.0f))
+          return bad(fmt::format("entropy: expected 0 to 25 nats, found {}", row.entropy));
       }
     }
   }
@@ -298,8 +336,10 @@ class Verifier {
     for (const TraceStep& step : reader_.steps(sequence.sequence, 0, sequence.n_steps)) {
       const int pos = raw(step.summary.pos);
       if (step.held_tokens != held_[pos] || step.evicted_tokens != evicted_[pos])
-        return add("KV_STEP of sequence {}, step {}: expected {} held and {} evicted tokens as the layers have, found {} and {}",
-                   sequence.sequence, pos, held_[pos], evicted_[pos], step.held_tokens, step.evicted_tokens);
+        return add(
+            "KV_STEP of sequence {}, step {}: expected {} held and {} evicted tokens as the layers have, "
+            "found {} and {}",
+            sequence.sequence, pos, held_[pos], evicted_[pos], step.held_tokens, step.evicted_tokens);
     }
   }
 
@@ -311,12 +351,13 @@ class Verifier {
   const TraceHeader& header_;
   const std::string name_;
   std::vector<int64_t> held_, evicted_;  // [step] of the running sequence, summed over its layers and heads
-  std::vector<int32_t> gone_at_;         // [H][step] of the running layer: step of the position's eviction, -1: held
+  std::vector<int32_t> gone_at_;  // [H][step] of the running layer: step of the position's eviction, -1: held
 };
 
 }  // namespace
 
-VerifyReport verify_trace(const std::filesystem::path& file, int most, const std::function<void(int64_t, int64_t)>& progress) {
+VerifyReport verify_trace(const std::filesystem::path& file, int most,
+                          const std::function<void(int64_t, int64_t)>& progress) {
   if (!std::filesystem::exists(file)) fail("{}: no such file", file.string());
   VerifyReport report;
   try {

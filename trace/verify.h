@@ -15,8 +15,8 @@ struct VerifyReport {
   bool ok() const { return violations.empty(); }
 };
 
-// Stops after `most` violations. A file that cannot be opened as a trace is a violation too, except one that does not
-// exist: that throws Error.
+// Stops after `most` violations. A file that cannot be opened as a trace is a violation too, except one that
+// does not exist: that throws Error.
 VerifyReport verify_trace(const std::filesystem::path& file, int most = 20,
                           const std::function<void(int64_t, int64_t)>& progress = {});
 

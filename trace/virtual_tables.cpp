@@ -17,7 +17,8 @@ enum Column { kSequence = 0, kLayer = 1, kStep = 2, kFirstOwn = 3 };
 class BlockRows {
  public:
   virtual ~BlockRows() = default;
-  // Rows of steps [begin, end) of one sequence and layer; `end` lies within n_steps and the block within one chunk.
+  // Rows of steps [begin, end) of one sequence and layer; `end` lies within n_steps and the block within one
+  // chunk.
   virtual int64_t load(const TraceReader& reader, int sequence, int layer, int begin, int end) = 0;
   virtual int step(int64_t row) const = 0;
   virtual void column(sqlite3_context* context, int64_t row, int column) const = 0;  // from kFirstOwn on
@@ -39,7 +40,9 @@ class TokenRowsTable final : public BlockRows {
     return std::max<int64_t>(0, std::min<int64_t>(end, static_cast<int64_t>(tokens_.size())) - begin);
   }
   int step(int64_t row) const override { return begin_ + static_cast<int>(row); }
-  void column(sqlite3_context* context, int64_t row, int) const override { sqlite3_result_int64(context, tokens_[begin_ + row]); }
+  void column(sqlite3_context* context, int64_t row, int) const override {
+    sqlite3_result_int64(context, tokens_[begin_ + row]);
+  }
 
  private:
   std::vector<int32_t> tokens_;
@@ -64,8 +67,9 @@ class EvictionRows final : public BlockRows {
       case 5: return result_real(context, e.parts[0]);
       case 6: return result_real(context, e.parts[1]);
       default:
-        return sqlite3_result_text(context, e.reason == EvictionReason::over_budget ? "over_budget" : "prompt_over_budget", -1,
-                                   SQLITE_STATIC);
+        return sqlite3_result_text(
+            context, e.reason == EvictionReason::over_budget ? "over_budget" : "prompt_over_budget", -1,
+            SQLITE_STATIC);
     }
   }
 
@@ -105,7 +109,9 @@ class SketchRows final : public BlockRows {
     switch (column - kFirstOwn) {
       case 0: return sqlite3_result_int64(context, row / kSketchTop % n_heads_);
       case 1: return sqlite3_result_int(context, rank);
-      case 2: return sketch.pos[rank] < 0 ? sqlite3_result_null(context) : sqlite3_result_int(context, sketch.pos[rank]);
+      case 2:
+        return sketch.pos[rank] < 0 ? sqlite3_result_null(context)
+                                    : sqlite3_result_int(context, sketch.pos[rank]);
       case 3: return result_real(context, sketch.weight[rank]);
       case 4: return result_real(context, sketch.entropy);
       default: return result_real(context, sketch.recall);
@@ -142,7 +148,9 @@ class ValueRows final : public BlockRows {
   void column(sqlite3_context* context, int64_t row, int column) const override {
     const auto [kind, index] = split(row);
     switch (column - kFirstOwn) {
-      case 0: return sqlite3_result_text(context, row_kind_name(static_cast<RowKind>(kind)).data(), 1, SQLITE_STATIC);
+      case 0:
+        return sqlite3_result_text(context, row_kind_name(static_cast<RowKind>(kind)).data(), 1,
+                                   SQLITE_STATIC);
       case 1: return sqlite3_result_int64(context, index % width_[kind] / dim_);
       case 2: return sqlite3_result_int64(context, index % dim_);
       default: return result_real(context, rows_[kind][index]);
@@ -172,20 +180,25 @@ struct TableInfo {
   std::unique_ptr<BlockRows> (*make)();
 };
 constexpr TableInfo kTables[] = {
-    {"kv_token", "CREATE TABLE x(sequence INTEGER, layer INTEGER HIDDEN, step INTEGER, token INTEGER)", false, make_rows<TokenRowsTable>},
+    {"kv_token", "CREATE TABLE x(sequence INTEGER, layer INTEGER HIDDEN, step INTEGER, token INTEGER)", false,
+     make_rows<TokenRowsTable>},
     {"kv_eviction",
-     "CREATE TABLE x(sequence INTEGER, layer INTEGER, step INTEGER, kv_head INTEGER, position INTEGER, slot INTEGER,"
+     "CREATE TABLE x(sequence INTEGER, layer INTEGER, step INTEGER, kv_head INTEGER, position INTEGER, slot "
+     "INTEGER,"
      " score REAL, threshold REAL, part0 REAL, part1 REAL, reason TEXT)",
      true, make_rows<EvictionRows>},
-    {"kv_occupancy", "CREATE TABLE x(sequence INTEGER, layer INTEGER, step INTEGER, kv_head INTEGER, held INTEGER)", true,
+    {"kv_occupancy",
+     "CREATE TABLE x(sequence INTEGER, layer INTEGER, step INTEGER, kv_head INTEGER, held INTEGER)", true,
      make_rows<OccupancyRows>},
     {"kv_sketch",
-     "CREATE TABLE x(sequence INTEGER, layer INTEGER, step INTEGER, kv_head INTEGER, rank INTEGER, position INTEGER,"
+     "CREATE TABLE x(sequence INTEGER, layer INTEGER, step INTEGER, kv_head INTEGER, rank INTEGER, position "
+     "INTEGER,"
      " weight REAL, entropy REAL, recall REAL)",
      true, make_rows<SketchRows>},
     {"kv_value",
-     "CREATE TABLE x(sequence INTEGER, layer INTEGER, step INTEGER, kind TEXT, head INTEGER, dim INTEGER, value REAL)", true,
-     make_rows<ValueRows>},
+     "CREATE TABLE x(sequence INTEGER, layer INTEGER, step INTEGER, kind TEXT, head INTEGER, dim INTEGER, "
+     "value REAL)",
+     true, make_rows<ValueRows>},
 };
 
 // Shared by the tables of one connection.
@@ -229,7 +242,8 @@ int connect(sqlite3* database, void* data, int, const char* const*, sqlite3_vtab
   try {
     Source& source = *module->source;
     if (!source.reader) source.reader = source.open();
-    if (const int code = sqlite3_declare_vtab(database, module->info->declaration); code != SQLITE_OK) return code;
+    if (const int code = sqlite3_declare_vtab(database, module->info->declaration); code != SQLITE_OK)
+      return code;
     auto* table = new Table();
     table->info = module->info;
     table->reader = source.reader.get();
@@ -256,8 +270,10 @@ int best_index(sqlite3_vtab*, sqlite3_index_info* info) {
     if (constraint.iColumn == kLayer && equal) chosen[kLayerIs] = i;
     if (constraint.iColumn != kStep) continue;
     if (equal) chosen[kStepIs] = i;
-    if (constraint.op == SQLITE_INDEX_CONSTRAINT_GE || constraint.op == SQLITE_INDEX_CONSTRAINT_GT) chosen[kStepFrom] = i;
-    if (constraint.op == SQLITE_INDEX_CONSTRAINT_LE || constraint.op == SQLITE_INDEX_CONSTRAINT_LT) chosen[kStepTo] = i;
+    if (constraint.op == SQLITE_INDEX_CONSTRAINT_GE || constraint.op == SQLITE_INDEX_CONSTRAINT_GT)
+      chosen[kStepFrom] = i;
+    if (constraint.op == SQLITE_INDEX_CONSTRAINT_LE || constraint.op == SQLITE_INDEX_CONSTRAINT_LT)
+      chosen[kStepTo] = i;
   }
   double rows = 1e8;
   int arguments = 0;
@@ -304,8 +320,8 @@ void load_next(Cursor& cursor, const Table& table) {
       continue;
     }
     const int64_t block_end = std::min(end, (cursor.block / kChunkSteps + 1) * kChunkSteps);
-    cursor.n_rows = cursor.rows->load(*table.reader, sequence, static_cast<int>(cursor.layer), static_cast<int>(cursor.block),
-                                      static_cast<int>(block_end));
+    cursor.n_rows = cursor.rows->load(*table.reader, sequence, static_cast<int>(cursor.layer),
+                                      static_cast<int>(cursor.block), static_cast<int>(block_end));
     cursor.block = block_end;
     // The rows belong to this layer although the next block may not.
     if (cursor.n_rows > 0) return;
@@ -314,7 +330,8 @@ void load_next(Cursor& cursor, const Table& table) {
 
 // The range that may hold what the constraint admits; SQLite checks the rows again.
 void narrow(Range& range, std::optional<double> from, std::optional<double> to) {
-  if (from) range.begin = std::max(range.begin, static_cast<int64_t>(std::floor(std::clamp(*from, -1.0, 1e9))));
+  if (from)
+    range.begin = std::max(range.begin, static_cast<int64_t>(std::floor(std::clamp(*from, -1.0, 1e9))));
   if (to) range.end = std::min(range.end, static_cast<int64_t>(std::ceil(std::clamp(*to, -2.0, 1e9))) + 1);
   range.end = std::max(range.begin, range.end);
 }
@@ -365,7 +382,9 @@ int next(sqlite3_vtab_cursor* base) {
   }
 }
 
-int eof(sqlite3_vtab_cursor* base) { return static_cast<Cursor*>(base)->done; }
+int eof(sqlite3_vtab_cursor* base) {
+  return static_cast<Cursor*>(base)->done;
+}
 
 int column(sqlite3_vtab_cursor* base, sqlite3_context* context, int column) {
   const auto& cursor = *static_cast<Cursor*>(base);

@@ -1,6 +1,6 @@
 // The chunked data of a trace as read-only SQL tables of one connection: kv_token, kv_eviction, kv_occupancy,
-// kv_sketch, kv_value (columns: trace/FORMAT.md). Conditions on sequence, layer and step are pushed down to whole
-// chunks, so a query decodes only what it names.
+// kv_sketch, kv_value (columns: trace/FORMAT.md). Conditions on sequence, layer and step are pushed down to
+// whole chunks, so a query decodes only what it names.
 #pragma once
 
 #include <functional>

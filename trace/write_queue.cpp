@@ -26,18 +26,23 @@ size_t bytes_of(const WriteMessage& message) {
 struct WriteQueue::Statements {
   explicit Statements(Database& database)
       : insert_chunk(database,
-                     "INSERT INTO KV_CHUNK(id, kind, sequence, layer, step_begin, step_end, encoding, raw_bytes, checksum,"
+                     "INSERT INTO KV_CHUNK(id, kind, sequence, layer, step_begin, step_end, encoding, "
+                     "raw_bytes, checksum,"
                      " data) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"),
         update_chunk(database,
-                     "UPDATE KV_CHUNK SET step_end = ?, encoding = ?, raw_bytes = ?, checksum = ?, data = ? WHERE id = ?"),
+                     "UPDATE KV_CHUNK SET step_end = ?, encoding = ?, raw_bytes = ?, checksum = ?, data = ? "
+                     "WHERE id = ?"),
         insert_step(database,
-                    "INSERT INTO KV_STEP(sequence, step, token, next_token, logprob, margin, held_tokens, evicted_tokens,"
-                    " start_ns, total_ns, embed_ns, attention_ns, matmul_ns, evict_ns, head_ns, sample_ns, observe_ns,"
+                    "INSERT INTO KV_STEP(sequence, step, token, next_token, logprob, margin, held_tokens, "
+                    "evicted_tokens,"
+                    " start_ns, total_ns, embed_ns, attention_ns, matmul_ns, evict_ns, head_ns, sample_ns, "
+                    "observe_ns,"
                     " queue_wait_ns) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"),
-        put_sequence(database,
-                     "INSERT OR REPLACE INTO KV_SEQUENCE(sequence, seed, n_prompt, n_steps, budget_slots, think_begin,"
-                     " think_end, task, prompt, text, answer, answer_right, end_reason)"
-                     " VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"),
+        put_sequence(
+            database,
+            "INSERT OR REPLACE INTO KV_SEQUENCE(sequence, seed, n_prompt, n_steps, budget_slots, think_begin,"
+            " think_end, task, prompt, text, answer, answer_right, end_reason)"
+            " VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"),
         insert_text(database, "INSERT INTO KV_TOKEN_TEXT(token, text) VALUES(?, ?)") {}
   Statement insert_chunk, update_chunk, insert_step, put_sequence, insert_text;
 };
@@ -70,7 +75,9 @@ int64_t WriteQueue::push(WriteMessage message) {
     std::unique_lock lock(mutex_);
     throw_if_failed();
     // A message larger than the queue passes when the queue is empty.
-    auto fits = [&] { return queued_bytes_ == 0 || queued_bytes_ + bytes <= queue_bytes_ || !failure_.empty(); };
+    auto fits = [&] {
+      return queued_bytes_ == 0 || queued_bytes_ + bytes <= queue_bytes_ || !failure_.empty();
+    };
     if (!fits()) {
       const auto start = std::chrono::steady_clock::now();
       not_full_.wait(lock, fits);
@@ -157,7 +164,8 @@ void WriteQueue::handle(ChunkMessage& message) {
   const auto raw_bytes = static_cast<int64_t>(message.bytes);
   LastChunk& last = last_chunks_[{message.kind, message.sequence, message.layer}];
   if (last.step_begin == message.step_begin) {
-    statements_->update_chunk.run(message.step_end, chunk.encoding, raw_bytes, chunk.checksum, chunk.data, last.id);
+    statements_->update_chunk.run(message.step_end, chunk.encoding, raw_bytes, chunk.checksum, chunk.data,
+                                  last.id);
   } else {
     last = {message.step_begin, next_chunk_id_++};
     statements_->insert_chunk.run(last.id, message.kind, message.sequence, message.layer, message.step_begin,
@@ -173,10 +181,10 @@ void WriteQueue::handle(StepsMessage& message) {
   for (const TraceStep& step : message.steps) {
     const StepSummary& s = step.summary;
     const auto& phase = s.phase_ns;
-    statements_->insert_step.run(s.sequence, raw(s.pos), s.token, s.next_token, static_cast<double>(s.logprob),
-                                 static_cast<double>(s.margin), step.held_tokens, step.evicted_tokens, s.start_ns,
-                                 s.total_ns, phase[0], phase[1], phase[2], phase[3], phase[4], phase[5], phase[6],
-                                 step.queue_wait_ns);
+    statements_->insert_step.run(
+        s.sequence, raw(s.pos), s.token, s.next_token, static_cast<double>(s.logprob),
+        static_cast<double>(s.margin), step.held_tokens, step.evicted_tokens, s.start_ns, s.total_ns,
+        phase[0], phase[1], phase[2], phase[3], phase[4], phase[5], phase[6], step.queue_wait_ns);
   }
 }
 
@@ -196,7 +204,10 @@ void WriteQueue::handle(SequenceMessage& message) {
     else
       put.bind(index, value);
   };
-  put.bind(1, facts.sequence).bind(2, static_cast<int64_t>(facts.seed)).bind(3, facts.n_prompt).bind(4, facts.n_steps);
+  put.bind(1, facts.sequence)
+      .bind(2, static_cast<int64_t>(facts.seed))
+      .bind(3, facts.n_prompt)
+      .bind(4, facts.n_steps);
   position(5, facts.budget_slots > 0 ? facts.budget_slots : -1);
   position(6, facts.think_begin);
   position(7, facts.think_end);

@@ -1,5 +1,5 @@
-// The writer thread of a trace and the bounded queue in front of it. Messages are handled in order; everything
-// between two commits is one transaction. One producer thread.
+// The writer thread of a trace and the bounded queue in front of it. Messages are handled in order;
+// everything between two commits is one transaction. One producer thread.
 #pragma once
 
 #include <condition_variable>
@@ -38,16 +38,19 @@ struct TokenTextMessage {
   std::vector<std::pair<int32_t, std::string>> texts;
 };
 struct CommitMessage {};
-using WriteMessage = std::variant<ChunkMessage, StepsMessage, SequenceMessage, TokenTextMessage, CommitMessage>;
+using WriteMessage =
+    std::variant<ChunkMessage, StepsMessage, SequenceMessage, TokenTextMessage, CommitMessage>;
 
 class WriteQueue {
  public:
   WriteQueue(Database database, const TraceWriterOptions& options);
   ~WriteQueue();  // handles what is queued, then stops
 
-  // Waits while more than options.queue_bytes are queued. Throws Error when the writer failed. Returns the wait.
+  // Waits while more than options.queue_bytes are queued. Throws Error when the writer failed. Returns the
+  // wait.
   int64_t push(WriteMessage message);
-  // Handles what is queued and stops. Throws Error when the writer failed. The connection is the caller's afterwards.
+  // Handles what is queued and stops. Throws Error when the writer failed. The connection is the caller's
+  // afterwards.
   Database& stop();
   TraceWriterStats stats() const;
 

@@ -27,7 +27,7 @@ uint16_t f32_to_f16(float value) {
   uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return sign | 0x7e00u;
   if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // rounds to infinity
-  if (magnitude < 0x38800000u) {                          // subnormal half: let the FPU round to a multiple of 2^-24
+  if (magnitude < 0x38800000u) {  // subnormal half: let the FPU round to a multiple of 2^-24
     float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return sign | static_cast<uint16_t>(std::bit_cast<uint32_t>(shifted) - 0x3f000000u);
   }

@@ -1,5 +1,5 @@
-// Element types of activations and K/V caches, and exact scalar conversions. Bulk conversions with SIMD live in
-// kernels/cpu; both round to nearest even and agree bit for bit.
+// Element types of activations and K/V caches, and exact scalar conversions. Bulk conversions with SIMD live
+// in kernels/cpu; both round to nearest even and agree bit for bit.
 #pragma once
 
 #include <bit>
@@ -28,7 +28,9 @@ constexpr std::string_view dtype_name(DType type) {
 // Accepts the names that dtype_name gives; throws UsageError otherwise.
 DType parse_dtype(std::string_view name);
 
-constexpr float bf16_to_f32(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+constexpr float bf16_to_f32(uint16_t bits) {
+  return std::bit_cast<float>(uint32_t{bits} << 16);
+}
 
 constexpr uint16_t f32_to_bf16(float value) {
   uint32_t bits = std::bit_cast<uint32_t>(value);

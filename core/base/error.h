@@ -1,5 +1,5 @@
-// The one exception type of kvlapse. Its message is one line that says what, where, what was expected and what
-// was found; `main` prints it and exits 2. Thread-safe to throw from any thread.
+// The one exception type of kvlapse. Its message is one line that says what, where, what was expected and
+// what was found; `main` prints it and exits 2. Thread-safe to throw from any thread.
 #pragma once
 
 #include <fmt/format.h>

@@ -1,5 +1,5 @@
-// A token's position in the sequence and a slot of the cache are both small integers and never the same thing:
-// after the first eviction slot order is arbitrary. Distinct types keep them apart.
+// A token's position in the sequence and a slot of the cache are both small integers and never the same
+// thing: after the first eviction slot order is arbitrary. Distinct types keep them apart.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,11 @@ enum class Slot : int32_t {};  // index of a K/V row within one (sequence, layer
 
 inline constexpr Pos kNoPos{-1};
 
-constexpr int32_t raw(Pos pos) { return static_cast<int32_t>(pos); }
-constexpr int32_t raw(Slot slot) { return static_cast<int32_t>(slot); }
+constexpr int32_t raw(Pos pos) {
+  return static_cast<int32_t>(pos);
+}
+constexpr int32_t raw(Slot slot) {
+  return static_cast<int32_t>(slot);
+}
 
 }  // namespace kvlapse

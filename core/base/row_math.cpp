@@ -23,12 +23,9 @@ void DotRows(const RowView& rows, size_t n, size_t dim, const float* x, size_t x
     dot_rows_of(data, rows.stride, rows.index, n, dim, x, x_stride, n_x, factor, out, out_stride);
   };
   switch (rows.type) {
-    case DType::f16:
-      return run(static_cast<const hwy::float16_t*>(rows.data));
-    case DType::bf16:
-      return run(static_cast<const hwy::bfloat16_t*>(rows.data));
-    default:
-      return run(static_cast<const float*>(rows.data));
+    case DType::f16: return run(static_cast<const hwy::float16_t*>(rows.data));
+    case DType::bf16: return run(static_cast<const hwy::bfloat16_t*>(rows.data));
+    default: return run(static_cast<const float*>(rows.data));
   }
 #else
   scalar::dot_rows(rows, n, dim, x, x_stride, n_x, factor, out, out_stride);
@@ -42,12 +39,9 @@ void WeightedRows(const RowView& rows, size_t n, size_t dim, const float* weight
     weighted_rows_of(data, rows.stride, rows.index, n, dim, weights, weight_stride, n_x, out, out_stride);
   };
   switch (rows.type) {
-    case DType::f16:
-      return run(static_cast<const hwy::float16_t*>(rows.data));
-    case DType::bf16:
-      return run(static_cast<const hwy::bfloat16_t*>(rows.data));
-    default:
-      return run(static_cast<const float*>(rows.data));
+    case DType::f16: return run(static_cast<const hwy::float16_t*>(rows.data));
+    case DType::bf16: return run(static_cast<const hwy::bfloat16_t*>(rows.data));
+    default: return run(static_cast<const float*>(rows.data));
   }
 #else
   scalar::weighted_rows(rows, n, dim, weights, weight_stride, n_x, out, out_stride);

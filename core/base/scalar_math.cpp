@@ -20,12 +20,9 @@ float tree(float (&lanes)[kLanes]) {
 float element(const RowView& rows, size_t row, size_t d) {
   size_t at = (rows.index ? static_cast<size_t>(rows.index[row]) : row) * rows.stride + d;
   switch (rows.type) {
-    case DType::f16:
-      return f16_to_f32(static_cast<const uint16_t*>(rows.data)[at]);
-    case DType::bf16:
-      return bf16_to_f32(static_cast<const uint16_t*>(rows.data)[at]);
-    default:
-      return static_cast<const float*>(rows.data)[at];
+    case DType::f16: return f16_to_f32(static_cast<const uint16_t*>(rows.data)[at]);
+    case DType::bf16: return bf16_to_f32(static_cast<const uint16_t*>(rows.data)[at]);
+    default: return static_cast<const float*>(rows.data)[at];
   }
 }
 

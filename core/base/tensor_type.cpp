@@ -1,6 +1,6 @@
-#include <array>
-
 #include "core/base/tensor_type.h"
+
+#include <array>
 
 namespace kvlapse {
 namespace {

@@ -19,7 +19,8 @@ CacheSite::CacheSite(const CacheGeometry& geometry, int layer, const Policy& pol
   if (contains(info.signals, Signal::future) && !facts.future)
     fail("policy {}: is an oracle and needs a finished trace: it can be replayed, not decoded", info.name);
   if (info.selects && !facts.may_select)
-    fail("policy {}: selects from a full cache and frees no memory: it can be replayed, not decoded", info.name);
+    fail("policy {}: selects from a full cache and frees no memory: it can be replayed, not decoded",
+         info.name);
   check_budget(policy, policy.layer_budget(layer, geometry.n_layers, budget), n_prompt);
   context_.geometry = geometry;
   context_.layer = layer;

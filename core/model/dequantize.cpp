@@ -145,9 +145,7 @@ void dequantize(TensorType type, const std::byte* data, int64_t n_elements, floa
          n_elements);
   const uint8_t* in = as_u8(data);
   switch (type) {
-    case TensorType::f32:
-      std::memcpy(out, data, static_cast<size_t>(n_elements) * sizeof(float));
-      return;
+    case TensorType::f32: std::memcpy(out, data, static_cast<size_t>(n_elements) * sizeof(float)); return;
     case TensorType::f16:
       for (int64_t i = 0; i < n_elements; ++i) out[i] = half_at(in + 2 * i);
       return;
@@ -158,26 +156,17 @@ void dequantize(TensorType type, const std::byte* data, int64_t n_elements, floa
         out[i] = bf16_to_f32(bits);
       }
       return;
-    case TensorType::q8_0:
-      return blocks(type, in, n_elements, out, block_q8_0);
-    case TensorType::q4_0:
-      return blocks(type, in, n_elements, out, block_q4_0);
-    case TensorType::q4_1:
-      return blocks(type, in, n_elements, out, block_q4_1);
-    case TensorType::q5_0:
-      return blocks(type, in, n_elements, out, block_q5_0);
-    case TensorType::q5_1:
-      return blocks(type, in, n_elements, out, block_q5_1);
-    case TensorType::q4_k:
-      return blocks(type, in, n_elements, out, block_q4_k);
-    case TensorType::q5_k:
-      return blocks(type, in, n_elements, out, block_q5_k);
-    case TensorType::q6_k:
-      return blocks(type, in, n_elements, out, block_q6_k);
+    case TensorType::q8_0: return blocks(type, in, n_elements, out, block_q8_0);
+    case TensorType::q4_0: return blocks(type, in, n_elements, out, block_q4_0);
+    case TensorType::q4_1: return blocks(type, in, n_elements, out, block_q4_1);
+    case TensorType::q5_0: return blocks(type, in, n_elements, out, block_q5_0);
+    case TensorType::q5_1: return blocks(type, in, n_elements, out, block_q5_1);
+    case TensorType::q4_k: return blocks(type, in, n_elements, out, block_q4_k);
+    case TensorType::q5_k: return blocks(type, in, n_elements, out, block_q5_k);
+    case TensorType::q6_k: return blocks(type, in, n_elements, out, block_q6_k);
     case TensorType::i32:
     case TensorType::i64:
-    case TensorType::u8:
-      break;
+    case TensorType::u8: break;
   }
   fail("dequantize: expected a floating-point or quantised type, found {}", tensor_type_name(type));
 }

@@ -69,27 +69,19 @@ std::string printable(std::string_view text) {
 
 int64_t read_integer(Cursor& in, ValueType type, std::string_view field, const std::string& file) {
   switch (type) {
-    case ValueType::u8:
-      return in.read<uint8_t>(field);
-    case ValueType::i8:
-      return in.read<int8_t>(field);
-    case ValueType::u16:
-      return in.read<uint16_t>(field);
-    case ValueType::i16:
-      return in.read<int16_t>(field);
-    case ValueType::u32:
-      return in.read<uint32_t>(field);
-    case ValueType::i32:
-      return in.read<int32_t>(field);
-    case ValueType::i64:
-      return in.read<int64_t>(field);
+    case ValueType::u8: return in.read<uint8_t>(field);
+    case ValueType::i8: return in.read<int8_t>(field);
+    case ValueType::u16: return in.read<uint16_t>(field);
+    case ValueType::i16: return in.read<int16_t>(field);
+    case ValueType::u32: return in.read<uint32_t>(field);
+    case ValueType::i32: return in.read<int32_t>(field);
+    case ValueType::i64: return in.read<int64_t>(field);
     case ValueType::u64: {
       auto value = in.read<uint64_t>(field);
       if (value > INT64_MAX) fail("{}: {}: expected a value below 2^63, found {}", file, field, value);
       return static_cast<int64_t>(value);
     }
-    default:
-      fail("{}: {}: expected an integer type, found {}", file, field, static_cast<uint32_t>(type));
+    default: fail("{}: {}: expected an integer type, found {}", file, field, static_cast<uint32_t>(type));
   }
 }
 
@@ -128,51 +120,31 @@ GgufValue read_value(Cursor& in, std::string_view field, const std::string& file
   auto type = in.read<uint32_t>(field);
   if (type >= kValueTypes) fail("{}: {}: expected a value type 0..12, found {}", file, field, type);
   switch (static_cast<ValueType>(type)) {
-    case ValueType::f32:
-      return static_cast<double>(in.read<float>(field));
-    case ValueType::f64:
-      return in.read<double>(field);
-    case ValueType::boolean:
-      return read_bool(in, field, file);
-    case ValueType::string:
-      return in.string(field);
-    case ValueType::array:
-      return read_array(in, field, file);
-    default:
-      return read_integer(in, static_cast<ValueType>(type), field, file);
+    case ValueType::f32: return static_cast<double>(in.read<float>(field));
+    case ValueType::f64: return in.read<double>(field);
+    case ValueType::boolean: return read_bool(in, field, file);
+    case ValueType::string: return in.string(field);
+    case ValueType::array: return read_array(in, field, file);
+    default: return read_integer(in, static_cast<ValueType>(type), field, file);
   }
 }
 
 TensorType tensor_type(uint32_t ggml_type, std::string_view tensor, const std::string& file) {
   switch (ggml_type) {
-    case 0:
-      return TensorType::f32;
-    case 1:
-      return TensorType::f16;
-    case 2:
-      return TensorType::q4_0;
-    case 3:
-      return TensorType::q4_1;
-    case 6:
-      return TensorType::q5_0;
-    case 7:
-      return TensorType::q5_1;
-    case 8:
-      return TensorType::q8_0;
-    case 12:
-      return TensorType::q4_k;
-    case 13:
-      return TensorType::q5_k;
-    case 14:
-      return TensorType::q6_k;
-    case 26:
-      return TensorType::i32;
-    case 27:
-      return TensorType::i64;
-    case 30:
-      return TensorType::bf16;
-    default:
-      break;
+    case 0: return TensorType::f32;
+    case 1: return TensorType::f16;
+    case 2: return TensorType::q4_0;
+    case 3: return TensorType::q4_1;
+    case 6: return TensorType::q5_0;
+    case 7: return TensorType::q5_1;
+    case 8: return TensorType::q8_0;
+    case 12: return TensorType::q4_k;
+    case 13: return TensorType::q5_k;
+    case 14: return TensorType::q6_k;
+    case 26: return TensorType::i32;
+    case 27: return TensorType::i64;
+    case 30: return TensorType::bf16;
+    default: break;
   }
   std::string name = ggml_type < kGgmlTypes.size() ? std::string(kGgmlTypes[ggml_type])
                                                    : fmt::format("unknown type {}", ggml_type);

@@ -132,40 +132,23 @@ void check_names(const GgufFile& file, const ModelSpec& spec) {
 std::string gguf_name(TensorRole role, int layer) {
   auto in_layer = [&](const char* rest) { return fmt::format("blk.{}.{}", layer, rest); };
   switch (role) {
-    case TensorRole::embedding:
-      return "token_embd.weight";
-    case TensorRole::head:
-      return "output.weight";
-    case TensorRole::final_norm:
-      return "output_norm.weight";
-    case TensorRole::input_norm:
-      return in_layer("attn_norm.weight");
-    case TensorRole::ffn_norm:
-      return in_layer("ffn_norm.weight");
-    case TensorRole::q:
-      return in_layer("attn_q.weight");
-    case TensorRole::k:
-      return in_layer("attn_k.weight");
-    case TensorRole::v:
-      return in_layer("attn_v.weight");
-    case TensorRole::o:
-      return in_layer("attn_output.weight");
-    case TensorRole::q_bias:
-      return in_layer("attn_q.bias");
-    case TensorRole::k_bias:
-      return in_layer("attn_k.bias");
-    case TensorRole::v_bias:
-      return in_layer("attn_v.bias");
-    case TensorRole::q_norm:
-      return in_layer("attn_q_norm.weight");
-    case TensorRole::k_norm:
-      return in_layer("attn_k_norm.weight");
-    case TensorRole::gate:
-      return in_layer("ffn_gate.weight");
-    case TensorRole::up:
-      return in_layer("ffn_up.weight");
-    case TensorRole::down:
-      return in_layer("ffn_down.weight");
+    case TensorRole::embedding: return "token_embd.weight";
+    case TensorRole::head: return "output.weight";
+    case TensorRole::final_norm: return "output_norm.weight";
+    case TensorRole::input_norm: return in_layer("attn_norm.weight");
+    case TensorRole::ffn_norm: return in_layer("ffn_norm.weight");
+    case TensorRole::q: return in_layer("attn_q.weight");
+    case TensorRole::k: return in_layer("attn_k.weight");
+    case TensorRole::v: return in_layer("attn_v.weight");
+    case TensorRole::o: return in_layer("attn_output.weight");
+    case TensorRole::q_bias: return in_layer("attn_q.bias");
+    case TensorRole::k_bias: return in_layer("attn_k.bias");
+    case TensorRole::v_bias: return in_layer("attn_v.bias");
+    case TensorRole::q_norm: return in_layer("attn_q_norm.weight");
+    case TensorRole::k_norm: return in_layer("attn_k_norm.weight");
+    case TensorRole::gate: return in_layer("ffn_gate.weight");
+    case TensorRole::up: return in_layer("ffn_up.weight");
+    case TensorRole::down: return in_layer("ffn_down.weight");
   }
   return {};
 }

@@ -216,8 +216,7 @@ RopeTable rope_table(const RopeSpec& spec, int head_dim) {
     table.inverse_frequencies.push_back(1.0f / power);
   }
   switch (spec.scaling) {
-    case RopeSpec::Scaling::none:
-      break;
+    case RopeSpec::Scaling::none: break;
     case RopeSpec::Scaling::linear:
       for (float& f : table.inverse_frequencies) f /= static_cast<float>(spec.factor);
       break;

@@ -34,14 +34,10 @@ size_t first_nan(const std::byte* data, size_t n, Bits infinity) {
 size_t first_nan(const TensorView& t) {
   const auto n = static_cast<size_t>(t.elements());
   switch (t.type) {
-    case TensorType::f32:
-      return first_nan<uint32_t>(t.data, n, 0x7f800000u);
-    case TensorType::f16:
-      return first_nan<uint16_t>(t.data, n, 0x7c00u);
-    case TensorType::bf16:
-      return first_nan<uint16_t>(t.data, n, 0x7f80u);
-    default:
-      break;
+    case TensorType::f32: return first_nan<uint32_t>(t.data, n, 0x7f800000u);
+    case TensorType::f16: return first_nan<uint16_t>(t.data, n, 0x7c00u);
+    case TensorType::bf16: return first_nan<uint16_t>(t.data, n, 0x7f80u);
+    default: break;
   }
   // Quantised blocks are NaN when one of their scales is: as values, a stretch at a time.
   const int block = block_elements(t.type);
@@ -79,8 +75,7 @@ class Loader {
       case TensorType::u8:
         fail("{}: tensor '{}': expected a type that can be multiplied, found {}", file->describe(),
              view->name, tensor_type_name(view->type));
-      default:
-        break;
+      default: break;
     }
     if (columns % block_elements(view->type) != 0)
       fail("{}: tensor '{}': expected rows of whole blocks of {}, found {} columns", file->describe(),
@@ -152,40 +147,23 @@ class Loader {
 std::string huggingface_name(TensorRole role, int layer) {
   auto in_layer = [&](const char* rest) { return fmt::format("model.layers.{}.{}", layer, rest); };
   switch (role) {
-    case TensorRole::embedding:
-      return "model.embed_tokens.weight";
-    case TensorRole::head:
-      return "lm_head.weight";
-    case TensorRole::final_norm:
-      return "model.norm.weight";
-    case TensorRole::input_norm:
-      return in_layer("input_layernorm.weight");
-    case TensorRole::ffn_norm:
-      return in_layer("post_attention_layernorm.weight");
-    case TensorRole::q:
-      return in_layer("self_attn.q_proj.weight");
-    case TensorRole::k:
-      return in_layer("self_attn.k_proj.weight");
-    case TensorRole::v:
-      return in_layer("self_attn.v_proj.weight");
-    case TensorRole::o:
-      return in_layer("self_attn.o_proj.weight");
-    case TensorRole::q_bias:
-      return in_layer("self_attn.q_proj.bias");
-    case TensorRole::k_bias:
-      return in_layer("self_attn.k_proj.bias");
-    case TensorRole::v_bias:
-      return in_layer("self_attn.v_proj.bias");
-    case TensorRole::q_norm:
-      return in_layer("self_attn.q_norm.weight");
-    case TensorRole::k_norm:
-      return in_layer("self_attn.k_norm.weight");
-    case TensorRole::gate:
-      return in_layer("mlp.gate_proj.weight");
-    case TensorRole::up:
-      return in_layer("mlp.up_proj.weight");
-    case TensorRole::down:
-      return in_layer("mlp.down_proj.weight");
+    case TensorRole::embedding: return "model.embed_tokens.weight";
+    case TensorRole::head: return "lm_head.weight";
+    case TensorRole::final_norm: return "model.norm.weight";
+    case TensorRole::input_norm: return in_layer("input_layernorm.weight");
+    case TensorRole::ffn_norm: return in_layer("post_attention_layernorm.weight");
+    case TensorRole::q: return in_layer("self_attn.q_proj.weight");
+    case TensorRole::k: return in_layer("self_attn.k_proj.weight");
+    case TensorRole::v: return in_layer("self_attn.v_proj.weight");
+    case TensorRole::o: return in_layer("self_attn.o_proj.weight");
+    case TensorRole::q_bias: return in_layer("self_attn.q_proj.bias");
+    case TensorRole::k_bias: return in_layer("self_attn.k_proj.bias");
+    case TensorRole::v_bias: return in_layer("self_attn.v_proj.bias");
+    case TensorRole::q_norm: return in_layer("self_attn.q_norm.weight");
+    case TensorRole::k_norm: return in_layer("self_attn.k_norm.weight");
+    case TensorRole::gate: return in_layer("mlp.gate_proj.weight");
+    case TensorRole::up: return in_layer("mlp.up_proj.weight");
+    case TensorRole::down: return in_layer("mlp.down_proj.weight");
   }
   return {};
 }

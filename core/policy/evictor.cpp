@@ -56,12 +56,9 @@ float Evictor::ranked(float score, const EvictionRule& rule, Pos pos) const {
     if (draw != 1) score = std::nextafter(score, draw == 0 ? -kInfinity : kInfinity);
   }
   switch (rule.cast) {
-    case ScoreCast::fp32:
-      return score;
-    case ScoreCast::fp16:
-      return f16_to_f32(f32_to_f16(score));
-    case ScoreCast::bf16:
-      return bf16_to_f32(f32_to_bf16(score));
+    case ScoreCast::fp32: return score;
+    case ScoreCast::fp16: return f16_to_f32(f32_to_f16(score));
+    case ScoreCast::bf16: return bf16_to_f32(f32_to_bf16(score));
   }
   return score;
 }

@@ -151,15 +151,9 @@ std::string visible_token(std::string_view text) {
   std::string out;
   for (char c : text) {
     switch (c) {
-      case '\n':
-        out += "\\n";
-        break;
-      case '\t':
-        out += "\\t";
-        break;
-      case '\r':
-        out += "\\r";
-        break;
+      case '\n': out += "\\n"; break;
+      case '\t': out += "\\t"; break;
+      case '\r': out += "\\r"; break;
       default:
         if (static_cast<unsigned char>(c) < 32) {
           out += fmt::format("\\x{:02x}", static_cast<unsigned char>(c));

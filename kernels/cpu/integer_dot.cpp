@@ -152,12 +152,9 @@ HWY_INLINE void integer_rows_of(const std::byte* rows, size_t row_bytes, size_t 
 void IntegerRows(TensorType type, const std::byte* rows, size_t row_bytes, size_t n_rows,
                  const IntegerActivations& x, float* y, size_t y_stride) {
   switch (type) {
-    case TensorType::q8_0:
-      return integer_rows_of<IntegerQ8_0>(rows, row_bytes, n_rows, x, y, y_stride);
-    case TensorType::q4_0:
-      return integer_rows_of<IntegerQ4_0>(rows, row_bytes, n_rows, x, y, y_stride);
-    default:
-      return integer_rows_of<IntegerQ4_1>(rows, row_bytes, n_rows, x, y, y_stride);
+    case TensorType::q8_0: return integer_rows_of<IntegerQ8_0>(rows, row_bytes, n_rows, x, y, y_stride);
+    case TensorType::q4_0: return integer_rows_of<IntegerQ4_0>(rows, row_bytes, n_rows, x, y, y_stride);
+    default: return integer_rows_of<IntegerQ4_1>(rows, row_bytes, n_rows, x, y, y_stride);
   }
 }
 

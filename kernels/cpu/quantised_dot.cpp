@@ -163,19 +163,15 @@ void QuantisedRows(TensorType type, const std::byte* rows, size_t row_bytes, siz
       return rows_of<Q8_0>(rows, row_bytes, n_rows, columns, x, x_stride, n_x, y, y_stride);
     case TensorType::q4_0:
       return rows_of<Q4_0>(rows, row_bytes, n_rows, columns, x, x_stride, n_x, y, y_stride);
-    default:
-      return rows_of<Q4_1>(rows, row_bytes, n_rows, columns, x, x_stride, n_x, y, y_stride);
+    default: return rows_of<Q4_1>(rows, row_bytes, n_rows, columns, x, x_stride, n_x, y, y_stride);
   }
 }
 
 void WidenQuantised(TensorType type, const std::byte* data, size_t n, float* out) {
   switch (type) {
-    case TensorType::q8_0:
-      return widen_blocks<Q8_0>(data, n, out);
-    case TensorType::q4_0:
-      return widen_blocks<Q4_0>(data, n, out);
-    default:
-      return widen_blocks<Q4_1>(data, n, out);
+    case TensorType::q8_0: return widen_blocks<Q8_0>(data, n, out);
+    case TensorType::q4_0: return widen_blocks<Q4_0>(data, n, out);
+    default: return widen_blocks<Q4_1>(data, n, out);
   }
 }
 

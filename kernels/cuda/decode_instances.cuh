@@ -20,16 +20,11 @@ __global__ void __launch_bounds__(device::kMaxDecodeThreads, 1)
 template <class Element, bool kBulk>
 DecodeKernelFunction decode_kernel_of(int head_dim) {
   switch (head_dim) {
-    case 32:
-      return decode_step_kernel<32, Element, kBulk>;
-    case 64:
-      return decode_step_kernel<64, Element, kBulk>;
-    case 128:
-      return decode_step_kernel<128, Element, kBulk>;
-    case 256:
-      return decode_step_kernel<256, Element, kBulk>;
-    default:
-      return nullptr;
+    case 32: return decode_step_kernel<32, Element, kBulk>;
+    case 64: return decode_step_kernel<64, Element, kBulk>;
+    case 128: return decode_step_kernel<128, Element, kBulk>;
+    case 256: return decode_step_kernel<256, Element, kBulk>;
+    default: return nullptr;
   }
 }
 

@@ -85,8 +85,8 @@ struct DecodeArgs {
   int32_t recent;        // newest tokens that are never evicted
   int32_t pinned;        // positions below it are never evicted (sinks, prompt)
   int32_t n_splits;      // CTAs that share one (b, h)
-  int32_t n_groups;       // consumer groups of a block
-  int32_t n_stages;       // tiles of the ring in shared memory; a multiple of n_groups
+  int32_t n_groups;      // consumer groups of a block
+  int32_t n_stages;      // tiles of the ring in shared memory; a multiple of n_groups
   int32_t logits_bytes;  // shared memory for logits and the output reduction
   int32_t small_offset;  // of the barriers and exchange buffers in shared memory
   float logit_scale;     // log2(e) / sqrt(D)

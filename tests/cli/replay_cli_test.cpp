@@ -100,7 +100,10 @@ TEST_F(ReplayCli, BadRequestsAreOneLine) {
     std::string named;
   };
   const std::string trace = path("full.kvl");
-  ASSERT_EQ(run_program({"replay", trace, "--policy", "longflow", "--budget", "64", "-q", "--force", "-o", path("one.kvr")}).exit_code, 0);
+  ASSERT_EQ(run_program({"replay", trace, "--policy", "longflow", "--budget", "64", "-q", "--force", "-o",
+                         path("one.kvr")})
+                .exit_code,
+            0);
   const Case cases[] = {
       {{"replay", trace, "--policy", "longfow", "--budget", "64", "-o", path("x.kvr")}, 64, "longflow"},
       {{"replay", trace, "--policy", "longflow", "--budget", "64q", "-o", path("x.kvr")}, 64, "64q"},

@@ -65,12 +65,8 @@ class Mutator {
       case 1:
         if (left > 0) s[at] = static_cast<char>(random_());
         break;
-      case 2:
-        s.erase(at, 1 + below(std::min<size_t>(left, 32)));
-        break;
-      case 3:
-        s.insert(at, s.substr(below(s.size()), below(64)));
-        break;
+      case 2: s.erase(at, 1 + below(std::min<size_t>(left, 32))); break;
+      case 3: s.insert(at, s.substr(below(s.size()), below(64))); break;
       case 4: {  // a number that is near a limit, in one of the widths
         uint64_t value = kNumbers[below(std::size(kNumbers))] + below(3);
         size_t width = size_t{1} << below(4);

@@ -27,7 +27,8 @@ EvictionPlan drop_one(int kv_head, int slot, int pos) {
 TEST(MemorySimulator, FillNeverGrowsPastTheBudget) {
   CacheGeometry g{1, 2, 2, 4, 8, DType::f32};
   std::unique_ptr<Policy> policy = make_policy("longflow");
-  MemorySimulator memory(g, *policy, 4, 4, {.block_tokens = 2, .table = BlockTable::layer, .mode = FreeMode::fill});
+  MemorySimulator memory(g, *policy, 4, 4,
+                         {.block_tokens = 2, .table = BlockTable::layer, .mode = FreeMode::fill});
   MemoryPoint point;
   for (int t = 0; t < 10; ++t) {
     memory.append(Pos{t});
@@ -41,7 +42,8 @@ TEST(MemorySimulator, FillNeverGrowsPastTheBudget) {
   EXPECT_EQ(memory.summary().full_bytes, 10 * page / 2);
 }
 
-// With one table for the layer a page is free only when no head needs it; with a table per head each returns its own.
+// With one table for the layer a page is free only when no head needs it; with a table per head each returns
+// its own.
 TEST(MemorySimulator, HolesNeedTheUnionOverHeads) {
   CacheGeometry g{1, 2, 2, 4, 8, DType::f32};
   std::unique_ptr<Policy> policy = make_policy("random");
@@ -64,7 +66,8 @@ TEST(MemorySimulator, HolesNeedTheUnionOverHeads) {
 TEST(MemorySimulator, CompactionReturnsWholePages) {
   CacheGeometry g{1, 1, 1, 4, 16, DType::f32};
   std::unique_ptr<Policy> policy = make_policy("random:cadence=4");
-  MemorySimulator memory(g, *policy, 4, 9, {.block_tokens = 4, .table = BlockTable::layer, .mode = FreeMode::compact});
+  MemorySimulator memory(g, *policy, 4, 9,
+                         {.block_tokens = 4, .table = BlockTable::layer, .mode = FreeMode::compact});
   MemoryPoint point;
   for (int t = 0; t < 8; ++t) {
     memory.append(Pos{t});

@@ -9,10 +9,13 @@
 namespace kvlapse {
 namespace {
 
-DecoderShape llama_8b() { return {{32, 32, 8, 128, 0, DType::f16}, 15008800000, 16060522496}; }
+DecoderShape llama_8b() {
+  return {{32, 32, 8, 128, 0, DType::f16}, 15008800000, 16060522496};
+}
 
 GpuProfile plain_gpu() {
-  return {"test", {80, 0, "test"}, {2000, 0, "test"}, {1000, 100, "test"}, {1000, 0, "test"}, {0, 0, "test"}, 1.0};
+  return {"test", {80, 0, "test"}, {2000, 0, "test"}, {1000, 100, "test"}, {1000, 0, "test"}, {0, 0, "test"},
+          1.0};
 }
 
 // The tokens that attention reads, step by step, against the rule written out naively.
@@ -25,7 +28,8 @@ TEST(SlotsAt, FollowsTheRule) {
       int held = 0;
       for (int n = 1; n <= 2000; ++n) {
         ++held;
-        EXPECT_EQ(slots_at(*policy, budget, n_prompt, n), held) << spec << " prompt " << n_prompt << " token " << n;
+        EXPECT_EQ(slots_at(*policy, budget, n_prompt, n), held)
+            << spec << " prompt " << n_prompt << " token " << n;
         if (!policy->info().evicts) continue;
         bool due = n == n_prompt || (n > n_prompt && n % rule.cadence == 0);
         if (due && held > target) held = target;

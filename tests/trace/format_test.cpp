@@ -1,5 +1,5 @@
-// The queries of trace/FORMAT.md run as they stand there, with results as stored in tests/data/trace_queries; every
-// column that the file has is in the document.
+// The queries of trace/FORMAT.md run as they stand there, with results as stored in tests/data/trace_queries;
+// every column that the file has is in the document.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -24,7 +24,9 @@ std::string text_of(const fs::path& file) {
   return text.str();
 }
 
-std::string format_text() { return text_of(fs::path(KVLAPSE_TEST_DATA) / "../../trace/FORMAT.md"); }
+std::string format_text() {
+  return text_of(fs::path(KVLAPSE_TEST_DATA) / "../../trace/FORMAT.md");
+}
 
 std::vector<std::string> queries() {
   const std::string text = format_text(), fence = "```sql\n";
@@ -82,8 +84,9 @@ TEST(TraceFormat, EveryTableAndColumnIsDocumented) {
   test::TemporaryFolder folder;
   write_synthetic_trace(folder / "a.kvl", test::SyntheticProcess());
   const std::string text = format_text();
-  SqlQuery query(folder / "a.kvl",
-                 "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type = 'table'");
+  SqlQuery query(
+      folder / "a.kvl",
+      "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type = 'table'");
   std::vector<SqlValue> row;
   int columns = 0;
   while (query.next(row)) {
@@ -95,7 +98,8 @@ TEST(TraceFormat, EveryTableAndColumnIsDocumented) {
   EXPECT_GT(columns, 40);
   SqlQuery keys(folder / "a.kvl", "SELECT key FROM KV_META WHERE key NOT IN ('model', 'device')");
   while (keys.next(row))
-    EXPECT_NE(text.find("`" + std::get<std::string>(row[0]) + "`"), std::string::npos) << std::get<std::string>(row[0]);
+    EXPECT_NE(text.find("`" + std::get<std::string>(row[0]) + "`"), std::string::npos)
+        << std::get<std::string>(row[0]);
 }
 
 }  // namespace

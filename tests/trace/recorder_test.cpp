@@ -32,7 +32,8 @@ class Witness final : public StepObserver {
   Witness(const CacheGeometry& geometry, int layer) : geometry_(geometry), layer_(layer) {}
 
   void on_prompt(int, std::span<const int32_t> ids) override { n_prompt_ = static_cast<int>(ids.size()); }
-  void on_attended(int sequence, int layer, Pos pos, const TokenRows& rows, const SlotTable& table, LayerInputs& inputs) override {
+  void on_attended(int sequence, int layer, Pos pos, const TokenRows& rows, const SlotTable& table,
+                   LayerInputs& inputs) override {
     if (sequence != 0 || layer != layer_) return;
     const CacheGeometry& g = geometry_;
     Attended& a = attended[raw(pos)];
@@ -90,7 +91,8 @@ class RecorderTest : public testing::Test {
   }
 
   // Records `n_tokens` generated tokens of each sequence; the witness watches sequence 0.
-  void record(const std::string& policy_spec, TraceTier tier, DType dtype, int n_tokens, int n_sequences = 1) {
+  void record(const std::string& policy_spec, TraceTier tier, DType dtype, int n_tokens,
+              int n_sequences = 1) {
     policy_ = make_policy(policy_spec);
     constexpr int kBudget = 160;
     const TraceHeader h = header(*policy_, kBudget, tier, dtype, n_sequences);
@@ -210,7 +212,8 @@ TEST_F(RecorderTest, SketchIsTheTopOfTheGroupsMeanAttention) {
     for (int t = 0; t < std::min<int>(kSketchTop, static_cast<int>(n)); ++t) {
       ASSERT_NEAR(rows[i].weight[t], mean[t].first, 1e-6) << pos << " rank " << t;
       // Ranks may swap where weights are all but equal.
-      if (t + 1 < static_cast<int>(n) && mean[t].first - mean[t + 1].first > 1e-6 && (t == 0 || mean[t - 1].first - mean[t].first > 1e-6)) {
+      if (t + 1 < static_cast<int>(n) && mean[t].first - mean[t + 1].first > 1e-6 &&
+          (t == 0 || mean[t - 1].first - mean[t].first > 1e-6)) {
         ASSERT_EQ(rows[i].pos[t], mean[t].second);
       }
     }

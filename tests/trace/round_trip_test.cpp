@@ -1,4 +1,5 @@
-// What is written is what is read, on every tier, dtype and eviction shape; and the file is one whole SQLite file.
+// What is written is what is read, on every tier, dtype and eviction shape; and the file is one whole SQLite
+// file.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -91,7 +92,8 @@ TEST(TraceRoundTrip, HeaderSequencesAndSteps) {
   EXPECT_EQ(sequence.answer_right, true);
   EXPECT_EQ(reader.sequence(1).answer_right, false);
   ASSERT_EQ(sequence.tokens.size(), process.n_steps + 1u);
-  for (int pos = 0; pos <= process.n_steps; ++pos) ASSERT_EQ(sequence.tokens[pos], synthetic_token(process, 2, pos));
+  for (int pos = 0; pos <= process.n_steps; ++pos)
+    ASSERT_EQ(sequence.tokens[pos], synthetic_token(process, 2, pos));
   const std::vector<TraceStep> steps = reader.steps(2, 0, 1 << 20);
   ASSERT_EQ(steps.size(), static_cast<size_t>(process.n_steps - process.n_prompt + 1));
   EXPECT_EQ(raw(steps.front().summary.pos), process.n_prompt - 1);
@@ -158,11 +160,12 @@ TEST(TraceRoundTrip, SketchesBeginBehindThePrompt) {
   rows = reader.sketches(0, 1, 127, 129, &first);
   EXPECT_EQ(first, 127);
   EXPECT_EQ(rows.size(), 4u);
-  EXPECT_THAT(error_of([&] {
-                float out[16];
-                reader.read_rows(0, 1, RowKind::k, 0, 1, out);
-              }),
-              HasSubstr("k of layer 1: expected tier qkv with that layer, found tier sketch with layers 1:2"));
+  EXPECT_THAT(
+      error_of([&] {
+        float out[16];
+        reader.read_rows(0, 1, RowKind::k, 0, 1, out);
+      }),
+      HasSubstr("k of layer 1: expected tier qkv with that layer, found tier sketch with layers 1:2"));
 }
 
 TEST(TraceRoundTrip, OneFileStaysAndAnExistingOneIsRefused) {
@@ -172,11 +175,13 @@ TEST(TraceRoundTrip, OneFileStaysAndAnExistingOneIsRefused) {
   int files = 0;
   for (const auto& entry : fs::directory_iterator(folder.path())) files += entry.exists();
   EXPECT_EQ(files, 1);
-  EXPECT_THAT(error_of([&] { write_synthetic_trace(folder / "a.kvl", process); }), HasSubstr("a.kvl: exists"));
+  EXPECT_THAT(error_of([&] { write_synthetic_trace(folder / "a.kvl", process); }),
+              HasSubstr("a.kvl: exists"));
   process.n_steps = 100;
   write_synthetic_trace(folder / "a.kvl", process, {.force = true});
   EXPECT_EQ(TraceReader(folder / "a.kvl").n_steps(0), 100);
-  EXPECT_THAT(error_of([&] { write_synthetic_trace(folder / "none" / "a.kvl", process); }), HasSubstr("no folder"));
+  EXPECT_THAT(error_of([&] { write_synthetic_trace(folder / "none" / "a.kvl", process); }),
+              HasSubstr("no folder"));
 }
 
 TEST(TraceRoundTrip, ContentHashNamesTheContent) {
@@ -185,7 +190,8 @@ TEST(TraceRoundTrip, ContentHashNamesTheContent) {
   process.budget = 60;
   write_synthetic_trace(folder / "a.kvl", process);
   // Commits after every step write each chunk many times; what remains is the same.
-  write_synthetic_trace(folder / "b.kvl", process, {.zstd_level = 3, .commit_interval = std::chrono::milliseconds(0)});
+  write_synthetic_trace(folder / "b.kvl", process,
+                        {.zstd_level = 3, .commit_interval = std::chrono::milliseconds(0)});
   process.seed = 2;
   write_synthetic_trace(folder / "c.kvl", process);
   const std::string a = TraceReader(folder / "a.kvl").content_hash();
@@ -283,14 +289,18 @@ TEST(TraceRoundTrip, TheWriterRefusesWhatDoesNotFit) {
   const std::vector<int32_t> held = {1, 1};
   LayerRecord record;
   record.held = held;
-  EXPECT_THAT(error_of([&] { writer.append(0, 0, Pos{1}, record); }), HasSubstr("expected position 0, found 1"));
-  EXPECT_THAT(error_of([&] { writer.append(0, 5, Pos{0}, record); }), HasSubstr("layer: expected 0 to 1, found 5"));
-  EXPECT_THAT(error_of([&] { writer.append(1, 0, Pos{0}, record); }), HasSubstr("sequence: expected 0 to 0, found 1"));
+  EXPECT_THAT(error_of([&] { writer.append(0, 0, Pos{1}, record); }),
+              HasSubstr("expected position 0, found 1"));
+  EXPECT_THAT(error_of([&] { writer.append(0, 5, Pos{0}, record); }),
+              HasSubstr("layer: expected 0 to 1, found 5"));
+  EXPECT_THAT(error_of([&] { writer.append(1, 0, Pos{0}, record); }),
+              HasSubstr("sequence: expected 0 to 0, found 1"));
   EXPECT_THAT(error_of([&] { writer.append(0, 0, Pos{0}, record); }), HasSubstr("expected rows, found none"));
   EXPECT_THAT(error_of([&] { writer.begin_sequence(0, 1, 0, prompt); }), HasSubstr("began twice"));
   TraceHeader header = process.header();
   header.meta["complete"] = "1";
-  EXPECT_THAT(error_of([&] { TraceWriter bad(folder / "b.kvl", header); }), HasSubstr("the key 'complete' belongs"));
+  EXPECT_THAT(error_of([&] { TraceWriter bad(folder / "b.kvl", header); }),
+              HasSubstr("the key 'complete' belongs"));
   EXPECT_FALSE(fs::exists(folder / "b.kvl"));
 }
 

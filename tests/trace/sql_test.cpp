@@ -65,21 +65,25 @@ SyntheticProcess* SqlTest::process_ = nullptr;
 TEST_F(SqlTest, PlainTables) {
   EXPECT_EQ(rows("SELECT value FROM KV_META WHERE key = 'tier'"), std::vector<std::string>{"qkv"});
   EXPECT_EQ(rows("SELECT value FROM KV_POLICY WHERE name = 'cadence'"), std::vector<std::string>{"1"});
-  EXPECT_EQ(rows("SELECT layer, budget_slots, rows_recorded FROM KV_LAYER"), (std::vector<std::string>{"0|64|1", "1|64|1"}));
-  EXPECT_EQ(rows("SELECT count(*), min(step), max(step) FROM KV_STEP WHERE sequence = 1"), std::vector<std::string>{"231|69|299"});
+  EXPECT_EQ(rows("SELECT layer, budget_slots, rows_recorded FROM KV_LAYER"),
+            (std::vector<std::string>{"0|64|1", "1|64|1"}));
+  EXPECT_EQ(rows("SELECT count(*), min(step), max(step) FROM KV_STEP WHERE sequence = 1"),
+            std::vector<std::string>{"231|69|299"});
 }
 
 TEST_F(SqlTest, EvictionsAreWhatTheReaderGives) {
   TraceReader reader(*folder_ / "qkv.kvl");
   const std::vector<TraceEviction> evictions = reader.evictions(1, 1, 0, process_->n_steps);
-  const std::vector<std::string> found =
-      rows("SELECT step, kv_head, position, slot, score, part1, reason FROM kv_eviction WHERE sequence = 1 AND layer = 1");
+  const std::vector<std::string> found = rows(
+      "SELECT step, kv_head, position, slot, score, part1, reason FROM kv_eviction WHERE sequence = 1 AND "
+      "layer = 1");
   ASSERT_EQ(found.size(), evictions.size());
   for (size_t i = 0; i < found.size(); ++i) {
     const TraceEviction& e = evictions[i];
-    ASSERT_EQ(found[i], fmt::format("{}|{}|{}|{}|{:.4g}|{:.4g}|{}", e.step, e.kv_head, e.pos, e.slot, static_cast<double>(e.score),
-                                    static_cast<double>(e.parts[1]),
-                                    e.reason == EvictionReason::over_budget ? "over_budget" : "prompt_over_budget"));
+    ASSERT_EQ(found[i],
+              fmt::format("{}|{}|{}|{}|{:.4g}|{:.4g}|{}", e.step, e.kv_head, e.pos, e.slot,
+                          static_cast<double>(e.score), static_cast<double>(e.parts[1]),
+                          e.reason == EvictionReason::over_budget ? "over_budget" : "prompt_over_budget"));
   }
 }
 
@@ -92,8 +96,10 @@ TEST_F(SqlTest, ConditionsOnStepsAreExact) {
   EXPECT_EQ(rows(from + "step > 1e30"), std::vector<std::string>{"0"});
   EXPECT_EQ(rows(from + "step < -5"), std::vector<std::string>{"0"});
   EXPECT_EQ(rows(from + "step = NULL"), std::vector<std::string>{"0"});
-  EXPECT_EQ(rows("SELECT count(*) FROM kv_occupancy"), std::vector<std::string>{std::to_string(2 * 2 * 2 * 300)});
-  EXPECT_EQ(rows("SELECT count(*) FROM kv_occupancy WHERE layer = 7 OR sequence = -1"), std::vector<std::string>{"0"});
+  EXPECT_EQ(rows("SELECT count(*) FROM kv_occupancy"),
+            std::vector<std::string>{std::to_string(2 * 2 * 2 * 300)});
+  EXPECT_EQ(rows("SELECT count(*) FROM kv_occupancy WHERE layer = 7 OR sequence = -1"),
+            std::vector<std::string>{"0"});
 }
 
 TEST_F(SqlTest, JoinsWithStoredTables) {
@@ -107,12 +113,18 @@ TEST_F(SqlTest, JoinsWithStoredTables) {
 
 TEST_F(SqlTest, ValuesAndSketches) {
   const std::vector<float> v = synthetic_row(*process_, 1, 1, RowKind::v, 130);
-  EXPECT_EQ(rows("SELECT value FROM kv_value WHERE sequence = 1 AND layer = 1 AND step = 130 AND kind = 'v' AND head = 1 AND dim = 3"),
+  EXPECT_EQ(rows("SELECT value FROM kv_value WHERE sequence = 1 AND layer = 1 AND step = 130 AND kind = 'v' "
+                 "AND head = 1 AND dim = 3"),
             std::vector<std::string>{fmt::format("{:.4g}", static_cast<double>(v[11]))});
-  EXPECT_EQ(rows("SELECT count(*) FROM kv_value WHERE layer = 1 AND step = 5 AND kind = 'q'"), std::vector<std::string>{"64"});
+  EXPECT_EQ(rows("SELECT count(*) FROM kv_value WHERE layer = 1 AND step = 5 AND kind = 'q'"),
+            std::vector<std::string>{"64"});
   EXPECT_EQ(rows("SELECT count(*) FROM kv_value", "sketch.kvl"), std::vector<std::string>{"0"});
-  EXPECT_EQ(rows("SELECT position, weight, recall FROM kv_sketch WHERE sequence = 0 AND layer = 1 AND step = 299"
-                 " AND kv_head = 1 AND rank = 0", "sketch.kvl").size(), 1u);
+  EXPECT_EQ(
+      rows("SELECT position, weight, recall FROM kv_sketch WHERE sequence = 0 AND layer = 1 AND step = 299"
+           " AND kv_head = 1 AND rank = 0",
+           "sketch.kvl")
+          .size(),
+      1u);
   EXPECT_EQ(rows("SELECT min(step), count(DISTINCT step) FROM kv_sketch WHERE sequence = 0", "sketch.kvl"),
             std::vector<std::string>{"70|230"});
 }

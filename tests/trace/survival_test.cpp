@@ -206,7 +206,8 @@ std::string read_all(const fs::path& file) {
       reader.read_occupancy(s, l, 0, sequence.n_steps, held.data());
       add(held.data(), held.size() * sizeof(int32_t));
       for (RowKind kind : {RowKind::q, RowKind::k, RowKind::v}) {
-        std::vector<float> rows(static_cast<size_t>(sequence.n_steps) * (kind == RowKind::q ? g.n_q_heads : g.n_kv_heads) * g.head_dim);
+        std::vector<float> rows(static_cast<size_t>(sequence.n_steps) *
+                                (kind == RowKind::q ? g.n_q_heads : g.n_kv_heads) * g.head_dim);
         reader.read_rows(s, l, kind, 0, sequence.n_steps, rows.data());
         add(rows.data(), rows.size() * sizeof(float));
       }
@@ -253,7 +254,8 @@ TEST(TraceSurvival, FlippedBitsAreFoundAndHarmless) {
     std::vector<char> bytes = good;
     // Half of them in the first pages: the schema, the header and the roots of the tables.
     const size_t range = round % 2 == 0 ? bytes.size() : std::min<size_t>(bytes.size(), 8 * 16384);
-    for (auto flips = 1 + random() % 3; flips > 0; --flips) bytes[random() % range] ^= static_cast<char>(1 << random() % 8);
+    for (auto flips = 1 + random() % 3; flips > 0; --flips)
+      bytes[random() % range] ^= static_cast<char>(1 << random() % 8);
     put_bytes(bad, bytes);
     try_damaged(bad, content, noticed);
   }
@@ -271,7 +273,8 @@ TEST(TraceSurvival, TruncatedFilesAreFoundAndHarmless) {
   int noticed = 0;
   for (int round = 0; round < 60; ++round) {
     const size_t size = round < 10 ? static_cast<size_t>(round) * 50 : random() % good.size();
-    put_bytes(folder / "bad.kvl", std::vector<char>(good.begin(), good.begin() + static_cast<ptrdiff_t>(size)));
+    put_bytes(folder / "bad.kvl",
+              std::vector<char>(good.begin(), good.begin() + static_cast<ptrdiff_t>(size)));
     try_damaged(folder / "bad.kvl", content, noticed);
   }
   EXPECT_EQ(noticed, 60);

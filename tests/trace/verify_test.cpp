@@ -75,12 +75,16 @@ class VerifyLies : public testing::Test {
   void change(const std::string& sql) { Database::open_for_writing(file_).execute(sql); }
   // Decodes a chunk, lets `edit` change it, and stores it with a right checksum.
   template <typename Record>
-  void edit_chunk(std::string_view kind, int step_begin, const std::function<void(std::vector<Record>&)>& edit) {
+  void edit_chunk(std::string_view kind, int step_begin,
+                  const std::function<void(std::vector<Record>&)>& edit) {
     Database database = Database::open_for_writing(file_);
-    Statement select = database.prepare("SELECT id, encoding, raw_bytes, checksum, data FROM KV_CHUNK WHERE kind = ? AND layer = 1 AND step_begin = ?");
+    Statement select = database.prepare(
+        "SELECT id, encoding, raw_bytes, checksum, data FROM KV_CHUNK WHERE kind = ? AND layer = 1 AND "
+        "step_begin = ?");
     select.bind(1, kind).bind(2, step_begin);
     ASSERT_TRUE(select.step());
-    const std::vector<std::byte> raw = decode_chunk(select.text(1), select.integer(2), select.integer(3), select.blob(4));
+    const std::vector<std::byte> raw =
+        decode_chunk(select.text(1), select.integer(2), select.integer(3), select.blob(4));
     const int64_t id = select.integer(0);
     select.reset();
     std::vector<Record> records(raw.size() / sizeof(Record));
@@ -89,9 +93,12 @@ class VerifyLies : public testing::Test {
     ChunkEncoder encoder(1);
     const EncodedChunk chunk = encoder.encode(std::as_bytes(std::span(records)), sizeof(Record));
     database.prepare("UPDATE KV_CHUNK SET encoding = ?, raw_bytes = ?, checksum = ?, data = ? WHERE id = ?")
-        .run(chunk.encoding, static_cast<int64_t>(records.size() * sizeof(Record)), chunk.checksum, chunk.data, id);
+        .run(chunk.encoding, static_cast<int64_t>(records.size() * sizeof(Record)), chunk.checksum,
+             chunk.data, id);
     // A forger would also mend the content hash.
-    database.execute("DELETE FROM KV_META WHERE key = 'content_hash'; UPDATE KV_META SET value = '0' WHERE key = 'complete'");
+    database.execute(
+        "DELETE FROM KV_META WHERE key = 'content_hash'; UPDATE KV_META SET value = '0' WHERE key = "
+        "'complete'");
   }
   std::string first() {
     const VerifyReport report = verify_trace(file_);
@@ -104,7 +111,9 @@ class VerifyLies : public testing::Test {
 };
 
 TEST_F(VerifyLies, ChangedBlob) {
-  change("UPDATE KV_CHUNK SET data = substr(data, 1, 30) || x'00' || substr(data, 32) WHERE kind = 'v' AND layer = 1 AND step_begin = 64");
+  change(
+      "UPDATE KV_CHUNK SET data = substr(data, 1, 30) || x'00' || substr(data, 32) WHERE kind = 'v' AND "
+      "layer = 1 AND step_begin = 64");
   EXPECT_THAT(first(), HasSubstr("(v of sequence 0, layer 1, steps 64 to 128): "));
 }
 TEST_F(VerifyLies, ChangedChecksum) {
@@ -114,8 +123,11 @@ TEST_F(VerifyLies, ChangedChecksum) {
 TEST_F(VerifyLies, MissingChunk) {
   change("DELETE FROM KV_CHUNK WHERE kind = 'k' AND layer = 0 AND step_begin = 64");
   EXPECT_THAT(first(), HasSubstr("content_hash"));
-  change("DELETE FROM KV_META WHERE key IN ('content_hash'); UPDATE KV_META SET value = '0' WHERE key = 'complete'");
-  EXPECT_THAT(first(), HasSubstr("k of sequence 0, layer 0: expected a chunk from step 64, found one from 128"));
+  change(
+      "DELETE FROM KV_META WHERE key IN ('content_hash'); UPDATE KV_META SET value = '0' WHERE key = "
+      "'complete'");
+  EXPECT_THAT(first(),
+              HasSubstr("k of sequence 0, layer 0: expected a chunk from step 64, found one from 128"));
 }
 TEST_F(VerifyLies, MissingStep) {
   change("DELETE FROM KV_STEP WHERE step = 100");
@@ -127,7 +139,9 @@ TEST_F(VerifyLies, OtherToken) {
 }
 TEST_F(VerifyLies, OtherHeldCount) {
   change("UPDATE KV_STEP SET held_tokens = held_tokens + 1 WHERE step = 120");
-  EXPECT_THAT(first(), HasSubstr("step 120: expected 236 held and 4 evicted tokens as the layers have, found 237 and 4"));
+  EXPECT_THAT(
+      first(),
+      HasSubstr("step 120: expected 236 held and 4 evicted tokens as the layers have, found 237 and 4"));
 }
 TEST_F(VerifyLies, NewerVersionAndOtherFiles) {
   change("PRAGMA user_version = 99");
@@ -170,7 +184,9 @@ TEST_F(VerifyLies, NotFinite) {
   EXPECT_THAT(first(), HasSubstr("layer 1, step 65: k holds a value that is not finite"));
 }
 
-TEST(Verify, MissingFileIsAnError) { EXPECT_THROW(verify_trace("/none/a.kvl"), Error); }
+TEST(Verify, MissingFileIsAnError) {
+  EXPECT_THROW(verify_trace("/none/a.kvl"), Error);
+}
 
 }  // namespace
 }  // namespace kvlapse

@@ -32,15 +32,11 @@ class Oracle final : public Policy {
     const int horizon = static_cast<int>(parameter("horizon"));
     std::span<const Pos> positions = at.positions(h);
     switch (question_) {
-      case Question::mass:
-        at.future->mass(h, at.step, horizon, positions, answer);
-        return;
+      case Question::mass: at.future->mass(h, at.step, horizon, positions, answer); return;
       case Question::peak:
         at.future->peak(h, at.step, horizon, static_cast<int>(parameter("block")), positions, answer);
         return;
-      case Question::error:
-        at.future->error(h, at.step, horizon, positions, answer);
-        return;
+      case Question::error: at.future->error(h, at.step, horizon, positions, answer); return;
       case Question::next_use:
         at.future->next_use(h, at.step, horizon, static_cast<float>(parameter("threshold")), positions,
                             answer);

@@ -31,7 +31,9 @@ TEST_P(EmulatedDecode, EveryCaseAsDefined) {
     if (c.splits == 8) l.n_multiprocessors = 8;
     // Alternately one block with two groups of consumers, and two with one.
     const DecodePlan plan = plan_decode(
-        c.decode.shape, l, {.splits = c.splits, .blocks_per_multiprocessor = c.decode.shape.head_dim < 256 ? static_cast<int>(1 + i % 2) : 1});
+        c.decode.shape, l,
+        {.splits = c.splits,
+         .blocks_per_multiprocessor = c.decode.shape.head_dim < 256 ? static_cast<int>(1 + i % 2) : 1});
     const DecodeProblem before = make_decode_problem(c.decode, plan.n_splits);
     DecodeProblem after = before;
     ASSERT_NO_THROW(run_decode_emulated(after, plan, 2)) << c.name;

@@ -68,16 +68,11 @@ void run_decode_emulated(DecodeProblem& p, const DecodePlan& plan, uint64_t seed
   args.split_output = aligned(output);
   args.split_barrier = barrier.data();
   switch (D) {
-    case 32:
-      return run_dim<32>(args, p.shape.dtype, plan, seed);
-    case 64:
-      return run_dim<64>(args, p.shape.dtype, plan, seed);
-    case 128:
-      return run_dim<128>(args, p.shape.dtype, plan, seed);
-    case 256:
-      return run_dim<256>(args, p.shape.dtype, plan, seed);
-    default:
-      fail("decode emulator: head_dim: expected 32, 64, 128 or 256, found {}", D);
+    case 32: return run_dim<32>(args, p.shape.dtype, plan, seed);
+    case 64: return run_dim<64>(args, p.shape.dtype, plan, seed);
+    case 128: return run_dim<128>(args, p.shape.dtype, plan, seed);
+    case 256: return run_dim<256>(args, p.shape.dtype, plan, seed);
+    default: fail("decode emulator: head_dim: expected 32, 64, 128 or 256, found {}", D);
   }
 }
 

@@ -163,8 +163,8 @@ void schedule() {
     }
     std::erase_if(order, [&](int i) { return m.fibers[i].done; });
     left = order.size();
-    // Late events complete in bursts, and always when nobody can run; from odd seeds only then, so that what has
-    // landed is used up while the rest, older copies too, is still in flight.
+    // Late events complete in bursts, and always when nobody can run; from odd seeds only then, so that what
+    // has landed is used up while the rest, older copies too, is still in flight.
     bool late = false;
     const uint64_t burst = !ran ? 1 + m.next_random() % 4 : m.launch.seed % 2 == 1 ? 0 : m.next_random() % 4;
     for (uint64_t i = 0; i < burst; ++i) late |= run_late_event();

@@ -24,15 +24,18 @@ float rounded(float value, DType type) {
 
 // Value of a token to the made-up rule; few are heavy.
 float importance(const SyntheticProcess& process, int sequence, int layer, int head, int pos) {
-  const float u = unit_float(counter_random({process.seed, static_cast<uint64_t>(sequence), static_cast<uint64_t>(layer),
-                                             static_cast<uint64_t>(head), static_cast<uint64_t>(pos)}));
+  const float u =
+      unit_float(counter_random({process.seed, static_cast<uint64_t>(sequence), static_cast<uint64_t>(layer),
+                                 static_cast<uint64_t>(head), static_cast<uint64_t>(pos)}));
   return u * u * u * u;
 }
 
 struct Candidate {
   float score;
   int pos;
-  bool operator>(const Candidate& other) const { return score != other.score ? score > other.score : pos > other.pos; }
+  bool operator>(const Candidate& other) const {
+    return score != other.score ? score > other.score : pos > other.pos;
+  }
 };
 
 // One victim row: a kv head, or the layer.
@@ -73,24 +76,28 @@ TraceHeader SyntheticProcess::header() const {
   return header;
 }
 
-std::vector<float> synthetic_row(const SyntheticProcess& process, int sequence, int layer, RowKind kind, int pos) {
+std::vector<float> synthetic_row(const SyntheticProcess& process, int sequence, int layer, RowKind kind,
+                                 int pos) {
   const CacheGeometry& g = process.geometry;
   const int n = (kind == RowKind::q ? g.n_q_heads : g.n_kv_heads) * g.head_dim;
   std::vector<float> row(n);
-  const uint64_t key = counter_random({process.seed, static_cast<uint64_t>(sequence), static_cast<uint64_t>(layer),
-                                       static_cast<uint64_t>(kind), static_cast<uint64_t>(pos)});
+  const uint64_t key =
+      counter_random({process.seed, static_cast<uint64_t>(sequence), static_cast<uint64_t>(layer),
+                      static_cast<uint64_t>(kind), static_cast<uint64_t>(pos)});
   for (int i = 0; i < n; ++i) {
     // Sum of four uniform draws: near enough to a normal distribution to compress like one.
     const uint64_t bits = mix64(key + static_cast<uint64_t>(i));
     float value = -2.0f;
-    for (int part = 0; part < 4; ++part) value += static_cast<float>((bits >> (16 * part)) & 0xffff) / 65536.0f;
+    for (int part = 0; part < 4; ++part)
+      value += static_cast<float>((bits >> (16 * part)) & 0xffff) / 65536.0f;
     row[i] = rounded(value + std::sin(0.05f * static_cast<float>(i)), g.dtype);
   }
   return row;
 }
 
 int32_t synthetic_token(const SyntheticProcess& process, int sequence, int pos) {
-  return static_cast<int32_t>(counter_random({process.seed, 77, static_cast<uint64_t>(sequence), static_cast<uint64_t>(pos)}) % 1000);
+  return static_cast<int32_t>(
+      counter_random({process.seed, 77, static_cast<uint64_t>(sequence), static_cast<uint64_t>(pos)}) % 1000);
 }
 
 struct SyntheticRun::Impl {
@@ -111,7 +118,8 @@ struct SyntheticRun::Impl {
       for (int p = 0; p < process.n_prompt; ++p) prompt[p] = synthetic_token(process, s, p);
       writer.begin_sequence(s, process.seed + s, process.budget, prompt);
       for (int l = 0; l < g.n_layers; ++l)
-        sequences[s].push_back({SlotTable(g.n_kv_heads, process.n_steps), std::vector<Row>(process.shared ? 1 : g.n_kv_heads)});
+        sequences[s].push_back(
+            {SlotTable(g.n_kv_heads, process.n_steps), std::vector<Row>(process.shared ? 1 : g.n_kv_heads)});
     }
   }
 
@@ -122,7 +130,8 @@ struct SyntheticRun::Impl {
       layer.rows[r].slot_of.push_back(raw(layer.table.next_slot(static_cast<int>(r))));
       // A token may go once it is no longer recent.
       if (pos >= kRecent)
-        layer.rows[r].evictable.push({importance(process, s, l, static_cast<int>(r), pos - kRecent), pos - kRecent});
+        layer.rows[r].evictable.push(
+            {importance(process, s, l, static_cast<int>(r), pos - kRecent), pos - kRecent});
     }
     layer.table.append(Pos{pos});
     for (int h = 0; h < g.n_kv_heads; ++h) held[h] = layer.table.count(h);
@@ -176,20 +185,26 @@ struct SyntheticRun::Impl {
       for (int excess = static_cast<int>(gone.size()) - target; excess > 0; --excess) {
         const Candidate victim = row.evictable.top();
         row.evictable.pop();
-        Drop drop{process.shared ? kWholeLayer : static_cast<int>(r), Slot{row.slot_of[victim.pos]}, Pos{victim.pos},
-                  victim.score, {victim.score, static_cast<float>(pos - victim.pos)}};
+        Drop drop{process.shared ? kWholeLayer : static_cast<int>(r),
+                  Slot{row.slot_of[victim.pos]},
+                  Pos{victim.pos},
+                  victim.score,
+                  {victim.score, static_cast<float>(pos - victim.pos)}};
         row.slot_of[victim.pos] = -1;
         gone[raw(drop.slot)] = 1;
         plan.drops.push_back(drop);
       }
-      plan.threshold.push_back(row.evictable.empty() ? std::numeric_limits<float>::infinity() : row.evictable.top().score);
+      plan.threshold.push_back(row.evictable.empty() ? std::numeric_limits<float>::infinity()
+                                                     : row.evictable.top().score);
       if (fill) continue;
       std::vector<Slot> keep;
       for (size_t slot = 0; slot < gone.size(); ++slot)
         if (!gone[slot]) keep.push_back(Slot{static_cast<int>(slot)});
       const std::span<const Pos> positions = layer.table.positions(static_cast<int>(r));
-      for (size_t i = 0; i < keep.size(); ++i) row.slot_of[raw(positions[raw(keep[i])])] = static_cast<int>(i);
-      for (int h = process.shared ? 0 : static_cast<int>(r); h < (process.shared ? g.n_kv_heads : static_cast<int>(r) + 1); ++h)
+      for (size_t i = 0; i < keep.size(); ++i)
+        row.slot_of[raw(positions[raw(keep[i])])] = static_cast<int>(i);
+      for (int h = process.shared ? 0 : static_cast<int>(r);
+           h < (process.shared ? g.n_kv_heads : static_cast<int>(r) + 1); ++h)
         plan.keep[h] = keep;
     }
     std::sort(plan.drops.begin(), plan.drops.end(), [](const Drop& a, const Drop& b) {
@@ -209,7 +224,9 @@ struct SyntheticRun::Impl {
 SyntheticRun::SyntheticRun(TraceWriter& writer, const SyntheticProcess& process)
     : impl_(std::make_unique<Impl>(writer, process)) {}
 SyntheticRun::~SyntheticRun() = default;
-int SyntheticRun::position() const { return impl_->pos; }
+int SyntheticRun::position() const {
+  return impl_->pos;
+}
 
 bool SyntheticRun::step() {
   const SyntheticProcess& process = impl_->process;
@@ -219,7 +236,8 @@ bool SyntheticRun::step() {
     for (int l = 0; l < process.geometry.n_layers; ++l) {
       impl_->append(s, l);
       if (pos >= process.n_prompt - 1)
-        impl_->evict(s, l, pos < process.n_prompt ? EvictionReason::prompt_over_budget : EvictionReason::over_budget);
+        impl_->evict(
+            s, l, pos < process.n_prompt ? EvictionReason::prompt_over_budget : EvictionReason::over_budget);
     }
     if (pos < process.n_prompt - 1) continue;
     StepSummary summary;
@@ -254,7 +272,8 @@ void SyntheticRun::end(std::string_view reason) {
   }
 }
 
-void write_synthetic_trace(const std::filesystem::path& file, const SyntheticProcess& process, TraceWriterOptions options) {
+void write_synthetic_trace(const std::filesystem::path& file, const SyntheticProcess& process,
+                           TraceWriterOptions options) {
   TraceWriter writer(file, process.header(), options);
   SyntheticRun run(writer, process);
   while (run.step()) {

@@ -1,6 +1,6 @@
-// trace_child FILE STEPS [MOST_BYTES]: writes a synthetic trace, a millisecond a step, and prints how many steps are
-// committed. MOST_BYTES: no file may grow beyond that, as on a full disk. Prints "error: ..." and exits 2 when the
-// trace cannot go on.
+// trace_child FILE STEPS [MOST_BYTES]: writes a synthetic trace, a millisecond a step, and prints how many
+// steps are committed. MOST_BYTES: no file may grow beyond that, as on a full disk. Prints "error: ..." and
+// exits 2 when the trace cannot go on.
 #include <signal.h>
 #include <sys/resource.h>
 
