@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <memory>
 
+#include "core/base/error.h"
 #include "kernels/cuda/decode_step.h"
 #include "tests/support/gpu/gpu_decode.h"
 #include "tests/support/kernels/decode_cases.h"
@@ -55,6 +56,57 @@ TEST_P(GpuDecodePath, EveryCaseAsDefinedAndRepeatable) {
   }
   std::printf("largest output error %.3g, score error %.3g; near ties %d\n", output_error, score_error,
               near_ties);
+}
+
+// One launch of every small case, without repeats: short enough for compute-sanitizer.
+TEST_P(GpuDecodePath, SmallCases) {
+  for (const NamedDecodeCase& c : decode_cases(/*small=*/true)) {
+    const DecodeKernel kernel(c.decode.shape, GetParam(), {.splits = c.splits});
+    const DecodeProblem before = make_decode_problem(c.decode, kernel.plan().n_splits);
+    DecodeProblem after = before;
+    Stream stream;
+    GpuDecode gpu(kernel, before);
+    gpu.launch(stream.get());
+    ASSERT_EQ(cudaStreamSynchronize(stream.get()), cudaSuccess) << c.name;
+    gpu.download(after);
+    EXPECT_EQ(check_decode_step(before, after).failure, "") << c.name;
+  }
+}
+
+// What only a tuned plan chooses: split counts that are no power of two, every ring depth, two blocks a
+// multiprocessor.
+TEST_P(GpuDecodePath, TunedPlansAsDefined) {
+  auto check = [&](const DecodeCase& c, const DecodeTuning& tuning) {
+    const std::string what = "S " + std::to_string(c.shape.n_slots) + " splits " +
+                             std::to_string(tuning.splits) + " stages " + std::to_string(tuning.stages) +
+                             " blocks " + std::to_string(tuning.blocks_per_multiprocessor);
+    std::fprintf(stderr, "%s\n", what.c_str());
+    std::unique_ptr<DecodeKernel> kernel;
+    try {
+      kernel = std::make_unique<DecodeKernel>(c.shape, GetParam(), tuning);
+    } catch (const Error& e) {
+      std::printf("%s: not planned: %s\n", what.c_str(), e.what());
+      return;
+    }
+    const DecodeProblem before = make_decode_problem(c, kernel->plan().n_splits);
+    DecodeProblem after = before;
+    Stream stream;
+    GpuDecode gpu(*kernel, before);
+    gpu.launch(stream.get());
+    ASSERT_EQ(cudaStreamSynchronize(stream.get()), cudaSuccess) << what;
+    gpu.download(after);
+    EXPECT_EQ(check_decode_step(before, after).failure, "") << what;
+  };
+  DecodeCase c;
+  c.shape = {1, 32, 8, 128, 3276, DType::bf16};
+  c.tokens = {4000};
+  c.recent = 1;
+  for (int splits = 1; splits <= 16; ++splits)
+    for (int blocks : {1, 2}) check(c, {.splits = splits, .blocks_per_multiprocessor = blocks});
+  for (int stages : {4, 6, 8, 10}) check(c, {.splits = 2, .stages = stages});
+  c.shape = {20, 32, 8, 128, 1024, DType::bf16};
+  c.tokens.assign(20, 1500);
+  for (int splits : {1, 2, 3}) check(c, {.splits = splits, .blocks_per_multiprocessor = 2});
 }
 
 // 1000 steps, each compared slot by slot with fp64 from the state that the step before left.

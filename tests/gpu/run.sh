@@ -24,9 +24,11 @@ ours() {
 
 stage machine 1
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
+grep RmProfilingAdminOnly /proc/driver/nvidia/params
+ls /usr/local/cuda*/lib64/libcupti.so* /usr/local/cuda*/extras/CUPTI/lib64/libcupti.so* 2>/dev/null
 # One process a test: one that hangs takes nobody with it.
 hung=
-for test in EveryCase ThousandSteps Graph Overlapping Victims; do
+for test in EveryCase TunedPlans ThousandSteps Graph Overlapping Victims; do
   for path in bulk cp_async; do
     [ "$hung" != $path ] || continue
     stage "test $test $path" 10 || continue
@@ -42,7 +44,17 @@ rm -f "$out/test.log"
 stage bench 15 && { ours 40 "$here/attention_bench" "$out/attention.jsonl" 16 999 2>&1 || status=1; }
 stage "bench small batches" 15 && { ours 40 "$here/attention_bench" "$out/attention.jsonl" 1 15 2>&1 || status=1; }
 stage peers 30 && { timeout 80 python3 "$here/peers.py" "$out/peers.jsonl" >"$out/peers.log" 2>&1 || status=1; tail -n 3 "$out/peers.log"; }
-stage sweep 10 && { ours 20 "$here/attention_bench" "$out/sweep.jsonl" sweep 2>&1 || status=1; }
+stage sweep 20 && { ours 45 "$here/attention_bench" "$out/sweep.jsonl" sweep 2>&1 || status=1; }
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    for path in bulk cp_async; do
+      stage "$tool $path" 15 || continue
+      ours 40 compute-sanitizer --tool $tool --error-exitcode 9 "$here/gpu_tests" --gtest_brief=1 \
+        --gtest_filter="*SmallCases*/$path" >"$out/$tool.$path.log" 2>&1 || { echo "exit status $?"; status=1; }
+      tail -n 4 "$out/$tool.$path.log"
+    done
+  done
+fi
 if command -v ncu >/dev/null; then
   for shape in "32 3276" "1 3276" "8 16384"; do
     stage "ncu $shape" 12 || continue
@@ -51,10 +63,6 @@ if command -v ncu >/dev/null; then
       --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum "$here/attention_bench" /dev/null one $shape \
       >>"$out/ncu.log" 2>&1 || echo "ncu failed: $(tail -n 1 "$out/ncu.log")"
   done
-fi
-if command -v compute-sanitizer >/dev/null; then
-  stage memcheck 25 && { ours 30 compute-sanitizer --tool memcheck --error-exitcode 9 "$here/gpu_tests" --gtest_brief=1 \
-    --gtest_filter='*Victims*' >"$out/memcheck.log" 2>&1 || status=1; tail -n 2 "$out/memcheck.log"; }
 fi
 stage table 0
 python3 "$here/attention_table.py" "$out/attention.jsonl" "$out/peers.jsonl" | tee "$out/table.txt" || status=1
