@@ -11,6 +11,7 @@
 
 #include "core/base/error.h"
 #include "trace/chunk_codec.h"
+#include "trace/gpu_rows.h"
 #include "trace/row_convert.h"
 #include "trace/trace_file.h"
 
@@ -342,6 +343,11 @@ std::map<int32_t, std::string> TraceReader::token_texts() const {
   Statement select(impl_->database, "SELECT token, text FROM KV_TOKEN_TEXT");
   while (select.step()) texts.emplace(static_cast<int32_t>(select.integer(0)), select.text(1));
   return texts;
+}
+
+std::vector<GpuSource> TraceReader::gpu_sources() const {
+  std::lock_guard lock(impl_->database_mutex);
+  return load_gpu_sources(impl_->database);
 }
 
 int TraceReader::n_steps(int sequence) const {

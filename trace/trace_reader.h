@@ -12,6 +12,7 @@
 #include <memory>
 #include <span>
 
+#include "trace/gpu_records.h"
 #include "trace/trace_types.h"
 
 namespace kvlapse {
@@ -52,6 +53,9 @@ class TraceReader {
   int n_steps(int sequence) const;
   // Bytes of the tokens that occur; empty when the recorder did not store them.
   std::map<int32_t, std::string> token_texts() const;
+
+  // GPU facts that were asked for, and why one is missing; empty when none was.
+  std::vector<GpuSource> gpu_sources() const;
 
   // Ranges are half open and are clipped to what was recorded.
   std::vector<TraceStep> steps(int sequence, int begin, int end) const;  // only steps that chose a token

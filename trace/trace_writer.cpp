@@ -415,6 +415,10 @@ void TraceWriter::step(const StepSummary& summary) {
   impl_->advance(sequence, pos + 1);
 }
 
+void TraceWriter::add_gpu(GpuBatch batch) {
+  if (!batch.empty()) impl_->queue->push(GpuMessage{std::move(batch)});
+}
+
 void TraceWriter::end_sequence(int id, std::string_view reason) {
   SequenceStreams& sequence = impl_->sequence_of(id);
   sequence.facts.end_reason = reason;

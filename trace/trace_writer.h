@@ -16,6 +16,7 @@
 #include <span>
 
 #include "core/policy/plan.h"
+#include "trace/gpu_records.h"
 #include "trace/trace_types.h"
 
 namespace kvlapse {
@@ -65,6 +66,9 @@ class TraceWriter {
   void end_sequence(int sequence, std::string_view reason);
   // Task, texts, tags, answer. Tokens, lengths and the end reason are the writer's own.
   void describe_sequence(const TraceSequence& facts);
+
+  // What a GPU profiler gathered; committed with the next steps.
+  void add_gpu(GpuBatch batch);
 
   // Commits everything, stores `meta` beside the header's, marks the file complete (or interrupted) and folds
   // the WAL into it. Throws Error when something could not be written.

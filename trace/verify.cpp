@@ -34,6 +34,7 @@ class Verifier {
     check_chunks();
     check_structure();
     check_meta();
+    if (reader_.format_version() >= 3) check_gpu();
     for (int s = 0; s < reader_.n_sequences(); ++s) {
       try {
         check_sequence(s);
@@ -97,6 +98,28 @@ class Verifier {
                                             reader_.n_sequences() - 1, header_.geometry.n_layers - 1));
     if (strange != 0)
       add("KV_CHUNK: expected known kinds, sequences and layers, found {} other chunks", strange);
+  }
+
+  void check_gpu() {
+    auto expect_none = [&](std::string_view table, std::string_view what, std::string_view where) {
+      const int64_t found =
+          database_.query_integer(fmt::format("SELECT count(*) FROM {} t WHERE {}", table, where));
+      if (found != 0) add("{}: expected {}, found {} other rows", table, what, found);
+    };
+    expect_none(
+        "CUPTI_ACTIVITY_KIND_KERNEL", "times in order and names in StringIds",
+        "t.\"end\" < t.start OR NOT EXISTS (SELECT 1 FROM StringIds s WHERE s.id = t.demangledName) OR "
+        "NOT EXISTS (SELECT 1 FROM StringIds s WHERE s.id = t.shortName)");
+    expect_none("CUPTI_ACTIVITY_KIND_MEMCPY", "times in order", "t.\"end\" < t.start");
+    expect_none("CUPTI_ACTIVITY_KIND_MEMSET", "times in order", "t.\"end\" < t.start");
+    expect_none("NVTX_EVENTS", "times in order", "t.\"end\" < t.start");
+    expect_none("KV_DRAM_SAMPLE", "times in order and bytes",
+                "t.end_ns <= t.start_ns OR t.read_bytes < 0 OR t.write_bytes < 0");
+    expect_none("KV_LAUNCH", "kernels that are there",
+                "NOT EXISTS (SELECT 1 FROM CUPTI_ACTIVITY_KIND_KERNEL k WHERE k.rowid = t.kernel)");
+    expect_none(
+        "KV_SOURCE", "a known state",
+        "t.state NOT IN ('recorded', 'partial', 'missing') OR (t.state <> 'recorded' AND t.reason = '')");
   }
 
   void check_sequence(int s) {

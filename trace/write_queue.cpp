@@ -17,6 +17,8 @@ int64_t thread_cpu_ns() {
 }
 
 size_t bytes_of(const WriteMessage& message) {
+  if (const auto* gpu = std::get_if<GpuMessage>(&message))
+    return gpu->batch.kernels.size() * sizeof(GpuKernel) + gpu->batch.dram.size() * sizeof(DramSample);
   const auto* chunk = std::get_if<ChunkMessage>(&message);
   return chunk ? chunk->bytes : 0;
 }
@@ -101,6 +103,7 @@ Database& WriteQueue::stop() {
   not_empty_.notify_all();
   if (thread_.joinable()) thread_.join();
   throw_if_failed();
+  gpu_rows_.reset();
   statements_.reset();
   return database_;
 }
@@ -147,6 +150,7 @@ void WriteQueue::run() {
     if (!failure.empty()) break;
   }
   try {
+    gpu_rows_.reset();
     statements_.reset();
     transaction_.reset();  // what was not committed is not whole
   } catch (const std::exception&) {
@@ -224,6 +228,12 @@ void WriteQueue::handle(SequenceMessage& message) {
 void WriteQueue::handle(TokenTextMessage& message) {
   begin_if_needed();
   for (const auto& [token, text] : message.texts) statements_->insert_text.run(token, std::string_view(text));
+}
+
+void WriteQueue::handle(GpuMessage& message) {
+  begin_if_needed();
+  if (!gpu_rows_) gpu_rows_ = std::make_unique<GpuRows>(database_);
+  gpu_rows_->write(message.batch);
 }
 
 void WriteQueue::handle(CommitMessage&) {

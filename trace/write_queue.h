@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "trace/chunk_codec.h"
+#include "trace/gpu_rows.h"
 #include "trace/trace_file.h"
 #include "trace/trace_writer.h"
 
@@ -37,9 +38,12 @@ struct SequenceMessage {
 struct TokenTextMessage {
   std::vector<std::pair<int32_t, std::string>> texts;
 };
+struct GpuMessage {
+  GpuBatch batch;
+};
 struct CommitMessage {};
 using WriteMessage =
-    std::variant<ChunkMessage, StepsMessage, SequenceMessage, TokenTextMessage, CommitMessage>;
+    std::variant<ChunkMessage, StepsMessage, SequenceMessage, TokenTextMessage, GpuMessage, CommitMessage>;
 
 class WriteQueue {
  public:
@@ -74,6 +78,7 @@ class WriteQueue {
   void handle(StepsMessage& message);
   void handle(SequenceMessage& message);
   void handle(TokenTextMessage& message);
+  void handle(GpuMessage& message);
   void handle(CommitMessage& message);
   void begin_if_needed();
   void throw_if_failed() const;
@@ -81,6 +86,7 @@ class WriteQueue {
   // The writer thread's own, until stop().
   Database database_;
   std::unique_ptr<Statements> statements_;
+  std::unique_ptr<GpuRows> gpu_rows_;  // once there is something to write
   ChunkEncoder encoder_;
   std::unique_ptr<Transaction> transaction_;
   std::unordered_map<ChunkKey, LastChunk, ChunkKeyHash> last_chunks_;

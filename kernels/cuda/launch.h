@@ -3,36 +3,11 @@
 #pragma once
 
 #include <cstdint>
-#include <mutex>
-#include <string>
-#include <utility>
-#include <vector>
 
+#include "core/engine/launch_log.h"
 #include "kernels/cuda/cuda_check.h"
 
 namespace kvlapse {
-
-struct LaunchRecord {
-  std::string name;
-  uint64_t expected_bytes = 0;  // modelled
-};
-
-// Collects launches while one is installed. Any thread.
-class LaunchLog {
- public:
-  void add(const char* name, uint64_t expected_bytes) {
-    std::lock_guard lock(mutex_);
-    records_.push_back({name, expected_bytes});
-  }
-  std::vector<LaunchRecord> take() {
-    std::lock_guard lock(mutex_);
-    return std::exchange(records_, {});
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<LaunchRecord> records_;
-};
 
 struct LaunchShape {
   int n_blocks = 1;

@@ -75,7 +75,7 @@ TEST(TraceRoundTrip, HeaderSequencesAndSteps) {
   TraceReader reader(folder / "a.kvl");
   EXPECT_TRUE(reader.complete());
   EXPECT_FALSE(reader.interrupted());
-  EXPECT_EQ(reader.format_version(), 2);
+  EXPECT_EQ(reader.format_version(), 3);
   EXPECT_EQ(reader.header().geometry.n_q_heads, 4);
   EXPECT_EQ(reader.header().geometry.dtype, DType::f32);
   EXPECT_EQ(reader.header().policy.parameters, header.policy.parameters);

@@ -145,7 +145,7 @@ TEST_F(VerifyLies, OtherHeldCount) {
 }
 TEST_F(VerifyLies, NewerVersionAndOtherFiles) {
   change("PRAGMA user_version = 99");
-  EXPECT_THAT(first(), HasSubstr("expected format version 1 to 2, found 99: made by a newer kvlapse"));
+  EXPECT_THAT(first(), HasSubstr("expected format version 1 to 3, found 99: made by a newer kvlapse"));
   change("PRAGMA application_id = 7");
   EXPECT_THAT(first(), HasSubstr("expected a kvlapse trace"));
 }
