@@ -27,9 +27,9 @@ int64_t count(const TraceReader& reader, std::string_view sql) {
 }  // namespace
 
 std::string counters_absence(const TraceReader& reader) {
-  const std::string why = meta_value(reader, "counters.reason_if_missing"),
-                    device = meta_value(reader, "device");
-  if (!why.empty()) return why + "; run kvlapse doctor";
+  for (const GpuSource& source : reader.gpu_sources())
+    if (!source.reason.empty()) return source.name + ": " + source.reason + "; " + source.advice;
+  const std::string device = meta_value(reader, "device");
   const std::string wanted = meta_value(reader, "counters");
   if (device.find("cuda") == std::string::npos && device.find("NVIDIA") == std::string::npos)
     return "recorded on " + (device.empty() ? std::string("a device without GPU counters") : device) +
@@ -47,13 +47,15 @@ KernelSummary read_kernels(const TraceReader& reader) {
   }
   SqlQuery query(reader.file(),
                  "SELECT s.value, count(*), sum(k.end - k.start) * 1e-6, avg(k.end - k.start) * 1e-3,"
-                 " min(k.end - k.start) * 1e-3, max(k.end - k.start) * 1e-3"
-                 " FROM CUPTI_ACTIVITY_KIND_KERNEL k JOIN StringIds s ON s.id = k.shortName GROUP BY s.value "
-                 "ORDER BY 3 DESC");
+                 " min(k.end - k.start) * 1e-3, max(k.end - k.start) * 1e-3, sum(l.modelled_bytes),"
+                 " (SELECT avg(c.bytes_ratio) FROM KV_KERNEL_COUNTER c WHERE c.launch = l.launch)"
+                 " FROM CUPTI_ACTIVITY_KIND_KERNEL k JOIN StringIds s ON s.id = k.shortName"
+                 " LEFT JOIN KV_LAUNCH l ON l.kernel = k.rowid GROUP BY s.value ORDER BY 3 DESC");
   for (std::vector<SqlValue> row; query.next(row);) {
     const auto* name = std::get_if<std::string>(&row[0]);
     summary.rows.push_back({name != nullptr ? *name : "?", static_cast<int64_t>(number(row[1])),
-                            number(row[2]), number(row[3]), number(row[4]), number(row[5])});
+                            number(row[2]), number(row[3]), number(row[4]), number(row[5]), number(row[6]),
+                            number(row[7])});
   }
   return summary;
 }

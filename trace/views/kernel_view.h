@@ -14,6 +14,9 @@ struct KernelRow {
   std::string name;
   int64_t launches = 0;
   double total_ms = 0, mean_us = 0, min_us = 0, max_us = 0;  // measured
+  double modelled_bytes = 0;                                 // of all launches; 0: not modelled
+  double counted_ratio =
+      0;  // measured DRAM bytes over modelled ones, on the steps that were counted; 0: none
 };
 struct KernelSummary {
   std::vector<KernelRow> rows;  // the most time first
