@@ -4,6 +4,11 @@
 #include <numeric>
 
 namespace kvlapse {
+namespace {
+
+constexpr int kBlockSteps = 64 * kChunkSteps;  // records in memory at once
+
+}  // namespace
 
 void add_drop(LayerLife& life, const TraceEviction& drop) {
   if (drop.pos < 0 || drop.pos >= life.n_steps) return;
@@ -28,6 +33,22 @@ LayerLife read_layer_life(const TraceReader& reader, int sequence, int layer) {
   life.drop_index.assign(cells, -1);
   for (const TraceEviction& drop : reader.evictions(sequence, layer, 0, life.n_steps)) add_drop(life, drop);
   return life;
+}
+
+std::vector<int32_t> read_evicted_at(const TraceReader& reader, int sequence, int layer) {
+  const int n_heads = reader.header().geometry.n_kv_heads, n = reader.n_steps(sequence);
+  std::vector<int32_t> evicted_at(static_cast<size_t>(n_heads) * n, kHeldToEnd);
+  for (int begin = 0; begin < n; begin += kBlockSteps) {
+    for (const TraceEviction& drop :
+         reader.evictions(sequence, layer, begin, std::min(begin + kBlockSteps, n))) {
+      if (drop.pos < 0 || drop.pos >= n) continue;
+      const int first = drop.kv_head == kWholeLayer ? 0 : drop.kv_head;
+      const int last = drop.kv_head == kWholeLayer ? n_heads : std::min(drop.kv_head + 1, n_heads);
+      for (int head = first; head < last; ++head)
+        evicted_at[static_cast<size_t>(head) * n + drop.pos] = drop.step;
+    }
+  }
+  return evicted_at;
 }
 
 SlotHistory slot_history(const LayerLife& life, int kv_head, Reclaim reclaim) {

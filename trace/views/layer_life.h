@@ -33,6 +33,8 @@ struct LayerLife {
 // Enters one record; records come in order of step.
 void add_drop(LayerLife& life, const TraceEviction& drop);
 LayerLife read_layer_life(const TraceReader& reader, int sequence, int layer);
+// LayerLife::evicted_at alone, for views over many layers.
+std::vector<int32_t> read_evicted_at(const TraceReader& reader, int sequence, int layer);
 
 // A token's stay in one slot during steps [begin, end); a compaction ends a stay and begins another.
 struct SlotStay {

@@ -1,0 +1,14 @@
+// The knee of a trade-off curve: the point furthest from the chord between its ends, on both axes scaled to
+// 0..1 (Satopaa et al. 2011, "Finding a Kneedle in a Haystack", without its smoothing). Beyond it a larger
+// footprint buys little. Pure function.
+#pragma once
+
+#include <span>
+
+namespace kvlapse {
+
+// xs ascending. Index into xs, -1: fewer than three points, no spread, or no point that beats the chord by
+// 0.02.
+int find_knee(std::span<const double> xs, std::span<const double> ys, bool higher_is_better);
+
+}  // namespace kvlapse
