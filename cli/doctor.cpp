@@ -1,3 +1,5 @@
+#include "cli/doctor.h"
+
 #include <dlfcn.h>
 #include <fmt/format.h>
 #include <sys/statvfs.h>
@@ -11,19 +13,9 @@
 #include "cli/model_path.h"
 #include "cli/progress.h"
 #include "cli/table.h"
-#include "trace/gpu_capture.h"
 
 namespace kvlapse::cli {
 namespace {
-
-struct Finding {
-  std::string name;
-  enum class State { works, missing, broken } state;
-  std::string detail;
-  std::string advice;
-};
-
-constexpr std::string_view kStates[] = {"works", "missing", "broken"};
 
 struct Library {
   void* handle = nullptr;
@@ -80,21 +72,18 @@ Finding check_gpu() {
           fmt::format("{} x {}, driver API {}.{}", devices, text, driver / 1000, driver % 1000 / 10), ""};
 }
 
-Finding check_profiler() {
-  const GpuProfilerState state = probe_gpu_profiler();
-  return {"gpu activity", state.found ? Finding::State::works : Finding::State::missing, state.detail,
-          state.advice};
-}
-
 Finding check_counters() {
+  Library cupti({"libcupti.so.13", "libcupti.so.12", "libcupti.so"});
+  if (!cupti.handle)
+    return {"gpu counters", Finding::State::missing, "libcupti is not found",
+            "add the CUDA toolkit's lib64 to LD_LIBRARY_PATH"};
   std::ifstream params("/proc/driver/nvidia/params");
-  if (!params.is_open())
-    return {"gpu counters", Finding::State::missing, "no NVIDIA kernel module", "see the line above"};
   for (std::string line; std::getline(params, line);)
     if (line.starts_with("RmProfilingAdminOnly: 1") && geteuid() != 0)
       return {"gpu counters", Finding::State::broken, "reserved for administrators (RmProfilingAdminOnly: 1)",
               "load the driver with NVreg_RestrictProfilingToAdminUsers=0, or run as root"};
-  return {"gpu counters", Finding::State::works, "allowed", ""};
+  return {"gpu counters", params.is_open() ? Finding::State::works : Finding::State::missing,
+          params.is_open() ? "allowed" : "libcupti is there, the NVIDIA kernel module is not", ""};
 }
 
 Finding check_display() {
@@ -122,19 +111,27 @@ Finding check_disk() {
 
 }  // namespace
 
+std::string_view state_name(Finding::State state) {
+  constexpr std::string_view kStates[] = {"works", "missing", "broken"};
+  return kStates[static_cast<int>(state)];
+}
+
+std::vector<Finding> examine_machine() {
+  return {check_cpu(), check_model(), check_disk(), check_gpu(), check_counters(), check_display()};
+}
+
 void add_doctor(CLI::App& app, Context& context) {
   CLI::App* command =
       add_command(app, context, "doctor", "what works on this machine, what does not, and what to do",
                   "  kvlapse doctor\n  kvlapse doctor --json");
   command->callback([&context] {
-    const Finding findings[] = {check_cpu(),      check_model(),    check_disk(),   check_gpu(),
-                                check_profiler(), check_counters(), check_display()};
-    bool can_record = true;  // on the CPU: instructions, a model and a disk
-    for (int i = 0; i < 3; ++i) can_record &= findings[i].state == Finding::State::works;
+    const std::vector<Finding> findings = examine_machine();
+    bool can_record = true;
+    for (size_t i = 0; i < 3; ++i) can_record &= findings[i].state == Finding::State::works;
     Json rows = Json::array();
     Table table({"part", "state", "found", "what to do"});
     for (const Finding& f : findings) {
-      std::string state(kStates[static_cast<int>(f.state)]);
+      std::string state(state_name(f.state));
       rows.push_back({{"part", f.name}, {"state", state}, {"found", f.detail}, {"advice", f.advice}});
       table.add({f.name, state, f.detail, f.advice});
     }

@@ -15,9 +15,11 @@
 #include "gui/app/theme.h"
 #include "gui/document/document.h"
 #include "gui/document/preparer.h"
+#include "gui/document/quality.h"
 #include "gui/document/selection.h"
 #include "gui/document/what_if.h"
 #include "gui/draw/figure.h"
+#include "gui/view.h"
 
 namespace kvlapse::gui {
 
@@ -27,6 +29,8 @@ struct Ui {
   Preparer& preparer;
   WhatIf& what_if_runner;
   WhatIfChoice what_if;  // shown beside the recording; empty policy: none
+  std::shared_ptr<QualitySource> quality;
+  std::function<std::vector<MachineFinding>()> examine_machine;  // slow; null: this program cannot
   Selection selection;
   Playback playback;
   Theme theme;
@@ -39,7 +43,11 @@ struct Ui {
   std::function<void(const std::filesystem::path&)> open_file;
 
   float px(float design_pixels) const { return design_pixels * scale; }
-  // Pixels of the current text height.
+  // Changes when files are opened or grow and when replays finish: part of the keys of what is read from
+  // results.
+  uint64_t results_version() const {
+    return document.version() * 1000 + static_cast<uint64_t>(what_if_runner.finished());
+  }
   void select_step(int step);
   void select_head(int layer, int kv_head);
 };

@@ -47,7 +47,8 @@ void draw_frame(Application& app, Platform& platform) {
   }
 }
 
-void take_screenshot(Application& app, Platform& platform, const ViewOptions& options) {
+void take_screenshot(Application& app, Platform& platform, const Screenshot& screenshot) {
+  app.show_alone(screenshot.panel);
   const Clock::time_point deadline = Clock::now() + kScreenshotPatience;
   // Sizes found in one frame change what is prepared for the next: settled twice in a row is settled.
   for (int settled = 0, frames = 0; settled < 4 || frames < 8; ++frames) {
@@ -56,32 +57,35 @@ void take_screenshot(Application& app, Platform& platform, const ViewOptions& op
     settled = app.settled() ? settled + 1 : 0;
     if (settled == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     if (Clock::now() > deadline)
-      fail("{}: the panels were not ready after {} s", options.screenshot.string(),
-           kScreenshotPatience.count());
+      fail("{}: the panels were not ready after {} s", screenshot.file.string(), kScreenshotPatience.count());
   }
   draw_frame(app, platform);
   int width = 0, height = 0;
   const std::vector<uint32_t> pixels = platform.read_pixels(&width, &height);
-  write_png(options.screenshot, width, height, pixels);
+  write_png(screenshot.file, width, height, pixels);
 }
 
 }  // namespace
 
 void run_view(const ViewOptions& options) {
-  const bool screenshot = !options.screenshot.empty();
+  const bool headless = !options.screenshots.empty();
   ApplicationOptions app_options;
-  app_options.persistent = !screenshot;
+  app_options.persistent = !headless;
   app_options.only_panel = options.panel;
   app_options.wake = [] { Platform::wake(); };
   app_options.scale = options.scale > 0 ? options.scale : 1;
+  app_options.examine_machine = options.examine_machine;
   if (!options.theme.empty()) app_options.theme = parse_theme(options.theme);
   Application app(app_options);
   for (const auto& file : options.files) app.open(file);
-  Platform platform(screenshot ? PlatformKind::headless : PlatformKind::window, options.width, options.height,
+  Platform platform(headless ? PlatformKind::headless : PlatformKind::window, options.width, options.height,
                     "kvlapse");
   if (options.scale <= 0) app.set_scale(platform.content_scale());
   app.select(options.step, options.layer, options.kv_head);
-  if (screenshot) return take_screenshot(app, platform, options);
+  if (headless) {
+    for (const Screenshot& screenshot : options.screenshots) take_screenshot(app, platform, screenshot);
+    return;
+  }
 
   Clock::time_point active_until = Clock::now() + kAfterInput;
   while (!platform.wants_close() && !app.wants_quit()) {

@@ -63,6 +63,8 @@ Application::Application(ApplicationOptions options)
          .preparer = *preparer_,
          .what_if_runner = *what_if_,
          .what_if = {},
+         .quality = std::make_shared<QualitySource>(),
+         .examine_machine = options_.examine_machine,
          .selection = {},
          .playback = {},
          .theme = make_theme(settings_.theme),
@@ -77,18 +79,12 @@ Application::Application(ApplicationOptions options)
          .open_panel = [this](std::string_view name) { set_panel_open(name, true); },
          .open_file = [this](const std::filesystem::path& file) { open_or_tell(file); }});
   for (const PanelInfo& info : panel_registry()) {
-    PanelState state{.info = &info, .panel = info.make(), .shown = nullptr};
+    PanelState state{.info = &info, .panel = info.make(), .shown = nullptr, .continued = nullptr};
     if (const auto saved = settings_.panel_state.find(info.name); saved != settings_.panel_state.end())
       state.panel->set_state(saved->second);
     panels_.push_back(std::move(state));
   }
-  maximised_ = options_.only_panel;
-  if (!maximised_.empty() && find(maximised_) == nullptr) {
-    std::string names;
-    for (const PanelState& state : panels_)
-      names += fmt::format("{}{}", names.empty() ? "" : ", ", state.info->name);
-    fail_usage("--panel {}: expected one of {}", maximised_, names);
-  }
+  show_alone(options_.only_panel);
   if (options_.persistent) pending_layout_ = store_.load_layout("last");
   apply_settings();
   make_commands();
@@ -160,6 +156,16 @@ const Application::PanelState* Application::find(std::string_view name) const {
   return const_cast<Application*>(this)->find(name);
 }
 
+void Application::show_alone(const std::string& panel) {
+  if (!panel.empty() && find(panel) == nullptr) {
+    std::string names;
+    for (const PanelState& state : panels_)
+      names += fmt::format("{}{}", names.empty() ? "" : ", ", state.info->name);
+    fail_usage("--panel {}: expected one of {}", panel, names);
+  }
+  maximised_ = panel;
+}
+
 bool Application::panel_open(std::string_view name) const {
   const PanelState* state = find(name);
   return state != nullptr && state->open;
@@ -176,6 +182,11 @@ void Application::set_panel_open(std::string_view name, bool open) {
 const DrawModel* Application::shown_model(std::string_view name) const {
   const PanelState* state = find(name);
   return state == nullptr ? nullptr : state->shown.get();
+}
+
+bool Application::shows_current(std::string_view name) const {
+  const PanelState* state = find(name);
+  return state != nullptr && state->shown && state->submitted == state->shown_key;
 }
 
 Application::PanelState* Application::focused() {
@@ -294,6 +305,33 @@ void Application::make_commands() {
   add("Quit", ImGuiMod_Ctrl | ImGuiKey_Q, [this] { quit_ = true; });
 }
 
+namespace {
+
+// A modal with one line of text; returns true when it was confirmed.
+bool ask_line(bool& requested, const char* title, const char* hint, char* text, size_t size,
+              const char* action, float width) {
+  if (requested) {
+    ImGui::OpenPopup(title);
+    requested = false;
+  }
+  ImGui::SetNextWindowPos(ImGui::GetMainViewport()->GetCenter(), ImGuiCond_Appearing, ImVec2(0.5F, 0.5F));
+  bool confirmed = false;
+  if (ImGui::BeginPopupModal(title, nullptr,
+                             ImGuiWindowFlags_AlwaysAutoResize | ImGuiWindowFlags_NoSavedSettings)) {
+    if (ImGui::IsWindowAppearing()) ImGui::SetKeyboardFocusHere();
+    ImGui::SetNextItemWidth(width);
+    confirmed = ImGui::InputTextWithHint("##text", hint, text, size, ImGuiInputTextFlags_EnterReturnsTrue);
+    confirmed |= ImGui::Button(action);
+    ImGui::SameLine();
+    if (ImGui::Button("Cancel") || ImGui::IsKeyPressed(ImGuiKey_Escape) || confirmed)
+      ImGui::CloseCurrentPopup();
+    ImGui::EndPopup();
+  }
+  return confirmed;
+}
+
+}  // namespace
+
 void Application::export_panel(PanelState& state, const char* kind) {
   const std::string_view form = kind;
   if (form == "SQL") {
@@ -306,8 +344,25 @@ void Application::export_panel(PanelState& state, const char* kind) {
   std::string suffix(form);
   std::ranges::transform(suffix, suffix.begin(),
                          [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  const std::filesystem::path file =
-      std::filesystem::current_path() / fmt::format("{}-{}.{}", base, state.info->name, suffix);
+  const std::string name = fmt::format("{}-{}.{}", base, state.info->name, suffix);
+  fmt::format_to_n(export_text_, sizeof export_text_ - 1, "{}",
+                   (std::filesystem::current_path() / name).string())
+      .out[0] = 0;
+  export_panel_ = state.info->name, export_kind_ = kind;
+  export_dialog_ = true;
+}
+
+void Application::draw_export() {
+  const std::string title = fmt::format("Export as {}###export", export_kind_);
+  if (!ask_line(export_dialog_, title.c_str(), "path of the file", export_text_, sizeof export_text_, "Write",
+                ui_->px(520)))
+    return;
+  if (PanelState* state = find(export_panel_); state != nullptr && export_text_[0] != 0)
+    write_export(*state, export_kind_, export_text_);
+}
+
+void Application::write_export(PanelState& state, const std::string& form,
+                               const std::filesystem::path& file) {
   try {
     if (form == "PNG") {
       const ImGuiWindow* window = ImGui::FindWindowByName(window_name(*state.info).c_str());
@@ -363,6 +418,12 @@ void Application::submit(size_t index) {
     preparer_->submit(static_cast<int>(index), request.key, std::move(request.job));
   }
   Preparer::Ready ready = preparer_->ready(static_cast<int>(index));
+  // A job that was handed over in this very frame may be done already; then the next frame asks for the rest.
+  const bool more = ready.model && ready.model->partial && ready.model != state.continued;
+  if (more && ready.key == request.key && request.job) {
+    preparer_->submit(static_cast<int>(index), request.key, std::move(request.job));
+    state.continued = ready.model;
+  }
   state.shown = std::move(ready.model);
   state.shown_key = ready.key;
 }
@@ -431,20 +492,22 @@ void Application::frame() {
   draw_open();
   draw_note();
   draw_save_layout();
+  draw_export();
   draw_toasts();
 }
 
 bool Application::settled() const {
   if (!preparer_->idle()) return false;
-  return std::ranges::all_of(
-      panels_, [](const PanelState& state) { return !state.visible || state.submitted == state.shown_key; });
+  return std::ranges::all_of(panels_, [](const PanelState& state) {
+    return !state.visible || (state.submitted == state.shown_key && !(state.shown && state.shown->partial));
+  });
 }
 
 bool Application::wants_frame() const {
   if (ui_->playback.playing || !toasts_.empty() || picture_ || what_if_->running()) return true;
   return std::ranges::any_of(panels_, [this](const PanelState& state) {
     const int index = static_cast<int>(&state - panels_.data());
-    return state.visible && preparer_->ready(index).key != state.shown_key;
+    return state.visible && preparer_->ready(index).model != state.shown;
   });
 }
 
@@ -763,33 +826,6 @@ void Application::draw_settings() {
   }
   ImGui::End();
 }
-
-namespace {
-
-// A modal with one line of text; returns true when it was confirmed.
-bool ask_line(bool& requested, const char* title, const char* hint, char* text, size_t size,
-              const char* action, float width) {
-  if (requested) {
-    ImGui::OpenPopup(title);
-    requested = false;
-  }
-  ImGui::SetNextWindowPos(ImGui::GetMainViewport()->GetCenter(), ImGuiCond_Appearing, ImVec2(0.5F, 0.5F));
-  bool confirmed = false;
-  if (ImGui::BeginPopupModal(title, nullptr,
-                             ImGuiWindowFlags_AlwaysAutoResize | ImGuiWindowFlags_NoSavedSettings)) {
-    if (ImGui::IsWindowAppearing()) ImGui::SetKeyboardFocusHere();
-    ImGui::SetNextItemWidth(width);
-    confirmed = ImGui::InputTextWithHint("##text", hint, text, size, ImGuiInputTextFlags_EnterReturnsTrue);
-    confirmed |= ImGui::Button(action);
-    ImGui::SameLine();
-    if (ImGui::Button("Cancel") || ImGui::IsKeyPressed(ImGuiKey_Escape) || confirmed)
-      ImGui::CloseCurrentPopup();
-    ImGui::EndPopup();
-  }
-  return confirmed;
-}
-
-}  // namespace
 
 void Application::draw_open() {
   if (ask_line(open_dialog_, "Open a trace or results", "path of a .kvl or .kvr file", path_text_,

@@ -22,6 +22,7 @@ struct ApplicationOptions {
   bool builtin_font = false;           // the same letters on every machine
   std::string only_panel;              // this panel alone fills the window
   std::function<void()> wake = [] {};  // called from workers when a model is ready
+  std::function<std::vector<MachineFinding>()> examine_machine;  // for Trace info; called from a worker
 };
 
 class Application {
@@ -59,9 +60,12 @@ class Application {
   void picture_done(const std::string& message) { ui_->toast(message); }
 
   Ui& ui() { return *ui_; }
+  // This panel fills the window; "": all of them. Throws UsageError for an unknown name.
+  void show_alone(const std::string& panel);
   bool panel_open(std::string_view name) const;
   void set_panel_open(std::string_view name, bool open);
   const DrawModel* shown_model(std::string_view name) const;  // null: none yet
+  bool shows_current(std::string_view name) const;            // the model of what it was asked for last
 
  private:
   struct PanelState {
@@ -72,6 +76,7 @@ class Application {
     bool focus = false;    // bring to the front
     uint64_t submitted = 0, shown_key = 0;
     DrawModelPtr shown;
+    DrawModelPtr continued;  // partial model whose rest was asked for
   };
 
   void make_commands();
@@ -95,7 +100,9 @@ class Application {
   void move_step(int by);
   void move_head(int layers, int heads);
   void edit_note();
-  void export_panel(PanelState& state, const char* kind);
+  void export_panel(PanelState& state, const char* kind);  // asks for the name first
+  void write_export(PanelState& state, const std::string& kind, const std::filesystem::path& file);
+  void draw_export();
   PanelState* find(std::string_view name);
   const PanelState* find(std::string_view name) const;
   PanelState* focused();
@@ -112,11 +119,12 @@ class Application {
   Commands commands_;
   Palette palette_;
   bool help_open_ = false, settings_open_ = false, quit_ = false, reset_layout_ = false;
-  bool open_dialog_ = false, note_dialog_ = false, layout_dialog_ = false;
+  bool open_dialog_ = false, note_dialog_ = false, layout_dialog_ = false, export_dialog_ = false;
+  std::string export_panel_, export_kind_;
   std::string maximised_;
   std::string last_focused_;
   std::string pending_layout_;
-  char path_text_[1024] = {}, note_text_[256] = {}, layout_name_[64] = {};
+  char path_text_[1024] = {}, export_text_[1024] = {}, note_text_[256] = {}, layout_name_[64] = {};
   int note_step_ = 0, seen_what_if_ = 0;
   struct Toast {
     std::string text;

@@ -33,22 +33,47 @@ std::string chord_name(ImGuiKeyChord chord) {
   return ImGui::GetKeyChordName(chord);
 }
 
+namespace {
+
+char lower(char letter) {
+  return static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
+}
+
+// Where `word` stands in `text` from `from` on, at the beginning of a word if it does so anywhere; npos:
+// nowhere.
+size_t find_word(std::string_view word, std::string_view text, size_t from) {
+  size_t inside = std::string_view::npos;
+  for (size_t at = from; at + word.size() <= text.size(); ++at) {
+    if (!std::ranges::equal(word, text.substr(at, word.size()), {}, lower, lower)) continue;
+    if (at == 0 || text[at - 1] == ' ') return at;
+    if (inside == std::string_view::npos) inside = at;
+  }
+  return inside;
+}
+
+}  // namespace
+
 int fuzzy_score(std::string_view pattern, std::string_view text) {
-  int score = 0, run = 0;
+  int score = 0;
   size_t at = 0;
-  for (char letter : pattern) {
-    if (letter == ' ') {
-      run = 0;
+  while (!pattern.empty()) {
+    const size_t space = std::min(pattern.find(' '), pattern.size());
+    const std::string_view word = pattern.substr(0, space);
+    pattern.remove_prefix(std::min(space + 1, pattern.size()));
+    // A word as a whole beats its letters scattered: "csv" is no match of "foCuSed ... SVg".
+    if (const size_t whole = find_word(word, text, at); !word.empty() && whole != std::string_view::npos) {
+      score += static_cast<int>(word.size()) * 8 + (whole == 0 || text[whole - 1] == ' ' ? 12 : 0);
+      at = whole + word.size();
       continue;
     }
-    const int wanted = std::tolower(static_cast<unsigned char>(letter));
-    size_t found = at;
-    while (found < text.size() && std::tolower(static_cast<unsigned char>(text[found])) != wanted) ++found;
-    if (found == text.size()) return -1;
-    run = found == at ? run + 1 : 1;
-    const bool word_start = found == 0 || text[found - 1] == ' ';
-    score += run * 2 + (word_start ? 6 : 0);
-    at = found + 1;
+    for (int run = 0; const char letter : word) {
+      size_t found = at;
+      while (found < text.size() && lower(text[found]) != lower(letter)) ++found;
+      if (found == text.size()) return -1;
+      run = found == at ? run + 1 : 1;
+      score += run * 2 + (found == 0 || text[found - 1] == ' ' ? 6 : 0);
+      at = found + 1;
+    }
   }
   return score * 16 - static_cast<int>(std::min<size_t>(text.size(), 15));
 }

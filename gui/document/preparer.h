@@ -21,6 +21,9 @@ struct DrawModel {
   virtual ~DrawModel() = default;
   std::string absence;
   std::vector<std::string> notes;  // shown beside the data: damaged chunks, approximations
+  // Drawn already, and its job runs again: more of it is to come. A job that takes long gives its first part
+  // soon.
+  bool partial = false;
 };
 using DrawModelPtr = std::shared_ptr<const DrawModel>;
 using Job = std::function<DrawModelPtr()>;

@@ -54,22 +54,27 @@ bool TraceSource::follow() {
   return true;
 }
 
+template <typename Value>
+std::shared_ptr<const Value> TraceSource::find(std::list<Entry<Value>>& entries, int sequence, int layer) {
+  const uint64_t now = version();
+  const std::scoped_lock lock(mutex_);
+  for (auto entry = entries.begin(); entry != entries.end(); ++entry) {
+    if (entry->sequence != sequence || entry->layer != layer) continue;
+    if (entry->version == now) {
+      entries.splice(entries.begin(), entries, entry);
+      return entry->value;
+    }
+    entries.erase(entry);
+    break;
+  }
+  return nullptr;
+}
+
 template <typename Value, typename Make>
 std::shared_ptr<const Value> TraceSource::cached(std::list<Entry<Value>>& entries, size_t most, int sequence,
                                                  int layer, Make make) {
   const uint64_t now = version();
-  {
-    const std::scoped_lock lock(mutex_);
-    for (auto entry = entries.begin(); entry != entries.end(); ++entry) {
-      if (entry->sequence != sequence || entry->layer != layer) continue;
-      if (entry->version == now) {
-        entries.splice(entries.begin(), entries, entry);
-        return entry->value;
-      }
-      entries.erase(entry);
-      break;
-    }
-  }
+  if (auto found = find(entries, sequence, layer)) return found;
   auto value = std::make_shared<const Value>(
       make());  // without the lock: two threads may make the same, both are right
   const std::scoped_lock lock(mutex_);
@@ -85,7 +90,11 @@ std::shared_ptr<const LayerLife> TraceSource::layer_life(int sequence, int layer
 std::shared_ptr<const std::vector<int32_t>> TraceSource::evicted_at(int sequence, int layer) {
   const size_t n_layers = static_cast<size_t>(reader_->header().geometry.n_layers);
   return cached(evicted_, n_layers, sequence, layer,
-                [&] { return std::vector<int32_t>(read_layer_life(*reader_, sequence, layer).evicted_at); });
+                [&] { return read_evicted_at(*reader_, sequence, layer); });
+}
+
+std::shared_ptr<const std::vector<int32_t>> TraceSource::evicted_at_if_read(int sequence, int layer) {
+  return find(evicted_, sequence, layer);
 }
 
 std::shared_ptr<const Timeline> TraceSource::timeline(int sequence) {

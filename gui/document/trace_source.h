@@ -46,6 +46,8 @@ class TraceSource {
   std::shared_ptr<const TraceSequence> sequence(int sequence);
   // evicted_at of one layer (LayerLife), kept for every layer: 4 bytes a token and kv head.
   std::shared_ptr<const std::vector<int32_t>> evicted_at(int sequence, int layer);
+  // The same when it is at hand, null otherwise.
+  std::shared_ptr<const std::vector<int32_t>> evicted_at_if_read(int sequence, int layer);
   // Text of each recorded position; "" where the file does not tell.
   std::shared_ptr<const std::vector<std::string>> token_texts(int sequence);
 
@@ -62,6 +64,8 @@ class TraceSource {
     uint64_t version = 0;
     std::shared_ptr<const Value> value;
   };
+  template <typename Value>
+  std::shared_ptr<const Value> find(std::list<Entry<Value>>& entries, int sequence, int layer);
   template <typename Value, typename Make>
   std::shared_ptr<const Value> cached(std::list<Entry<Value>>& entries, size_t most, int sequence, int layer,
                                       Make make);

@@ -188,9 +188,14 @@ void step_cursor(Ui& ui, bool range_on_x) {
     ImPlot::PopPlotClipRect();
   }
   double x = ui.selection.step;
-  const ImVec4 colour = ImGui::ColorConvertU32ToFloat4(ui.theme.selection);
-  if (ImPlot::DragLineX(0, &x, colour, ui.px(1.5F), ImPlotDragToolFlags_NoFit))
+  // ImPlot's tool drags; its own line has ticks at the ends, which fray where plots are stacked.
+  if (ImPlot::DragLineX(0, &x, ImVec4(0, 0, 0, 0), ui.px(1.5F), ImPlotDragToolFlags_NoFit))
     ui.select_step(static_cast<int>(std::lround(x)));
+  const float at = ImPlot::PlotToPixels(x, limits.Y.Min).x, top = ImPlot::GetPlotPos().y;
+  ImPlot::PushPlotClipRect();
+  ImPlot::GetPlotDrawList()->AddLine(ImVec2(at, top), ImVec2(at, top + ImPlot::GetPlotSize().y),
+                                     ui.theme.selection, ui.px(1.5F));
+  ImPlot::PopPlotClipRect();
 }
 
 void pick_step(Ui& ui) {

@@ -1,5 +1,5 @@
-// Bandwidth: bytes of K and V that attention must read at each step, and the rate that this implies. Measured
-// DRAM traffic is drawn beside it when it was recorded; when it was not, the panel says why.
+// Bandwidth: bytes of K and V that attention must read at each step, and the rate that this implies, with
+// measured DRAM traffic beside them when it was sampled; and the roofline. What was not recorded says why.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -11,17 +11,24 @@
 #include "gui/panels/panels.h"
 #include "implot.h"
 #include "trace/views/kernel_view.h"
+#include "trace/views/roofline.h"
 
 namespace kvlapse::gui {
 namespace {
 
 constexpr int kDrawnPixels = 1200;
+enum View { kOverSteps, kRoofline };
 
+struct BandwidthLine {
+  DrawnLine line;
+  bool measured = false;
+};
 struct BandwidthModel final : DrawModel {
   std::shared_ptr<const Timeline> timeline;
-  std::array<DrawnLine, 2> lines;  // MiB a step, GiB/s
+  DramTimeline dram;
+  std::array<std::vector<BandwidthLine>, 2> plots;  // MiB a step, GiB/s
   std::array<float, 2> highest{};
-  std::string counters;  // why none
+  Roofline roofline;
 };
 
 class BandwidthPanel final : public Panel {
@@ -43,23 +50,31 @@ class BandwidthPanel final : public Panel {
                     "The trace holds no timed step yet: bandwidth is known for generated tokens.";
                 return model;
               }
-              const std::array<const std::vector<float>*, 2> columns = {&model->timeline->kv_read_mib,
-                                                                        &model->timeline->kv_gibps};
-              for (size_t i = 0; i < columns.size(); ++i) {
-                const LinePyramid pyramid(*columns[i], model->timeline->first_step);
-                model->lines[i] = pyramid.line(0, model->timeline->n_steps, kDrawnPixels);
-                model->highest[i] = pyramid.highest();
-              }
-              model->counters = counters_absence(trace->reader());
+              const Timeline& timeline = *model->timeline;
+              model->dram = read_dram(trace->reader(), sequence);
+              const auto add = [&](size_t plot, const std::vector<float>& values, bool measured) {
+                if (values.empty()) return;
+                const LinePyramid pyramid(values, timeline.first_step);
+                model->plots[plot].push_back({pyramid.line(0, timeline.n_steps, kDrawnPixels), measured});
+                model->highest[plot] = std::max(model->highest[plot], pyramid.highest());
+              };
+              add(0, timeline.kv_read_mib, false), add(0, model->dram.mib, true);
+              add(1, timeline.kv_gibps, false), add(1, model->dram.gibps, true);
+              model->roofline = read_roofline(trace->reader(), sequence);
               return model;
             }};
   }
 
+  void controls(Ui& ui) override { choose("##view", view_, {"over steps", "roofline"}, ui.px(110)); }
+
   void draw(Ui& ui, const DrawModel& base) override {
     const auto& model = static_cast<const BandwidthModel&>(base);
-    if (!model.counters.empty())
-      cut_text(ui, "Measured DRAM bytes: none. " + model.counters + ".", ImGui::GetContentRegionAvail().x,
+    if (view_ == kRoofline) return draw_roofline(ui, model.roofline);
+    if (!model.dram.absence.empty()) {
+      same_line_if_fits(ui.px(300));
+      cut_text(ui, "Measured DRAM bytes: none. " + model.dram.absence + ".", ImGui::GetContentRegionAvail().x,
                true);
+    }
     const float height = (ImGui::GetContentRegionAvail().y - 2 * ImGui::GetTextLineHeightWithSpacing()) / 2;
     constexpr std::array<const char*, 2> kTitles = {"K and V bytes read by attention",
                                                     "rate while attention runs"};
@@ -72,9 +87,17 @@ class BandwidthPanel final : public Panel {
       ImGui::TextUnformatted(kTitles[i]);
       ImGui::SameLine();
       badge(ui, i == 0 ? Provenance::modelled : Provenance::derived, kFrom[i]);
-      if (ImPlot::BeginPlot(
-              "##rate", ImVec2(-1, std::max(height, ui.px(60))),
-              ImPlotFlags_NoTitle | ImPlotFlags_NoFrame | ImPlotFlags_NoLegend | ImPlotFlags_NoMouseText)) {
+      const bool both = model.plots[i].size() > 1;
+      if (both) {
+        ImGui::SameLine();
+        ImGui::TextUnformatted(i == 0 ? "and DRAM bytes of the step" : "and DRAM rate over the whole step");
+        ImGui::SameLine();
+        badge(ui, Provenance::sampled,
+              "Hardware samples of the memory's counters, shared out by overlap in time.");
+      }
+      if (ImPlot::BeginPlot("##rate", ImVec2(-1, std::max(height, ui.px(60))),
+                            ImPlotFlags_NoTitle | ImPlotFlags_NoFrame | ImPlotFlags_NoMouseText |
+                                (both ? ImPlotFlags_None : ImPlotFlags_NoLegend))) {
         ImPlot::SetupAxis(ImAxis_X1, i == 1 ? "step" : nullptr, ImPlotAxisFlags_NoGridLines);
         ImPlot::SetupAxis(ImAxis_Y1, kUnits[i]);
         ImPlot::SetupAxisLimits(ImAxis_X1, 0, std::max(1, ui.n_steps), ImPlotCond_Once);
@@ -82,11 +105,18 @@ class BandwidthPanel final : public Panel {
                                 ImPlotCond_Once);
         round_ticks(ui, ImAxis_X1, 0, ui.n_steps, ImGui::GetContentRegionAvail().x - ui.px(60));
         ImPlot::SetupFinish();
-        ImPlotSpec spec;
-        spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.series[i == 0 ? 4 : 5]);
-        spec.LineWeight = ui.px(1.4F);
-        ImPlot::PlotLine("##line", model.lines[i].xs.data(), model.lines[i].ys.data(),
-                         static_cast<int>(model.lines[i].xs.size()), spec);
+        for (const BandwidthLine& line : model.plots[i]) {
+          ImPlotSpec spec;
+          spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.series[line.measured ? 1
+                                                                          : i == 0      ? 4
+                                                                                        : 5]);
+          spec.LineWeight = ui.px(1.4F);
+          ImPlot::PlotLine(line.measured ? "DRAM, sampled"
+                           : i == 0      ? "K and V, modelled"
+                                         : "K and V, derived",
+                           line.line.xs.data(), line.line.ys.data(), static_cast<int>(line.line.xs.size()),
+                           spec);
+        }
         step_cursor(ui, true);
         pick_step(ui);
         ImPlot::EndPlot();
@@ -97,14 +127,73 @@ class BandwidthPanel final : public Panel {
 
   Table table(const DrawModel& base) const override {
     const auto& model = static_cast<const BandwidthModel&>(base);
-    Table table{{"step", "kv_read_mib_modelled", "kv_gibps_derived"}, {}};
+    Table table{
+        {"step", "kv_read_mib_modelled", "kv_gibps_derived", "dram_mib_sampled", "dram_gibps_sampled"}, {}};
     for (size_t i = 0; i < model.timeline->size(); ++i) {
+      const bool sampled = i < model.dram.mib.size();
       table.rows.push_back({std::to_string(model.timeline->first_step + static_cast<int>(i)),
                             fmt::format("{:.7g}", model.timeline->kv_read_mib[i]),
-                            fmt::format("{:.7g}", model.timeline->kv_gibps[i])});
+                            fmt::format("{:.7g}", model.timeline->kv_gibps[i]),
+                            sampled ? fmt::format("{:.7g}", model.dram.mib[i]) : "",
+                            sampled ? fmt::format("{:.7g}", model.dram.gibps[i]) : ""});
     }
     return table;
   }
+  std::string state() const override { return std::to_string(view_); }
+  void set_state(std::string_view text) override { view_ = text == "1" ? kRoofline : kOverSteps; }
+
+ private:
+  static void draw_roofline(Ui& ui, const Roofline& roofline) {
+    if (!roofline.absence.empty()) return draw_absence(ui, "Roofline", "No point: " + roofline.absence + ".");
+    same_line_if_fits(ui.px(80));
+    badge(ui, Provenance::derived,
+          "Operations: 4 x head_dim a token and query head (modelled), over the measured time of attention. "
+          "Bytes: "
+          "counted where the point says so, otherwise K and V once.");
+    same_line_if_fits(ui.px(300));
+    cut_text(ui,
+             std::isnan(roofline.ceiling_gbps)
+                 ? roofline.ceiling_from
+                 : fmt::format("memory: {:.0f} GB/s, {}", roofline.ceiling_gbps, roofline.ceiling_from),
+             ImGui::GetContentRegionAvail().x, true);
+    double left = 1e30, right = 0, low = 1e30, high = 0;
+    for (const RooflinePoint& point : roofline.points) {
+      left = std::min(left, point.flop_per_byte), right = std::max(right, point.flop_per_byte);
+      low = std::min(low, point.gflops), high = std::max(high, point.gflops);
+    }
+    const bool ceiling = !std::isnan(roofline.ceiling_gbps);
+    left /= 4, right *= 4;
+    if (ceiling) high = std::max(high, right * roofline.ceiling_gbps);
+    if (!ImPlot::BeginPlot("##roofline", ImVec2(-1, -1), ImPlotFlags_NoTitle | ImPlotFlags_NoFrame)) return;
+    ImPlot::SetupAxes("operations a byte of K and V", "GFLOP/s of attention");
+    ImPlot::SetupAxisScale(ImAxis_X1, ImPlotScale_Log10);
+    ImPlot::SetupAxisScale(ImAxis_Y1, ImPlotScale_Log10);
+    ImPlot::SetupAxisLimits(ImAxis_X1, left, right, ImPlotCond_Once);
+    ImPlot::SetupAxisLimits(ImAxis_Y1, low / 3, high * 2, ImPlotCond_Once);
+    ImPlot::SetupLegend(ImPlotLocation_NorthWest);
+    ImPlot::SetupFinish();
+    if (ceiling) {
+      const std::array<double, 2> xs = {left, right},
+                                  ys = {left * roofline.ceiling_gbps, right * roofline.ceiling_gbps};
+      ImPlotSpec spec;
+      spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.muted);
+      spec.LineWeight = ui.px(1.6F);
+      ImPlot::PlotLine("memory's ceiling", xs.data(), ys.data(), 2, spec);
+    }
+    for (size_t i = 0; i < roofline.points.size(); ++i) {
+      const RooflinePoint& point = roofline.points[i];
+      ImPlotSpec spec;
+      spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.series[i % ui.theme.series.size()]);
+      spec.Marker = static_cast<ImPlotMarker>(ImPlotMarker_Circle + static_cast<int>(i % 6));
+      spec.MarkerSize = ui.px(5);
+      spec.MarkerFillColor = spec.MarkerLineColor = spec.LineColor;
+      const std::string name = point.name + (point.counted ? " (counted bytes)" : " (modelled bytes)");
+      ImPlot::PlotScatter(name.c_str(), &point.flop_per_byte, &point.gflops, 1, spec);
+    }
+    ImPlot::EndPlot();
+  }
+
+  int view_ = kOverSteps;
 };
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "gui/panels/panels.h"
 #include "implot.h"
 #include "replay/comparison.h"
+#include "replay/knee.h"
 
 namespace kvlapse::gui {
 namespace {
@@ -23,6 +24,7 @@ struct PolicyLine {
   std::string policy;
   bool bound = false;  // random with the prompt, or an oracle
   std::vector<double> xs, recall, error, topk;
+  std::array<int, 3> knee = {-1, -1, -1};  // of recall, error, topk
 };
 struct CompareModel final : DrawModel {
   std::vector<ComparedRow> rows;  // open loop
@@ -61,7 +63,11 @@ DrawModelPtr prepare(const std::vector<std::filesystem::path>& files) {
     line.topk.push_back(value_of(row.means, "topk_recall"));
     model->most_mib = std::max(model->most_mib, line.xs.back());
   }
-  for (auto& [name, line] : lines) model->lines.push_back(line);
+  for (auto& [name, line] : lines) {
+    line.knee = {find_knee(line.xs, line.recall, true), find_knee(line.xs, line.error, false),
+                 find_knee(line.xs, line.topk, true)};
+    model->lines.push_back(line);
+  }
   for (const EvalRow& row : model->evals) {
     auto& [xs, ys] = model->accuracy[row.policy];
     xs.push_back(row.budget_slots);
@@ -99,8 +105,9 @@ class ComparePanel final : public Panel {
                 "interval."
               : "Open loop: replayed over the recorded q, k and v; mean over steps and query heads.");
     same_line_if_fits(ui.px(300));
-    ImGui::TextDisabled(quality_ == kAccuracy ? "closed loop: evicted while generating"
-                                              : "open loop: recorded q, k, v");
+    ImGui::TextDisabled(quality_ == kAccuracy
+                            ? "closed loop: evicted while generating"
+                            : "open loop: recorded q, k, v; a ring marks each policy's knee");
     draw_plot(ui, model);
     draw_rows(ui, model);
   }
@@ -198,8 +205,14 @@ class ComparePanel final : public Panel {
       }
     } else {
       for (const PolicyLine& line : model.lines) {
+        const ImPlotSpec spec = style(line.bound);
         ImPlot::PlotLine(line.policy.c_str(), line.xs.data(), values(line).data(),
-                         static_cast<int>(line.xs.size()), style(line.bound));
+                         static_cast<int>(line.xs.size()), spec);
+        if (const int knee = line.knee[static_cast<size_t>(quality_)]; knee >= 0 && !line.bound) {
+          const ImVec2 at = ImPlot::PlotToPixels(line.xs[static_cast<size_t>(knee)],
+                                                 values(line)[static_cast<size_t>(knee)]);
+          ImPlot::GetPlotDrawList()->AddCircle(at, ui.px(8), ui.theme.text, 0, ui.px(1.5F));
+        }
       }
     }
     ImPlot::EndPlot();

@@ -12,14 +12,19 @@
 namespace kvlapse::gui {
 namespace {
 
-enum Metric { kHeldTokens, kEvicted, kEntropy, kRecall };
-constexpr std::array<const char*, 4> kMetricNames = {"held tokens", "evicted so far", "entropy (nats)",
-                                                     "recall"};
-constexpr std::array<const char*, 4> kMetricFrom = {
+enum Metric { kHeldTokens, kEvicted, kEntropy, kRecall, kError };
+constexpr std::array<const char*, 5> kMetricNames = {"held tokens", "evicted so far", "entropy (nats)",
+                                                     "recall", "output error"};
+constexpr std::array<const char*, 5> kMetricFrom = {
     "Tokens held after the step, per kv head (occupancy chunks of the trace).",
     "Tokens seen minus tokens held.",
     "Entropy of the head's attention at this step, mean over the group (tier sketch).",
-    "Attention mass of the held tokens (tier sketch)."};
+    "Attention mass of the held tokens: recorded at this step (tier sketch), otherwise the mean over all "
+    "steps of a "
+    "replay (open results).",
+    "Relative error of the head's output, mean over all steps and the group's query heads, of a replay (open "
+    "results) "
+    "under the policy chosen in Compare or What if, or the recording's own."};
 
 struct GridModel final : DrawModel {
   HeadStates states;
@@ -28,9 +33,20 @@ struct GridModel final : DrawModel {
   std::vector<char> outlier;  // [L][H]
   std::vector<int> order;     // cells by value, largest first
   float low = 0, high = 1;
+  std::string replayed;  // policy and budget of the values, when they are of a replay
 };
 
-DrawModelPtr prepare(TraceSource& trace, int sequence, int step, int metric) {
+struct GridParams {
+  std::shared_ptr<TraceSource> trace;
+  int sequence = 0, step = 0, metric = kHeldTokens;
+  std::shared_ptr<QualitySource> quality;
+  std::vector<std::filesystem::path> results;
+  WhatIfChoice what_if;
+};
+
+DrawModelPtr prepare(const GridParams& params) {
+  TraceSource& trace = *params.trace;
+  const int sequence = params.sequence, step = params.step, metric = params.metric;
   auto model = std::make_shared<GridModel>();
   model->metric = metric;
   if (trace.n_steps(sequence) == 0) {
@@ -45,19 +61,27 @@ DrawModelPtr prepare(TraceSource& trace, int sequence, int step, int metric) {
     model->values.push_back(metric == kHeldTokens ? known(states.held[i])
                             : metric == kEvicted  ? known(states.evicted[i])
                             : metric == kEntropy  ? states.entropy[i]
-                                                  : states.recall[i]);
+                            : metric == kRecall   ? states.recall[i]
+                                                  : NAN);
   }
-  if (std::ranges::all_of(model->values, [](float value) { return std::isnan(value); })) {
+  const auto unknown = [](float value) { return std::isnan(value); };
+  std::string why;
+  if (metric >= kRecall && std::ranges::all_of(model->values, unknown)) {
+    const QualityAnswer answer = params.quality->find(trace, params.results, params.what_if);
+    why = answer.why;
+    if (answer.quality) {
+      model->values = metric == kRecall ? answer.quality->head_recall : answer.quality->head_error;
+      model->replayed = fmt::format("{} at {}, all steps", answer.quality->policy, answer.quality->budget);
+    }
+  }
+  if (std::ranges::all_of(model->values, unknown)) {
     if (metric == kEntropy) {
       model->absence = fmt::format("No entropy at step {}: {}", step,
                                    trace.reader().header().tier == TraceTier::sketch
                                        ? "this step has no sketch (prompt tokens have none)."
                                        : "it is recorded by --tier sketch only.");
     } else {
-      model->absence = fmt::format(
-          "Recall is not known at step {}: a recording under eviction does not see the evicted tokens. "
-          "Replay the trace, or record with --policy full --tier sketch.",
-          step);
+      model->absence = fmt::format("No {} here: {}.", kMetricNames[static_cast<size_t>(metric)], why);
     }
   }
   model->outlier = find_outliers(model->values);
@@ -89,12 +113,21 @@ class HeadGridPanel final : public Panel {
                 return model;
               }};
     }
-    const uint64_t key = mix_key({reinterpret_cast<uintptr_t>(ui.trace.get()), ui.trace->version(),
-                                  static_cast<uint64_t>(ui.selection.sequence),
-                                  static_cast<uint64_t>(ui.selection.step), static_cast<uint64_t>(metric_)});
-    return {key, [trace = ui.trace, selection = ui.selection, metric = metric_] {
-              return prepare(*trace, selection.sequence, selection.step, metric);
-            }};
+    GridParams params{.trace = ui.trace,
+                      .sequence = ui.selection.sequence,
+                      .step = ui.selection.step,
+                      .metric = metric_,
+                      .quality = ui.quality,
+                      .results = ui.document.results(),
+                      .what_if = ui.what_if};
+    const uint64_t key = mix_key(
+        {reinterpret_cast<uintptr_t>(ui.trace.get()), ui.trace->version(),
+         static_cast<uint64_t>(params.sequence), static_cast<uint64_t>(params.step),
+         static_cast<uint64_t>(metric_),
+         metric_ >= kRecall ? mix_key({ui.results_version(),
+                                       std::hash<std::string>{}(ui.what_if.policy + " " + ui.what_if.budget)})
+                            : 0});
+    return {key, [params] { return prepare(params); }};
   }
 
   void controls(Ui& ui) override {
@@ -108,9 +141,11 @@ class HeadGridPanel final : public Panel {
     same_line_if_fits(ui.px(70));
     badge(ui,
           model.metric == kEvicted   ? Provenance::derived
+          : !model.replayed.empty()  ? Provenance::derived
           : model.metric >= kEntropy ? Provenance::sampled
                                      : Provenance::measured,
           kMetricFrom[static_cast<size_t>(model.metric)]);
+    if (!model.replayed.empty()) cut_text(ui, model.replayed, ImGui::GetContentRegionAvail().x, true);
     if (form_ == 1) {
       draw_list(ui, model);
     } else {
@@ -149,7 +184,7 @@ class HeadGridPanel final : public Panel {
   std::string state() const override { return fmt::format("{} {}", metric_, form_); }
   void set_state(std::string_view text) override {
     std::sscanf(std::string(text).c_str(), "%d %d", &metric_, &form_);
-    metric_ = std::clamp(metric_, 0, 3), form_ = std::clamp(form_, 0, 1);
+    metric_ = std::clamp(metric_, 0, 4), form_ = std::clamp(form_, 0, 1);
   }
 
  private:
@@ -162,6 +197,9 @@ class HeadGridPanel final : public Panel {
       ImGui::Text("entropy: %.3f nats", static_cast<double>(model.states.entropy[cell]));
     if (!std::isnan(model.states.recall[cell]))
       ImGui::Text("recall: %.4f", static_cast<double>(model.states.recall[cell]));
+    if (!model.replayed.empty() && !std::isnan(model.values[cell]))
+      ImGui::Text("%s: %.4f (%s)", kMetricNames[static_cast<size_t>(model.metric)],
+                  static_cast<double>(model.values[cell]), model.replayed.c_str());
     if (model.outlier[cell] != 0)
       ImGui::TextDisabled("outlier: more than 3.5 robust deviations from the median");
   }

@@ -13,6 +13,7 @@
 #include "gui/panels/panels.h"
 #include "implot.h"
 #include "replay/views/replayed_life.h"
+#include "trace/views/recording_pair.h"
 
 namespace kvlapse::gui {
 namespace {
@@ -20,7 +21,7 @@ namespace {
 enum Scope { kHead, kLayer, kAllHeads };
 enum Rows { kPositions, kSlots };
 enum Colour { kHeld, kAttention };
-enum Source { kRecorded, kWhatIf, kDifference };
+enum Source { kRecorded, kWhatIf, kDifference, kOther };  // kOther: difference to the next open trace
 
 constexpr float kAttentionFloor = 1e-3F;  // weights below are not drawn
 
@@ -29,6 +30,7 @@ struct LifeParams {
   int sequence = 0, layer = 0, kv_head = 0;
   int scope = kHead, rows = kPositions, colour = kHeld, source = kRecorded;
   WhatIfChoice what_if;
+  std::shared_ptr<TraceSource> other;
   RasterView view;
   Theme theme;
 };
@@ -40,7 +42,9 @@ struct LifeModel final : DrawModel {
   int n_steps = 0, n_prompt = 0, layer = 0, kv_head = 0;
   bool exact_order = true, from_sketch = false, has_regret = false;
   std::shared_ptr<const LayerLife> life;      // of the selected layer, recorded or replayed
-  std::shared_ptr<const LayerLife> replayed;  // with source kDifference
+  std::shared_ptr<const LayerLife> replayed;  // with a difference: the other side
+  int n_compared = 0;                         // positions that both sides have
+  std::string other_name;
   std::shared_ptr<const SlotHistory> slots;
   std::shared_ptr<const HeadAttention> attention;
   std::shared_ptr<const std::vector<std::string>> texts;
@@ -127,12 +131,13 @@ void paint_positions(const LifeParams& params, LifeModel& model) {
 // Held by both, by the recording alone, by the replay alone; means of exact sets over the pixel.
 void paint_difference(const LifeParams& params, LifeModel& model) {
   LifeRasterizer recorded(params.view), replayed(params.view), both(params.view);
-  std::vector<int32_t> shared(static_cast<size_t>(model.n_steps));
+  const int n = model.n_compared;
+  std::vector<int32_t> shared(static_cast<size_t>(n));
   for (int head = 0; head < model.life->n_kv_heads; ++head) {
     if (params.scope == kHead && head != params.kv_head) continue;
     const auto a = model.life->evicted(head), b = model.replayed->evicted(head);
-    for (int pos = 0; pos < model.n_steps; ++pos) shared[pos] = std::min(a[pos], b[pos]);
-    recorded.add(a, model.n_steps), replayed.add(b, model.n_steps), both.add(shared, model.n_steps);
+    for (int pos = 0; pos < n; ++pos) shared[pos] = std::min(a[pos], b[pos]);
+    recorded.add(a, n), replayed.add(b, n), both.add(shared, n);
   }
   const LifeRaster a = recorded.finish(), b = replayed.finish(), c = both.finish();
   const Theme& theme = params.theme;
@@ -173,7 +178,22 @@ DrawModelPtr prepare(const LifeParams& params, HeadCache& cache) {
   }
   model->life = params.trace->layer_life(params.sequence, params.layer);
   model->n_steps = model->life->n_steps, model->n_prompt = model->life->n_prompt;
-  if (params.source != kRecorded) {
+  if (params.source == kOther) {
+    model->other_name = params.other->name();
+    const CacheGeometry &mine = header.geometry, &theirs = params.other->reader().header().geometry;
+    if (mine.n_layers != theirs.n_layers || mine.n_kv_heads != theirs.n_kv_heads) {
+      model->absence =
+          fmt::format("{} is of another model: {} layers x {} kv heads, here {} x {}.", model->other_name,
+                      theirs.n_layers, theirs.n_kv_heads, mine.n_layers, mine.n_kv_heads);
+      return model;
+    }
+    model->replayed = params.other->layer_life(params.sequence, params.layer);
+    const TokenAlignment alignment = align_tokens(params.trace->sequence(params.sequence)->tokens,
+                                                  params.other->sequence(params.sequence)->tokens);
+    model->n_compared = std::min({alignment.n_common, model->n_steps, model->replayed->n_steps});
+    model->notes.push_back(fmt::format("the {} tokens that both recordings share; other: {}",
+                                       model->n_compared, model->other_name));
+  } else if (params.source != kRecorded) {
     const uint64_t replay_key =
         mix_key({params.trace->version(), reinterpret_cast<uintptr_t>(params.trace.get()),
                  static_cast<uint64_t>(params.sequence), static_cast<uint64_t>(params.layer),
@@ -186,6 +206,7 @@ DrawModelPtr prepare(const LifeParams& params, HeadCache& cache) {
       model->life = replayed;
     } else {
       model->replayed = replayed;
+      model->n_compared = model->n_steps;
     }
     model->notes.push_back(fmt::format("open loop: {} at {}{}", params.what_if.policy, params.what_if.budget,
                                        params.scope == kAllHeads ? "; this layer" : ""));
@@ -213,14 +234,14 @@ DrawModelPtr prepare(const LifeParams& params, HeadCache& cache) {
     paint_slots(params, *model);
   } else {
     model->n_rows = model->n_steps;
-    if (params.colour == kAttention && params.scope == kHead && params.source != kDifference) {
+    if (params.colour == kAttention && params.scope == kHead && params.source < kDifference) {
       model->attention = keep(cache, cache.attention_key, cache.attention, head_key,
                               [&] { return read_head_attention(reader, *model->life, params.kv_head); });
       if (!model->attention->absence.empty()) model->notes.push_back(model->attention->absence);
       model->from_sketch = model->attention->from_sketch;
       model->has_regret = !model->attention->missed.empty();
     }
-    if (params.source == kDifference) {
+    if (params.source >= kDifference) {
       paint_difference(params, *model);
     } else {
       paint_positions(params, *model);
@@ -256,8 +277,9 @@ class LifeMapPanel final : public Panel {
                       .scope = scope_,
                       .rows = rows_,
                       .colour = colour_,
-                      .source = ui.what_if.policy.empty() ? static_cast<int>(kRecorded) : source_,
+                      .source = source_of(ui),
                       .what_if = ui.what_if,
+                      .other = other_trace(ui),
                       .view = {x_min_, x_max_, y_min_, y_max_, width_, height_},
                       .theme = ui.theme};
     const uint64_t key = mix_key(
@@ -265,9 +287,9 @@ class LifeMapPanel final : public Panel {
          static_cast<uint64_t>(params.layer), static_cast<uint64_t>(params.kv_head),
          static_cast<uint64_t>(scope_ * 100 + rows_ * 10 + colour_), static_cast<uint64_t>(params.source),
          std::hash<std::string>{}(ui.what_if.policy + " " + ui.what_if.budget),
-         static_cast<uint64_t>(ui.theme.kind), static_cast<uint64_t>(width_), static_cast<uint64_t>(height_),
-         std::bit_cast<uint64_t>(x_min_), std::bit_cast<uint64_t>(x_max_), std::bit_cast<uint64_t>(y_min_),
-         std::bit_cast<uint64_t>(y_max_)});
+         reinterpret_cast<uintptr_t>(params.other.get()), static_cast<uint64_t>(ui.theme.kind),
+         static_cast<uint64_t>(width_), static_cast<uint64_t>(height_), std::bit_cast<uint64_t>(x_min_),
+         std::bit_cast<uint64_t>(x_max_), std::bit_cast<uint64_t>(y_min_), std::bit_cast<uint64_t>(y_max_)});
     return {key, [params, cache = cache_] { return prepare(params, *cache); }};
   }
 
@@ -285,11 +307,23 @@ class LifeMapPanel final : public Panel {
       ImGui::SetItemTooltip(
           "attention: what each token received; red where an evicted token would have received it (regret)");
     }
+    // Only sources that are there can be chosen.
+    std::vector<const char*> names = {"recorded"};
+    std::vector<int> sources = {kRecorded};
     if (!ui.what_if.policy.empty()) {
+      names.insert(names.end(), {"what if", "difference"});
+      sources.insert(sources.end(), {kWhatIf, kDifference});
+    }
+    const auto other = other_trace(ui);
+    const std::string against = other ? fmt::format("against {}", other->name()) : std::string();
+    if (other) names.push_back(against.c_str()), sources.push_back(kOther);
+    if (sources.size() > 1) {
+      int chosen = static_cast<int>(std::ranges::find(sources, source_of(ui)) - sources.begin());
       ImGui::SameLine();
-      choose("##source", source_, {"recorded", "what if", "difference"}, ui.px(100));
-      ImGui::SetItemTooltip("what if: %s at %s, replayed over the recorded q, k, v",
-                            ui.what_if.policy.c_str(), ui.what_if.budget.c_str());
+      if (choose("##source", chosen, names, ui.px(130))) source_ = sources[static_cast<size_t>(chosen)];
+      if (!ui.what_if.policy.empty())
+        ImGui::SetItemTooltip("what if: %s at %s, replayed over the recorded q, k, v",
+                              ui.what_if.policy.c_str(), ui.what_if.budget.c_str());
     }
     ImGui::SameLine();
     if (ImGui::Button("Fit")) changed = true;
@@ -387,6 +421,16 @@ class LifeMapPanel final : public Panel {
   }
 
  private:
+  // The open trace behind the shown one; null: there is one only.
+  static std::shared_ptr<TraceSource> other_trace(const Ui& ui) {
+    const auto& traces = ui.document.traces();
+    return traces.size() < 2 ? nullptr : traces[(ui.document.primary() + 1) % traces.size()];
+  }
+  int source_of(const Ui& ui) const {
+    const bool there = source_ == kOther ? ui.document.traces().size() > 1 : !ui.what_if.policy.empty();
+    return there ? source_ : static_cast<int>(kRecorded);
+  }
+
   static std::string text_of(const LifeModel& model, int pos) {
     return model.texts && static_cast<size_t>(pos) < model.texts->size()
                ? (*model.texts)[static_cast<size_t>(pos)]
@@ -405,13 +449,13 @@ class LifeMapPanel final : public Panel {
         ImGui::SameLine();
         swatch(ui, ui.theme.bad, "missed");
       }
-    } else if (model.source == kDifference) {
+    } else if (model.source >= kDifference) {
       same_line_if_fits(ui.px(280));
       swatch(ui, ui.theme.map_alive, "both");
       ImGui::SameLine();
-      swatch(ui, ui.theme.series[1], "recorded only");
+      swatch(ui, ui.theme.series[1], model.source == kOther ? "this only" : "recorded only");
       ImGui::SameLine();
-      swatch(ui, ui.theme.series[3], "what if only");
+      swatch(ui, ui.theme.series[3], model.source == kOther ? "other only" : "what if only");
     } else {
       same_line_if_fits(ui.px(150));
       swatch(ui, ui.theme.map_alive, "held");
@@ -424,6 +468,8 @@ class LifeMapPanel final : public Panel {
             model.from_sketch ? "The heaviest 32 attention weights of each step, recorded (tier sketch)."
                               : "Computed from the recorded q and k over all recorded tokens; mean over the "
                                 "group's query heads.");
+    } else if (model.source == kOther) {
+      badge(ui, Provenance::derived, "Difference of the eviction records of both recordings.");
     } else if (model.source != kRecorded) {
       badge(ui, Provenance::derived, "Replayed over the recorded q, k and v (open loop).");
     } else {
@@ -470,8 +516,11 @@ class LifeMapPanel final : public Panel {
         const ImVec2 at = ImPlot::PlotToPixels(limits.X.Min, static_cast<double>(model.n_prompt));
         const ImVec2 text = ImGui::CalcTextSize("prompt above");
         const float right = ImPlot::GetPlotPos().x + ImPlot::GetPlotSize().x - text.x - ui.px(6);
-        list->AddText(ImVec2(right, std::max(at.y - text.y - ui.px(2), ImPlot::GetPlotPos().y + ui.px(2))),
-                      ui.theme.muted, "prompt above");
+        const ImVec2 low(right, std::max(at.y - text.y - ui.px(2), ImPlot::GetPlotPos().y + ui.px(2)));
+        list->AddRectFilled(ImVec2(low.x - ui.px(4), low.y),
+                            ImVec2(low.x + text.x + ui.px(4), low.y + text.y),
+                            Theme::with_alpha(ui.theme.background, 0.8F), ui.px(3));
+        list->AddText(low, ui.theme.text, "prompt above");
       }
     }
     ImPlot::PopPlotClipRect();

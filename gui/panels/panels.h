@@ -13,6 +13,7 @@ std::unique_ptr<Panel> make_life_map_panel();
 std::unique_ptr<Panel> make_text_panel();
 std::unique_ptr<Panel> make_trace_info_panel();
 std::unique_ptr<Panel> make_compare_panel();
+std::unique_ptr<Panel> make_recordings_panel();
 std::unique_ptr<Panel> make_what_if_panel();
 std::unique_ptr<Panel> make_memory_panel();
 std::unique_ptr<Panel> make_bandwidth_panel();

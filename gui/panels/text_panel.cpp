@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <mutex>
+#include <utility>
 
 #include "core/model/text_search.h"
 #include "gui/draw/widgets.h"
@@ -25,6 +27,8 @@ constexpr std::array<const char*, 4> kModeFrom = {
     "Attention that the token would have received after its eviction in the selected kv head, summed; from "
     "recorded q and k."};
 
+constexpr std::chrono::milliseconds kReadSlice{80};  // of a worker, before the picture is shown again
+
 struct TextLine {
   int first = 0, count = 0;  // tokens
 };
@@ -42,7 +46,7 @@ struct TextModel final : DrawModel {
   std::vector<float> raw;     // what the tooltip says
   std::vector<int> matches;   // tokens
   std::vector<char> is_match;
-  int mode = kHolders, step = 0, n_prompt = 0, n_heads = 0;
+  int mode = kHolders, step = 0, n_prompt = 0, n_heads = 0;  // kHolders: of the layers read so far
   float most = 1;
   std::string search_problem;
   bool texts_known = true;
@@ -58,7 +62,7 @@ struct TextParams {
 
 struct TextCache {
   std::mutex mutex;
-  uint64_t layout_key = 0, regret_key = 0;
+  uint64_t layout_key = 0, regret_key = 0, holders_key = 0;
   std::shared_ptr<const TextLayout> layout;
   std::shared_ptr<const HeadAttention> attention;
 };
@@ -97,6 +101,34 @@ TextLayout make_layout(const std::vector<std::string>& texts, const std::vector<
   return layout;
 }
 
+// The text first, then layer after layer, a few at a time: all heads of a long trace take seconds to read.
+void read_holders(const TextParams& params, TextCache& cache, TextModel& model) {
+  const auto until = std::chrono::steady_clock::now() + kReadSlice;
+  const CacheGeometry& geometry = params.trace->reader().header().geometry;
+  const uint64_t key = reinterpret_cast<uintptr_t>(params.trace.get());
+  bool read = false;  // this trace's text was shown already
+  {
+    const std::scoped_lock lock(cache.mutex);
+    read = std::exchange(cache.holders_key, key) == key;
+  }
+  std::vector<int32_t> holders(model.raw.size(), 0);
+  int n_layers = 0;
+  for (int layer = 0; layer < geometry.n_layers; ++layer) {
+    auto evicted = params.trace->evicted_at_if_read(params.selection.sequence, layer);
+    if (!evicted && read && std::chrono::steady_clock::now() < until)
+      evicted = params.trace->evicted_at(params.selection.sequence, layer);
+    if (!evicted) continue;
+    count_holders(*evicted, geometry.n_kv_heads, params.selection.step, holders);
+    ++n_layers;
+  }
+  model.partial = n_layers < geometry.n_layers;
+  model.n_heads = n_layers * geometry.n_kv_heads;
+  model.most = static_cast<float>(std::max(1, model.n_heads));
+  if (model.partial)
+    model.notes.push_back(fmt::format("{} of {} layers read so far", n_layers, geometry.n_layers));
+  std::ranges::copy(holders, model.raw.begin());
+}
+
 DrawModelPtr prepare(const TextParams& params, TextCache& cache) {
   auto model = std::make_shared<TextModel>();
   const TraceReader& reader = params.trace->reader();
@@ -125,19 +157,13 @@ DrawModelPtr prepare(const TextParams& params, TextCache& cache) {
     cache.layout_key = layout_key;
     cache.layout = model->layout;
   }
-  const CacheGeometry& geometry = reader.header().geometry;
-  model->n_heads = geometry.n_layers * geometry.n_kv_heads;
   model->raw.assign(n, 0);
-  const auto life = params.trace->layer_life(selection.sequence, selection.layer);
+  const auto life = params.mode == kLifetime || params.mode == kRegret
+                        ? params.trace->layer_life(selection.sequence, selection.layer)
+                        : nullptr;
   switch (params.mode) {
     case kHolders: {
-      std::vector<int32_t> holders(n, 0);
-      for (int layer = 0; layer < geometry.n_layers; ++layer) {
-        const auto evicted = params.trace->evicted_at(selection.sequence, layer);
-        count_holders(*evicted, geometry.n_kv_heads, selection.step, holders);
-      }
-      model->most = static_cast<float>(model->n_heads);
-      std::ranges::copy(holders, model->raw.begin());
+      read_holders(params, cache, *model);
       break;
     }
     case kLifetime: {

@@ -6,11 +6,14 @@
 #include <bit>
 #include <cmath>
 #include <mutex>
+#include <utility>
 
 #include "gui/draw/line_pyramid.h"
 #include "gui/draw/widgets.h"
 #include "gui/panels/panels.h"
 #include "implot.h"
+#include "trace/views/falls.h"
+#include "trace/views/kernel_view.h"
 
 namespace kvlapse::gui {
 namespace {
@@ -20,16 +23,22 @@ struct LaneKind {
   const char* unit;
   Provenance provenance;
   const char* from;
-  std::vector<float> Timeline::*column;
+  std::vector<float> Timeline::*column;  // null: filled in otherwise
 };
-const std::array<LaneKind, 6>& lane_kinds() {
-  static const std::array<LaneKind, 6> kinds = {{
+enum Lane { kHeld, kEvicted, kRecall, kStepTime, kAttention, kRead, kRate, kDram, kLanes };
+const std::array<LaneKind, kLanes>& lane_kinds() {
+  static const std::array<LaneKind, kLanes> kinds = {{
       {"held", "tokens / kv head", Provenance::measured,
        "Tokens held after each step, mean over layers and kv heads (KV_STEP.held_tokens).",
        &Timeline::held_tokens},
       {"evicted", "tokens / step", Provenance::measured,
        "Tokens evicted by each step, all layers and kv heads (KV_STEP.evicted_tokens).",
        &Timeline::evicted_tokens},
+      {"recall", "of attention mass", Provenance::derived,
+       "Attention mass of the held tokens over that of all: from a replay of this trace (open results), mean "
+       "over "
+       "layers and query heads; or recorded for the selected layer (tier sketch).",
+       nullptr},
       {"step time", "ms", Provenance::measured, "Wall time of the whole batch's step (KV_STEP.total_ns).",
        &Timeline::step_ms},
       {"attention", "share of step", Provenance::measured,
@@ -39,56 +48,161 @@ const std::array<LaneKind, 6>& lane_kinds() {
        &Timeline::kv_read_mib},
       {"K, V rate", "GiB / s", Provenance::derived, "Modelled bytes over the measured attention time.",
        &Timeline::kv_gibps},
+      {"DRAM", "MiB / step", Provenance::sampled,
+       "Bytes read from and written to the GPU's memory, from hardware samples, by the time of each step.",
+       nullptr},
   }};
   return kinds;
 }
 
-// Pyramids of one version of a trace's timeline.
+struct LaneData {
+  std::vector<float> values;
+  LinePyramid pyramid;
+  std::string absence;  // why there is no line
+  Provenance provenance = Provenance::measured;
+  void set(std::vector<float> line, int first_step) {
+    values = std::move(line);
+    pyramid = LinePyramid(values, first_step);
+  }
+};
+// Of one version of a trace's timeline.
 struct Lanes {
   std::shared_ptr<const Timeline> timeline;
-  std::array<LinePyramid, 6> pyramids;
+  std::array<LaneData, kLanes> lanes;  // kRecall is empty
+  std::vector<int> counted;            // steps whose kernels were counted
+};
+struct RecallLane {
+  LaneData lane;
+  std::vector<int> falls;  // steps
 };
 
 struct TimelineModel final : DrawModel {
   std::shared_ptr<const Lanes> lanes;
+  std::shared_ptr<const RecallLane> recall;  // null: still being read
   double x_min = 0, x_max = 1;
-  std::array<DrawnLine, 6> lines;
+  std::array<DrawnLine, kLanes> lines;
+  const LaneData& lane(int index) const {
+    static const LaneData reading{.values = {}, .pyramid = {}, .absence = "reading ..."};
+    if (index != kRecall) return lanes->lanes[static_cast<size_t>(index)];
+    return recall ? recall->lane : reading;
+  }
 };
 
 struct LanesCache {
   std::mutex mutex;
-  uint64_t key = 0;
+  uint64_t key = 0, recall_key = 0, recall_asked = 0;
   std::shared_ptr<const Lanes> lanes;
+  std::shared_ptr<const RecallLane> recall;
 };
 
-DrawModelPtr prepare(TraceSource& trace, int sequence, double x_min, double x_max, int width,
-                     LanesCache& cache, uint64_t version_key) {
+struct TimelineParams {
+  std::shared_ptr<TraceSource> trace;
+  int sequence = 0, layer = 0, width = 0;
+  double x_min = 0, x_max = 1;
+  uint64_t version_key = 0, recall_key = 0;
+  std::shared_ptr<QualitySource> quality;
+  std::vector<std::filesystem::path> results;
+  WhatIfChoice what_if;
+};
+
+std::shared_ptr<const Lanes> read_lanes(TraceSource& trace, int sequence) {
+  auto lanes = std::make_shared<Lanes>();
+  lanes->timeline = trace.timeline(sequence);
+  const Timeline& timeline = *lanes->timeline;
+  for (size_t i = 0; i < kLanes; ++i) {
+    lanes->lanes[i].provenance = lane_kinds()[i].provenance;
+    if (lane_kinds()[i].column != nullptr)
+      lanes->lanes[i].set(timeline.*lane_kinds()[i].column, timeline.first_step);
+  }
+  DramTimeline dram = read_dram(trace.reader(), sequence);
+  lanes->lanes[kDram].absence = dram.absence;
+  if (dram.absence.empty()) lanes->lanes[kDram].set(std::move(dram.mib), timeline.first_step);
+  lanes->counted = counted_steps(trace.reader(), sequence);
+  return lanes;
+}
+
+// Recorded recall of one layer, mean over its kv heads; empty where the trace does not know it.
+std::vector<float> recorded_recall(const TraceSource& trace, const Timeline& timeline, int sequence,
+                                   int layer) {
+  const TraceReader& reader = trace.reader();
+  if (!reader.header().has_sketch(layer)) return {};
+  const int n_heads = reader.header().geometry.n_kv_heads;
+  std::vector<float> means(timeline.size(), NAN);
+  bool known = false;
+  for (int begin = timeline.first_step; begin < timeline.n_steps; begin += 8 * kChunkSteps) {
+    int first = 0;
+    const std::vector<SketchRow> rows =
+        reader.sketches(sequence, layer, begin, begin + 8 * kChunkSteps, &first);
+    for (size_t i = 0; i + static_cast<size_t>(n_heads) <= rows.size(); i += static_cast<size_t>(n_heads)) {
+      float sum = 0;
+      for (int head = 0; head < n_heads; ++head) sum += rows[i + static_cast<size_t>(head)].recall;
+      const size_t at = static_cast<size_t>(first - timeline.first_step) + i / static_cast<size_t>(n_heads);
+      if (at < means.size()) means[at] = sum / static_cast<float>(n_heads);
+      known |= !std::isnan(sum);
+    }
+  }
+  return known ? means : std::vector<float>{};
+}
+
+std::shared_ptr<const RecallLane> read_recall(const TimelineParams& params, const Timeline& timeline) {
+  auto recall = std::make_shared<RecallLane>();
+  LaneData& lane = recall->lane;
+  std::vector<float> values;
+  if (params.what_if.policy.empty())
+    values = recorded_recall(*params.trace, timeline, params.sequence, params.layer);
+  lane.provenance = values.empty() ? Provenance::derived : Provenance::sampled;
+  if (values.empty()) {
+    const QualityAnswer answer = params.quality->find(*params.trace, params.results, params.what_if);
+    lane.absence = answer.why;
+    if (answer.quality && !answer.quality->recall.empty()) {
+      const std::vector<float>& bins = answer.quality->recall;
+      for (size_t i = 0; i < timeline.size(); ++i) {
+        const size_t step = static_cast<size_t>(timeline.first_step) + i;
+        values.push_back(
+            bins[std::min(step * bins.size() / static_cast<size_t>(timeline.n_steps), bins.size() - 1)]);
+      }
+    }
+  }
+  if (values.empty()) return recall;
+  lane.set(std::move(values), timeline.first_step);
+  const int window = std::max(8, static_cast<int>(timeline.size()) / 100);
+  for (const Fall& fall : find_falls(lane.values, window, 8))
+    recall->falls.push_back(timeline.first_step + fall.index);
+  return recall;
+}
+
+DrawModelPtr prepare(const TimelineParams& params, LanesCache& cache) {
   auto model = std::make_shared<TimelineModel>();
-  if (trace.n_steps(sequence) == 0) {
+  if (params.trace->n_steps(params.sequence) == 0) {
     model->absence =
         "The trace holds no step yet. When it is being recorded, steps appear here as they are written.";
     return model;
   }
-  std::shared_ptr<const Lanes> lanes;
+  bool recall_asked = false;
   {
     const std::scoped_lock lock(cache.mutex);
-    if (cache.key == version_key) lanes = cache.lanes;
+    if (cache.key == params.version_key) model->lanes = cache.lanes;
+    if (cache.recall_key == params.recall_key) model->recall = cache.recall;
+    recall_asked = std::exchange(cache.recall_asked, params.recall_key) == params.recall_key;
   }
-  if (!lanes) {
-    auto fresh = std::make_shared<Lanes>();
-    fresh->timeline = trace.timeline(sequence);
-    for (size_t i = 0; i < lane_kinds().size(); ++i)
-      fresh->pyramids[i] =
-          LinePyramid((*fresh->timeline).*lane_kinds()[i].column, fresh->timeline->first_step);
-    lanes = fresh;
+  if (!model->lanes) {
+    model->lanes = read_lanes(*params.trace, params.sequence);
     const std::scoped_lock lock(cache.mutex);
-    cache.key = version_key;
-    cache.lanes = fresh;
+    cache.key = params.version_key;
+    cache.lanes = model->lanes;
   }
-  model->lanes = lanes;
-  model->x_min = x_min, model->x_max = x_max;
-  for (size_t i = 0; i < model->lines.size(); ++i)
-    model->lines[i] = lanes->pyramids[i].line(x_min, x_max, width);
+  // Recall may take long to read: the other lanes are shown first.
+  if (!model->recall && recall_asked) {
+    model->recall = read_recall(params, *model->lanes->timeline);
+    const std::scoped_lock lock(cache.mutex);
+    cache.recall_key = params.recall_key;
+    cache.recall = model->recall;
+  }
+  model->partial = !model->recall;
+  model->x_min = params.x_min, model->x_max = params.x_max;
+  for (int i = 0; i < kLanes; ++i)
+    model->lines[static_cast<size_t>(i)] =
+        model->lane(i).pyramid.line(params.x_min, params.x_max, params.width);
   return model;
 }
 
@@ -109,19 +223,30 @@ class TimelinePanel final : public Panel {
       whole_ = true;
     }
     if (whole_) x_min_ = 0, x_max_ = std::max(1, ui.n_steps);
-    const uint64_t version = mix_key({reinterpret_cast<uintptr_t>(trace_), ui.trace->version(),
-                                      static_cast<uint64_t>(ui.selection.sequence)});
-    const uint64_t key = mix_key({version, std::bit_cast<uint64_t>(x_min_), std::bit_cast<uint64_t>(x_max_),
-                                  static_cast<uint64_t>(width_)});
-    return {key, [trace = ui.trace, sequence = ui.selection.sequence, x_min = x_min_, x_max = x_max_,
-                  width = width_, cache = cache_,
-                  version] { return prepare(*trace, sequence, x_min, x_max, width, *cache, version); }};
+    TimelineParams params{.trace = ui.trace,
+                          .sequence = ui.selection.sequence,
+                          .layer = ui.selection.layer,
+                          .width = width_,
+                          .x_min = x_min_,
+                          .x_max = x_max_,
+                          .quality = ui.quality,
+                          .results = ui.document.results(),
+                          .what_if = ui.what_if};
+    params.version_key = mix_key({reinterpret_cast<uintptr_t>(trace_), ui.trace->version(),
+                                  static_cast<uint64_t>(ui.selection.sequence)});
+    const TraceHeader& header = ui.trace->reader().header();
+    params.recall_key =
+        mix_key({params.version_key, ui.results_version(),
+                 std::hash<std::string>{}(ui.what_if.policy + " " + ui.what_if.budget),
+                 header.has_sketch(ui.selection.layer) ? static_cast<uint64_t>(ui.selection.layer) + 1 : 0});
+    const uint64_t key = mix_key({params.version_key, params.recall_key, std::bit_cast<uint64_t>(x_min_),
+                                  std::bit_cast<uint64_t>(x_max_), static_cast<uint64_t>(width_)});
+    return {key, [params, cache = cache_] { return prepare(params, *cache); }};
   }
 
   void draw(Ui& ui, const DrawModel& base) override {
     const auto& model = static_cast<const TimelineModel&>(base);
     draw_transport(ui, model);
-    const Timeline& timeline = *model.lanes->timeline;
     const float gutter = ui.px(176), strip = ui.px(20), axis = ImGui::GetTextLineHeight() + ui.px(12);
     const float space = ImGui::GetContentRegionAvail().y;
     // As many lanes as are legible; the rest by scrolling.
@@ -130,7 +255,7 @@ class TimelinePanel final : public Panel {
     const int fitting = std::clamp(static_cast<int>((space - strip - axis - ui.px(8)) / least), 1, n_lanes);
     const float lane_height =
         std::max(least, (space - strip - axis - ui.px(8)) / static_cast<float>(fitting));
-    draw_strip(ui, timeline, gutter, strip);
+    draw_strip(ui, model, gutter, strip);
     ImGui::PushStyleVar(ImGuiStyleVar_ItemSpacing, ImVec2(0, ui.px(1)));
     if (ImGui::BeginChild("##lanes", ImVec2(0, 0), ImGuiChildFlags_None,
                           ImGuiWindowFlags_AlwaysVerticalScrollbar)) {
@@ -143,13 +268,16 @@ class TimelinePanel final : public Panel {
 
   Table table(const DrawModel& base) const override {
     const Timeline& timeline = *static_cast<const TimelineModel&>(base).lanes->timeline;
+    const auto& model = static_cast<const TimelineModel&>(base);
     Table table{{"step"}, {}};
     for (const LaneKind& kind : lane_kinds())
       table.columns.push_back(fmt::format("{} ({})", kind.name, kind.unit));
     for (size_t i = 0; i < timeline.size(); ++i) {
       std::vector<std::string> row{std::to_string(timeline.first_step + static_cast<int>(i))};
-      for (const LaneKind& kind : lane_kinds())
-        row.push_back(fmt::format("{:.7g}", (timeline.*kind.column)[i]));
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const std::vector<float>& values = model.lane(lane).values;
+        row.push_back(i < values.size() && !std::isnan(values[i]) ? fmt::format("{:.7g}", values[i]) : "");
+      }
       table.rows.push_back(std::move(row));
     }
     return table;
@@ -157,7 +285,7 @@ class TimelinePanel final : public Panel {
 
   std::optional<Figure> figure(const Ui& ui, const DrawModel& base) const override {
     const auto& model = static_cast<const TimelineModel&>(base);
-    const LinePyramid& held = model.lanes->pyramids[0];
+    const LinePyramid& held = model.lane(kHeld).pyramid;
     Figure figure{.title = "Tokens held",
                   .x_label = "step",
                   .y_label = "tokens a kv head",
@@ -247,8 +375,9 @@ class TimelinePanel final : public Panel {
     ImPlot::SetupAxisLinks(ImAxis_X1, &x_min_, &x_max_);
   }
 
-  // Phases, compactions and notes.
-  void draw_strip(Ui& ui, const Timeline& timeline, float gutter, float height) {
+  // Phases, compactions, counted steps, falls of recall and notes.
+  void draw_strip(Ui& ui, const TimelineModel& model, float gutter, float height) {
+    const Timeline& timeline = *model.lanes->timeline;
     ImGui::SetCursorPosX(ImGui::GetCursorPosX());
     ImGui::BeginGroup();
     ImGui::PushStyleColor(ImGuiCol_Text, ui.theme.muted);
@@ -279,6 +408,22 @@ class TimelinePanel final : public Panel {
         const ImVec2 at = ImPlot::PlotToPixels(step, 0.0);
         list->AddLine(at, ImVec2(at.x, at.y - height * 0.25F), ui.theme.text, ui.px(1));
       }
+      const auto near = [&](float x) {
+        return ImPlot::IsPlotHovered() && std::abs(ImGui::GetMousePos().x - x) < ui.px(5);
+      };
+      for (int step : model.lanes->counted) {
+        const ImVec2 at = ImPlot::PlotToPixels(step, 0.0);
+        list->AddLine(at, ImVec2(at.x, at.y - height * 0.5F), ui.theme.accent, ui.px(2));
+        if (near(at.x))
+          ImGui::SetTooltip("step %d: its kernels were counted one by one; no timing figure", step);
+      }
+      for (int step : model.recall ? model.recall->falls : std::vector<int>{}) {
+        const ImVec2 at = ImPlot::PlotToPixels(step, 0.0);
+        const float side = ui.px(5);
+        list->AddTriangleFilled(ImVec2(at.x - side, at.y - 2 * side), ImVec2(at.x + side, at.y - 2 * side),
+                                at, ui.theme.bad);
+        if (near(at.x)) ImGui::SetTooltip("step %d: recall falls here", step);
+      }
       for (const Note& note : ui.document.notes().all()) {
         const ImVec2 at = ImPlot::PlotToPixels(note.step, 1.0);
         const float side = ui.px(5);
@@ -298,19 +443,24 @@ class TimelinePanel final : public Panel {
   void draw_lane(Ui& ui, const TimelineModel& model, int index, float gutter, float height, bool labels) {
     const LaneKind& kind = lane_kinds()[static_cast<size_t>(index)];
     const Timeline& timeline = *model.lanes->timeline;
-    const LinePyramid& pyramid = model.lanes->pyramids[static_cast<size_t>(index)];
-    const std::vector<float>& column = timeline.*kind.column;
+    const LaneData& data = model.lane(index);
+    const LinePyramid& pyramid = data.pyramid;
+    const std::vector<float>& column = data.values;
     ImGui::PushID(index);
     const ImVec2 start = ImGui::GetCursorPos();
     ImGui::TextUnformatted(kind.name);
     ImGui::SameLine(0, ui.px(6));
-    badge(ui, kind.provenance, kind.from);
+    badge(ui, data.provenance, kind.from);
     const int at = ui.selection.step - timeline.first_step;
-    const std::string value = at >= 0 && static_cast<size_t>(at) < column.size()
-                                  ? format_count(static_cast<double>(column[static_cast<size_t>(at)]))
-                                  : "none";
+    const bool known =
+        at >= 0 && static_cast<size_t>(at) < column.size() && !std::isnan(column[static_cast<size_t>(at)]);
+    const std::string value =
+        known ? fmt::format("{} {}", format_count(static_cast<double>(column[static_cast<size_t>(at)])),
+                            kind.unit)
+        : column.empty() ? "not known"
+                         : "not timed";
     ImGui::SetCursorPos(ImVec2(start.x, start.y + ImGui::GetTextLineHeight() + ui.px(1)));
-    cut_text(ui, fmt::format("{} {}", value, kind.unit), gutter - ui.px(10), true);
+    cut_text(ui, value, gutter - ui.px(10), true);
     ImGui::SetCursorPos(ImVec2(start.x + gutter - ImGui::GetStyle().WindowPadding.x, start.y));
     const float high = std::max(pyramid.highest(), 1e-9F);
     ImPlot::PushStyleVar(ImPlotStyleVar_PlotPadding, ImVec2(ui.px(16), ui.px(1)));
@@ -320,16 +470,23 @@ class TimelinePanel final : public Panel {
       if (index == 0) width_ = std::clamp(static_cast<int>(ImPlot::GetPlotSize().x), 16, 16384);
       const DrawnLine& line = model.lines[static_cast<size_t>(index)];
       ImPlotSpec spec;
-      spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.series[static_cast<size_t>(index)]);
+      spec.LineColor = ImGui::ColorConvertU32ToFloat4(
+          ui.theme.series[static_cast<size_t>(index) % ui.theme.series.size()]);
       spec.LineWeight = ui.px(1.2F);
       ImPlot::PlotLine("##line", line.xs.data(), line.ys.data(), static_cast<int>(line.xs.size()), spec);
-      const std::string top = format_count(static_cast<double>(high));
       const ImVec2 corner = ImPlot::GetPlotPos();
+      if (column.empty()) {
+        const std::string why = fmt::format("none: {}", data.absence);
+        ImPlot::GetPlotDrawList()->AddText(ImVec2(corner.x + ui.px(4), corner.y + ui.px(1)), ui.theme.muted,
+                                           why.c_str());
+        if (ImPlot::IsPlotHovered()) ImGui::SetTooltip("%s: %s", kind.name, data.absence.c_str());
+      }
+      const std::string top = column.empty() ? "" : format_count(static_cast<double>(high));
       ImPlot::GetPlotDrawList()->AddText(ImVec2(corner.x + ui.px(4), corner.y + ui.px(1)), ui.theme.muted,
                                          top.c_str());
       step_cursor(ui, true);
       drag_range(ui);
-      if (ImPlot::IsPlotHovered() && ImGui::BeginTooltip()) {
+      if (!column.empty() && ImPlot::IsPlotHovered() && ImGui::BeginTooltip()) {
         const int step = static_cast<int>(std::lround(ImPlot::GetPlotMousePos().x));
         const int row = step - timeline.first_step;
         ImGui::Text("step %d", step);

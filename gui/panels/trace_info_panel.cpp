@@ -19,7 +19,7 @@ struct InfoModel final : DrawModel {
   std::vector<InfoSection> sections;
 };
 
-DrawModelPtr prepare(const TraceSource& trace) {
+DrawModelPtr prepare(const TraceSource& trace, const std::function<std::vector<MachineFinding>()>& examine) {
   auto model = std::make_shared<InfoModel>();
   const TraceReader& reader = trace.reader();
   const TraceHeader& header = reader.header();
@@ -82,6 +82,13 @@ DrawModelPtr prepare(const TraceSource& trace) {
   for (const auto& [key, value] : reader.meta()) meta.rows.push_back({key, value});
   if (meta.rows.empty()) meta.rows.push_back({"none", "the recorder stored no further facts"});
   model->sections.push_back(std::move(meta));
+  if (examine) {
+    InfoSection machine{"This machine (kvlapse doctor)", {}};
+    for (const MachineFinding& finding : examine())
+      machine.rows.push_back({finding.part, fmt::format("{}: {}{}{}", finding.state, finding.found,
+                                                        finding.advice.empty() ? "" : "; ", finding.advice)});
+    model->sections.push_back(std::move(machine));
+  }
   for (InfoSection& section : model->sections) {
     std::erase_if(section.rows, [](const InfoRow& row) { return row.value.empty(); });
   }
@@ -100,7 +107,7 @@ class TraceInfoPanel final : public Panel {
     }
     return {mix_key({reinterpret_cast<uintptr_t>(ui.trace.get()), ui.trace->version(),
                      ui.trace->damage_checked() ? 1U : 0U}),
-            [trace = ui.trace] { return prepare(*trace); }};
+            [trace = ui.trace, examine = ui.examine_machine] { return prepare(*trace, examine); }};
   }
 
   void draw(Ui& ui, const DrawModel& base) override {

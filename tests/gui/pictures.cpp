@@ -1,11 +1,10 @@
 // pictures REFERENCES [write]: draws panels of a small synthetic trace through OpenGL without a display and
 // compares them with references: block averages of 8 x 8 pixels, so that antialiasing does not count and a
 // missing line does. The built-in font is used everywhere. Then shows that the tolerance notices a missing
-// series.
+// series: each one that is drawn invisibly must fail its picture.
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
@@ -16,6 +15,7 @@
 #include "core/base/error.h"
 #include "gui/app/application.h"
 #include "gui/app/platform.h"
+#include "tests/support/trace/synthetic_gpu.h"
 #include "tests/support/trace/synthetic_trace.h"
 
 namespace kvlapse::gui {
@@ -27,8 +27,30 @@ constexpr int kWidth = 960, kHeight = 600, kBlock = 8;
 constexpr int kColumns = kWidth / kBlock, kRows = kHeight / kBlock;
 constexpr int kSame = 12;             // levels of 255 that a block may differ
 constexpr double kMostWrong = 0.002;  // share of blocks that may differ more
-constexpr std::array<const char*, 8> kPanels = {"timeline", "head-grid", "life-map",  "text",
-                                                "info",     "memory",    "bandwidth", "kernels"};
+struct Picture {
+  const char* name;  // of the reference
+  const char* trace;
+  const char* panel;
+  std::vector<int> series;  // colours of the theme that this picture draws lines with
+};
+const std::vector<Picture>& pictures() {
+  static const std::vector<Picture> all = {
+      {"timeline", "a.kvl", "timeline", {0, 1, 3, 4, 5, 6}},
+      {"timeline-gpu", "gpu.kvl", "timeline", {}},
+      {"head-grid", "a.kvl", "head-grid", {}},
+      {"life-map", "a.kvl", "life-map", {}},
+      {"text", "a.kvl", "text", {}},
+      {"info", "a.kvl", "info", {}},
+      {"memory", "a.kvl", "memory", {0, 1, 5, 6}},
+      {"bandwidth", "a.kvl", "bandwidth", {4, 5}},
+      {"bandwidth-gpu", "gpu.kvl", "bandwidth", {1, 4, 5}},
+      {"kernels", "a.kvl", "kernels", {}},
+      {"kernels-gpu", "gpu.kvl", "kernels", {0, 1}},
+      {"recordings", "a.kvl", "recordings", {0, 1, 2}},
+      {"what-if", "a.kvl", "what-if", {}},
+  };
+  return all;
+}
 
 using Blocks = std::vector<uint8_t>;  // [kRows][kColumns][3]
 
@@ -61,13 +83,16 @@ double share_wrong(const Blocks& a, const Blocks& b) {
   return static_cast<double>(wrong) / (kRows * kColumns);
 }
 
-Blocks draw(const fs::path& trace, const std::string& panel) {
+// `hidden`: series whose colour is that of the background; -1: none.
+Blocks draw(const fs::path& trace, const std::string& panel, int hidden = -1) {
   ApplicationOptions options;
   options.persistent = false;
   options.builtin_font = true;
   options.only_panel = panel;
   Application app(options);
   app.open(trace);
+  if (panel == "recordings") app.open("b.kvl");
+  if (hidden >= 0) app.ui().theme.series[static_cast<size_t>(hidden)] = app.ui().theme.background;
   Platform platform(PlatformKind::headless, kWidth, kHeight, "kvlapse");
   app.select(200, 1, 0);
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
@@ -108,19 +133,29 @@ int run(const fs::path& references, bool make) {
   write_synthetic_trace("a.kvl", process);
   process.budget = 0;  // nothing is evicted: the series of evictions is flat
   write_synthetic_trace("b.kvl", process);
+  fs::copy_file("a.kvl", "gpu.kvl");
+  test::add_gpu_rows("gpu.kvl", process.geometry.n_layers);
   int failures = 0;
-  for (const char* panel : kPanels) {
-    const Blocks found = draw("a.kvl", panel);
-    const fs::path file = references / (std::string(panel) + ".ppm");
+  for (const Picture& picture : pictures()) {
+    const Blocks found = draw(picture.trace, picture.panel);
+    const fs::path file = references / (std::string(picture.name) + ".ppm");
     if (make) {
       write(file, found);
       continue;
     }
-    const double wrong = share_wrong(found, read(file));
-    fmt::print("{}: {:.3f} % of the blocks differ (limit {:.3f} %)\n", panel, 100 * wrong, 100 * kMostWrong);
+    const Blocks reference = read(file);
+    const double wrong = share_wrong(found, reference);
+    fmt::print("{}: {:.3f} % of the blocks differ (limit {:.3f} %)\n", picture.name, 100 * wrong,
+               100 * kMostWrong);
     if (wrong > kMostWrong) {
       ++failures;
-      write(fs::path("/tmp") / (std::string("kvlapse-picture-") + panel + ".ppm"), found);
+      write(fs::temp_directory_path() / fmt::format("kvlapse-picture-{}.ppm", picture.name), found);
+    }
+    for (int series : picture.series) {
+      const double without = share_wrong(draw(picture.trace, picture.panel, series), reference);
+      fmt::print("{} without series {}: {:.3f} % differ, must exceed the limit\n", picture.name, series,
+                 100 * without);
+      if (without <= kMostWrong) ++failures;
     }
   }
   if (make) return 0;
