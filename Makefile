@@ -2,6 +2,8 @@
 PRESET ?= release
 PREFIX ?= /usr/local
 JOBS ?= $(shell nproc)
+# 0: without the dashboard
+GUI ?= 1
 BUILD := build/$(PRESET)
 
 .PHONY: all build demo test cuda models install bench fuzz format lint clean
@@ -10,12 +12,14 @@ all: build
 
 build:
 	@tools/bootstrap.sh
+	@[ "$(GUI)" = 0 ] || tools/dashboard.sh $(PRESET)
 	@tools/build.sh $(PRESET) $(JOBS)
 
 demo:
 	@tools/bootstrap.sh
 	@tools/build.sh $(PRESET) $(JOBS) kvlapse
 	@tools/demo.sh $(BUILD)/kvlapse
+	@[ "$(GUI)" = 0 ] || { tools/dashboard.sh $(PRESET) && tools/build.sh $(PRESET) $(JOBS) kvlapse && tools/pictures.sh $(BUILD)/kvlapse; }
 
 test: build
 	@ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)

@@ -383,9 +383,6 @@ const std::array<int64_t, kStepPhases>& DecodeSession::phase_ns() const {
   return impl_->totals;
 }
 
-int64_t DecodeSession::now_ns() const {
-  return impl_->now_ns();
-}
 OpBytes DecodeSession::moved() const {
   return impl_->moved;
 }

@@ -5,17 +5,18 @@
 #include <cstdint>
 #include <mutex>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
+
+#include "core/engine/step_observer.h"
 
 namespace kvlapse {
 
 struct LaunchRecord {
   std::string name;  // of the kernel's function, or a part of it; foreign libraries' kernels: what they do
-  uint64_t expected_bytes = 0;        // modelled
-  int layer = -1;                     // -1: of no layer
-  std::string_view phase = "matmul";  // static text; a phase of StepPhase
+  uint64_t expected_bytes = 0;  // modelled
+  int layer = -1;               // -1: of no layer
+  StepPhase phase = StepPhase::matmul;
   bool foreign = false;  // the kernel's name is not ours to know (a library chose it; it may launch several)
 };
 
@@ -23,7 +24,7 @@ struct LaunchRecord {
 class LaunchLog {
  public:
   // Of the launches to come.
-  void set_place(int layer, std::string_view phase) {
+  void set_place(int layer, StepPhase phase) {
     std::lock_guard lock(mutex_);
     layer_ = layer;
     phase_ = phase;
@@ -41,7 +42,7 @@ class LaunchLog {
   std::mutex mutex_;
   std::vector<LaunchRecord> records_;
   int layer_ = -1;
-  std::string_view phase_ = "matmul";
+  StepPhase phase_ = StepPhase::matmul;
 };
 
 }  // namespace kvlapse
