@@ -13,6 +13,7 @@
 #include "cli/model_path.h"
 #include "cli/progress.h"
 #include "cli/table.h"
+#include "trace/gpu_capture.h"
 
 namespace kvlapse::cli {
 namespace {
@@ -72,18 +73,21 @@ Finding check_gpu() {
           fmt::format("{} x {}, driver API {}.{}", devices, text, driver / 1000, driver % 1000 / 10), ""};
 }
 
+Finding check_profiler() {
+  const GpuProfilerState state = probe_gpu_profiler();
+  return {"gpu activity", state.found ? Finding::State::works : Finding::State::missing, state.detail,
+          state.advice};
+}
+
 Finding check_counters() {
-  Library cupti({"libcupti.so.13", "libcupti.so.12", "libcupti.so"});
-  if (!cupti.handle)
-    return {"gpu counters", Finding::State::missing, "libcupti is not found",
-            "add the CUDA toolkit's lib64 to LD_LIBRARY_PATH"};
   std::ifstream params("/proc/driver/nvidia/params");
+  if (!params.is_open())
+    return {"gpu counters", Finding::State::missing, "no NVIDIA kernel module", "see the line above"};
   for (std::string line; std::getline(params, line);)
     if (line.starts_with("RmProfilingAdminOnly: 1") && geteuid() != 0)
       return {"gpu counters", Finding::State::broken, "reserved for administrators (RmProfilingAdminOnly: 1)",
               "load the driver with NVreg_RestrictProfilingToAdminUsers=0, or run as root"};
-  return {"gpu counters", params.is_open() ? Finding::State::works : Finding::State::missing,
-          params.is_open() ? "allowed" : "libcupti is there, the NVIDIA kernel module is not", ""};
+  return {"gpu counters", Finding::State::works, "allowed", ""};
 }
 
 Finding check_display() {
@@ -117,7 +121,8 @@ std::string_view state_name(Finding::State state) {
 }
 
 std::vector<Finding> examine_machine() {
-  return {check_cpu(), check_model(), check_disk(), check_gpu(), check_counters(), check_display()};
+  return {check_cpu(),      check_model(),    check_disk(),   check_gpu(),
+          check_profiler(), check_counters(), check_display()};
 }
 
 void add_doctor(CLI::App& app, Context& context) {

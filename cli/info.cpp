@@ -11,6 +11,30 @@
 namespace kvlapse::cli {
 namespace {
 
+// What GPU facts the trace holds, and why one that was asked for is missing.
+Json counters_of(const TraceReader& reader, const std::string& name) {
+  Json counters = {{"name", name}, {"provenance", "none"}, {"reason_if_missing", ""}};
+  const std::vector<GpuSource> sources = reader.gpu_sources();
+  if (sources.empty())
+    counters["reason_if_missing"] = name == "none" ? "recorded on the CPU, or without --counters"
+                                                   : "the recording ended before its counters were stored";
+  Json rows = Json::array();
+  for (const GpuSource& s : sources) {
+    rows.push_back({{"name", s.name},
+                    {"state", s.state()},
+                    {"provenance", s.provenance},
+                    {"reason", s.reason},
+                    {"advice", s.advice},
+                    {"records", s.records},
+                    {"dropped", s.dropped},
+                    {"overhead_ns", s.overhead_ns}});
+    if (s.state() != "missing") counters["provenance"] = s.provenance;
+    if (!s.reason.empty()) counters["reason_if_missing"] = s.reason;
+  }
+  if (!sources.empty()) counters["sources"] = std::move(rows);
+  return counters;
+}
+
 Json trace_info(const TraceReader& reader) {
   const TraceHeader& header = reader.header();
   std::map<std::string, std::string> meta = reader.meta();
@@ -51,11 +75,7 @@ Json trace_info(const TraceReader& reader) {
           {"tier", tier_name(header.tier)},
           {"recorded_layers", {header.layer_begin, header.layer_end}},
           {"device", fact("device")},
-          {"counters",
-           {{"name", counters},
-            {"provenance", counters == "none" ? "none" : "measured"},
-            {"reason_if_missing",
-             counters == "none" ? "recorded on the CPU, or without --counters" : fact("counters_reason")}}},
+          {"counters", counters_of(reader, counters)},
           {"content_hash", reader.content_hash()},
           {"sequences", sequences},
           {"meta", meta}};
@@ -80,6 +100,14 @@ void print_trace(const Json& info) {
                            info["recorded_layers"][0].get<int>(), info["recorded_layers"][1].get<int>() - 1));
   line("device", info["device"].get<std::string>());
   line("counters", info["counters"]["name"].get<std::string>());
+  for (const Json& s : info["counters"].value("sources", Json::array())) {
+    std::string text = fmt::format("{} {}, {} records", s["name"].get<std::string>(),
+                                   s["state"].get<std::string>(), s["records"].get<int64_t>());
+    if (s["dropped"].get<int64_t>() > 0) text += fmt::format(", {} lost", s["dropped"].get<int64_t>());
+    if (const auto reason = s["reason"].get<std::string>(); !reason.empty())
+      text += fmt::format(": {}; {}", reason, s["advice"].get<std::string>());
+    line("", text);
+  }
   line("content", info["content_hash"].get<std::string>());
   for (const Json& s : info["sequences"])
     line("sequence",

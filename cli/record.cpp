@@ -14,6 +14,7 @@
 #include "core/model/prompt.h"
 #include "core/task/task.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "trace/gpu_capture.h"
 #include "trace/recorder.h"
 #include "trace/trace_reader.h"
 
@@ -25,7 +26,7 @@ constexpr int kDefaultMaxTokens = 4096;  // for a prompt of unknown length of an
 struct Options {
   std::string model, prompt, prompt_file, task, policy = "full", budget, device = "cpu", tier = "qkv", layers;
   std::string kv_dtype = "fp32", counters = "none", teacher, out;
-  int max_tokens = 0, batch = 1, top_k = 0, threads = 0;
+  int max_tokens = 0, batch = 1, top_k = 0, threads = 0, counter_steps = 16;
   double temperature = 0, top_p = 1;
   uint64_t seed = 0;
   bool chat = false, ignore_eos = false, force = false;
@@ -145,10 +146,11 @@ class Recording {
         model_(load_model(find_model(options.model))),
         backend_(make_cpu_backend(options.threads)),
         policy_(make_policy(options.policy)),
+        counters_(parse_counters(options.counters)),
         requests_(make_requests(options, model_)) {
     if (options.device != "cpu")
       fail("record: --device {}: this program was built without CUDA; expected cpu", options.device);
-    if (options.counters != "none")
+    if (counters_ != GpuCounters::none && !options.device.starts_with("cuda"))
       fail("record: --counters {}: GPU counters need --device cuda; expected none", options.counters);
     if (policy_->info().evicts && options.budget.empty())
       fail_usage("record: --policy {}: expected a --budget, as slots per kv head (512) or a share (25%)",
@@ -190,7 +192,9 @@ class Recording {
       const int s = session.add_sequence(requests_[i].sequence);
       recorder.set_sequence(s, requests_[i].sequence.seed, session.sequence(s).budget_slots);
     }
+    start_capture(session);
     decode(session, recorder, static_cast<double>(total_tokens));
+    if (capture_) recorder.add_gpu(capture_->finish());
     for (size_t i = 0; i < requests_.size(); ++i) describe(session, recorder, static_cast<int>(i));
     recorder.finish(interrupted());
     report(session, recorder);
@@ -220,11 +224,34 @@ class Recording {
                    {"ignore_eos", options_.ignore_eos ? "1" : "0"},
                    {"teacher", options_.teacher.empty() ? "0" : "1"},
                    {"max_tokens", fmt::format("{}", session_options_.max_tokens)},
-                   {"counters", "none"}};
+                   {"counters", options_.counters}};
     return header;
   }
 
-  void decode(DecodeSession& session, const Recorder& recorder, double total_tokens) {
+  void start_capture(const DecodeSession& session) {
+    if (counters_ == GpuCounters::none) return;
+    GpuCaptureOptions capture;
+    capture.counters = counters_;
+    capture.counter_steps = options_.counter_steps;
+    if (const size_t colon = options_.device.find(':'); colon != std::string::npos)
+      capture.device = std::atoi(options_.device.c_str() + colon + 1);
+    capture.session_ns = [&session] { return session.now_ns(); };
+    capture_ = make_gpu_capture(capture);
+    for (const GpuSource& source : capture_->sources())
+      if (!source.reason.empty() && !context_.quiet)
+        fmt::print(stderr, "recording without {}: {}; {}\n", source.name, source.reason, source.advice);
+  }
+
+  bool step(DecodeSession& session, Recorder& recorder) {
+    if (!capture_) return session.step();
+    capture_->begin_step(n_captured_++);
+    const bool more = session.step();
+    capture_->end_step(backend_->take_launches());
+    recorder.add_gpu(capture_->take());
+    return more;
+  }
+
+  void decode(DecodeSession& session, Recorder& recorder, double total_tokens) {
     const bool stream = !context_.quiet && !context_.json && requests_.size() == 1;
     // On a terminal the text itself shows the progress.
     Progress progress("recording", total_tokens, "tok",
@@ -233,7 +260,7 @@ class Recording {
     size_t shown = 0;
     start_ = std::chrono::steady_clock::now();
     for (bool more = true; more;) {
-      more = session.step();
+      more = step(session, recorder);
       int64_t generated = 0;
       for (int s = 0; s < session.n_sequences(); ++s) generated += session.sequence(s).generated();
       generated_ = generated;
@@ -323,12 +350,15 @@ class Recording {
   Model model_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Policy> policy_;
+  GpuCounters counters_;
+  std::unique_ptr<GpuCapture> capture_;  // with --counters
   std::vector<Request> requests_;
   SessionOptions session_options_;
   std::vector<TraceSequence> texts_;
   std::chrono::steady_clock::time_point start_;
   double seconds_ = 0;
   int64_t generated_ = 0;
+  int64_t n_captured_ = 0;  // steps
 };
 
 }  // namespace
@@ -362,6 +392,11 @@ void add_record(CLI::App& app, Context& context) {
       ->capture_default_str();
   command->add_option("--counters", o->counters, "GPU counters: none, activity, dram or kernels")
       ->capture_default_str();
+  command
+      ->add_option("--counter-steps", o->counter_steps,
+                   "steps whose kernels are counted, of --counters kernels")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   command->add_flag("--ignore-eos", o->ignore_eos, "go on after the end token, to --max-tokens");
   command->add_option("--temperature", o->temperature, "0: greedy")
       ->capture_default_str()

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "core/engine/launch_log.h"
+#include "core/ops/launch_log.h"
 
 namespace kvlapse {
 

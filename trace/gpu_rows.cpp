@@ -115,7 +115,7 @@ struct GpuRows::Impl {
       to.bind_null(first);
     else
       to.bind(first, record->layer);
-    to.bind(first + 1, step_phase_name(record->phase)).bind(first + 2, std::string_view(record->name));
+    to.bind(first + 1, record->phase).bind(first + 2, std::string_view(record->name));
     if (record->expected_bytes == 0)
       to.bind_null(first + 3);
     else

@@ -18,6 +18,8 @@ class Recorder final : public StepObserver {
   // Texts, tags, task and answer of a sequence, once known. One that was interrupted before its prompt leaves
   // nothing.
   void describe_sequence(const TraceSequence& facts);
+  // What a GPU profiler gathered.
+  void add_gpu(GpuBatch batch) { writer_.add_gpu(std::move(batch)); }
   // Marks the file complete or interrupted and stores the measured overhead. Throws Error.
   void finish(bool interrupted);
 

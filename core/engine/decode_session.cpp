@@ -383,6 +383,9 @@ const std::array<int64_t, kStepPhases>& DecodeSession::phase_ns() const {
   return impl_->totals;
 }
 
+int64_t DecodeSession::now_ns() const {
+  return impl_->now_ns();
+}
 OpBytes DecodeSession::moved() const {
   return impl_->moved;
 }

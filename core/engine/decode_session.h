@@ -96,6 +96,7 @@ class DecodeSession {
   // Totals since the session began, by phase, whole batch.
   const std::array<int64_t, kStepPhases>& phase_ns() const;
   OpBytes moved() const;  // modelled
+  int64_t now_ns() const;  // since the session began, the clock of StepSummary::start_ns; any thread
 
  private:
   struct Impl;

@@ -19,6 +19,7 @@
 #include "core/base/dtype.h"
 #include "core/cache/geometry.h"
 #include "core/cache/slot_table.h"
+#include "core/ops/launch_log.h"
 #include "core/ops/weights.h"
 
 namespace kvlapse {
@@ -132,6 +133,9 @@ class Backend {
   // Runs task(i) for i in [0, n) on the backend's host threads; tasks are independent. For policies'
   // decisions.
   virtual void parallel(int n, const std::function<void(int)>& task) = 0;
+
+  // Kernels that the step that ended last launched, in order; empty: none, or the backend does not say.
+  virtual std::vector<LaunchRecord> take_launches() { return {}; }
 };
 
 }  // namespace kvlapse

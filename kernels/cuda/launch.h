@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "core/engine/launch_log.h"
+#include "core/ops/launch_log.h"
 #include "kernels/cuda/cuda_check.h"
 
 namespace kvlapse {

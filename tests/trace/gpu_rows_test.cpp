@@ -20,7 +20,7 @@ GpuKernel kernel(int64_t start, int64_t step, const char* mangled, uint64_t byte
   k.mangled_name = mangled;
   k.step = step;
   k.graph_node = 1000 + static_cast<uint64_t>(start);
-  if (bytes > 0) k.launch = LaunchRecord{"decode_step", bytes, 3, StepPhase::attention, false};
+  if (bytes > 0) k.launch = LaunchRecord{"decode_step", bytes, 3, "attention", false};
   return k;
 }
 
@@ -56,8 +56,8 @@ TEST(GpuRows, BatchesBecomeTheTablesOfNsys) {
         second.copies = {{1, 2, 0, 1, 7, 9, 0, 4096, 1, 1, 0, 2}};
         second.fills = {{3, 4, 0, 1, 7, 9, 0, 0, 64, 2}};
         second.dram = {{0, 100, 5, 6, 7}};
-        second.counters = {{5, 0, 100, 3900, 40, 9000, 80, 50,
-                            LaunchRecord{"decode_step", 4000, 3, StepPhase::attention, false}}};
+        second.counters = {
+            {5, 0, 100, 3900, 40, 9000, 80, 50, LaunchRecord{"decode_step", 4000, 3, "attention", false}}};
         second.sources = {{"activity", "measured", "", "", 3, 0, 10},
                           {"dram", "sampled", "no permission", "run as root", 0, 0, 0}};
         writer.add_gpu(second);
@@ -95,6 +95,8 @@ TEST(GpuRows, BatchesBecomeTheTablesOfNsys) {
   const KernelSummary summary = read_kernels(reader);
   ASSERT_EQ(summary.rows.size(), 2u);
   EXPECT_EQ(summary.rows[0].launches, 2);
+  EXPECT_EQ(summary.rows[0].modelled_bytes, 4000);
+  EXPECT_NEAR(summary.rows[0].counted_ratio, 0.985, 1e-9);
   EXPECT_TRUE(verify_trace(file).violations.empty());
 }
 

@@ -41,13 +41,13 @@ bool has_rows(const TraceReader& reader, const std::string& table) {
          count(reader, fmt::format("SELECT EXISTS(SELECT 1 FROM {})", table)) > 0;
 }
 
-// "" when the recorder said nothing of that source.
-std::string source_reason(const TraceReader& reader, const std::string& name) {
-  if (!has_rows(reader, "KV_SOURCE")) return {};
-  SqlQuery query(reader.file(), fmt::format("SELECT reason, advice FROM KV_SOURCE WHERE name = '{}'", name));
-  std::vector<SqlValue> row;
-  if (!query.next(row) || text(row[0]).empty()) return {};
-  return text(row[1]).empty() ? text(row[0]) : text(row[0]) + "; " + text(row[1]);
+// "" when that source was recorded, or not asked for.
+std::string source_reason(const TraceReader& reader, std::string_view name) {
+  for (const GpuSource& source : reader.gpu_sources()) {
+    if (source.name == name && !source.reason.empty())
+      return source.advice.empty() ? source.reason : source.reason + "; " + source.advice;
+  }
+  return {};
 }
 
 std::string in_span(const TimeSpan& span, std::string_view start) {
@@ -72,9 +72,7 @@ std::string counters_absence(const TraceReader& reader) {
       return why + "; run kvlapse doctor";
   }
   if (has_rows(reader, "KV_DRAM_SAMPLE") || has_rows(reader, "KV_KERNEL_COUNTER")) return {};
-  const std::string why = meta_value(reader, "counters.reason_if_missing"),
-                    device = meta_value(reader, "device");
-  if (!why.empty()) return why + "; run kvlapse doctor";
+  const std::string device = meta_value(reader, "device");
   const std::string wanted = meta_value(reader, "counters");
   if (device.find("cuda") == std::string::npos && device.find("NVIDIA") == std::string::npos)
     return "recorded on " + (device.empty() ? std::string("a device without GPU counters") : device) +

@@ -5,18 +5,17 @@
 #include <cstdint>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
-
-#include "core/engine/step_observer.h"
 
 namespace kvlapse {
 
 struct LaunchRecord {
   std::string name;  // of the kernel's function, or a part of it; foreign libraries' kernels: what they do
-  uint64_t expected_bytes = 0;  // modelled
-  int layer = -1;               // -1: of no layer
-  StepPhase phase = StepPhase::matmul;
+  uint64_t expected_bytes = 0;        // modelled
+  int layer = -1;                     // -1: of no layer
+  std::string_view phase = "matmul";  // static text; a phase of StepPhase
   bool foreign = false;  // the kernel's name is not ours to know (a library chose it; it may launch several)
 };
 
@@ -24,7 +23,7 @@ struct LaunchRecord {
 class LaunchLog {
  public:
   // Of the launches to come.
-  void set_place(int layer, StepPhase phase) {
+  void set_place(int layer, std::string_view phase) {
     std::lock_guard lock(mutex_);
     layer_ = layer;
     phase_ = phase;
@@ -42,7 +41,7 @@ class LaunchLog {
   std::mutex mutex_;
   std::vector<LaunchRecord> records_;
   int layer_ = -1;
-  StepPhase phase_ = StepPhase::matmul;
+  std::string_view phase_ = "matmul";
 };
 
 }  // namespace kvlapse

@@ -1,0 +1,177 @@
+// The capture over the real CUPTI and a real GPU; what the machine does not allow is skipped by name.
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <cstdio>
+#include <thread>
+
+#include "kernels/cuda/bench_kernels.h"
+#include "kernels/cuda/device_memory.h"
+#include "tests/support/gpu/gpu_decode.h"
+#include "trace/gpu_capture.h"
+
+namespace kvlapse {
+namespace {
+
+constexpr uint64_t kBytes = uint64_t{256} << 20;
+
+// Steps of a graph of reads, each of kBytes that no cache holds.
+struct Reads {
+  DeviceBuffer<unsigned char> data{4 * kBytes};
+  Stream stream;
+  Graph graph{stream, [this] {
+                for (uint64_t i = 0; i < 4; ++i)
+                  launch_read_plain(stream.get(), data.data() + i * kBytes, kBytes, 132 * 4, nullptr);
+              }};
+  Reads() { data.fill_bytes(1); }
+  std::vector<LaunchRecord> launches() const {
+    std::vector<LaunchRecord> all;
+    for (int i = 0; i < 4; ++i) all.push_back({"read_plain", kBytes, i, "attention", false});
+    return all;
+  }
+};
+
+struct Clock {
+  std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+  int64_t operator()() const {
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
+  }
+};
+
+const GpuSource* source(const GpuBatch& batch, const std::string& name) {
+  for (const GpuSource& s : batch.sources)
+    if (s.name == name) return &s;
+  return nullptr;
+}
+
+GpuBatch record(Reads& reads, GpuCounters counters, int steps, int pause_ms) {
+  GpuCaptureOptions options;
+  options.counters = counters;
+  options.counter_steps = 2;
+  options.session_ns = Clock();
+  const auto capture = make_gpu_capture(options);
+  GpuBatch all;
+  const auto add = [&](GpuBatch batch) {
+    for (GpuKernel& k : batch.kernels) all.kernels.push_back(std::move(k));
+    for (DramSample& s : batch.dram) all.dram.push_back(s);
+    for (KernelCounters& c : batch.counters) all.counters.push_back(std::move(c));
+    for (GpuStepRange& s : batch.steps) all.steps.push_back(s);
+    all.sources = std::move(batch.sources);
+  };
+  for (int step = 0; step < steps; ++step) {
+    capture->begin_step(step);
+    reads.graph.launch(reads.stream);
+    reads.stream.synchronize();
+    capture->end_step(reads.launches());
+    add(capture->take());
+    if (pause_ms > 0) std::this_thread::sleep_for(std::chrono::milliseconds(pause_ms));
+  }
+  add(capture->finish());
+  for (const GpuSource& s : all.sources)
+    std::printf("%s: %s, %ld records, %ld dropped, %s\n", s.name.c_str(), std::string(s.state()).c_str(),
+                static_cast<long>(s.records), static_cast<long>(s.dropped), s.reason.c_str());
+  return all;
+}
+
+TEST(CuptiOnGpu, EveryKernelOfAGraphWithinItsStep) {
+  KVLAPSE_NEEDS_GPU();
+  Reads reads;
+  const GpuBatch all = record(reads, GpuCounters::activity, 50, 0);
+  if (!source(all, "activity")->reason.empty()) GTEST_SKIP() << source(all, "activity")->reason;
+  ASSERT_EQ(all.kernels.size(), 200u);
+  EXPECT_EQ(source(all, "activity")->dropped, 0);
+  ASSERT_EQ(all.steps.size(), 50u);
+  for (const GpuKernel& k : all.kernels) {
+    ASSERT_GE(k.step, 0);
+    ASSERT_TRUE(k.launch);
+    EXPECT_NE(k.graph_node, 0u);
+    const GpuStepRange& step = all.steps[static_cast<size_t>(k.step)];
+    // Clocks agree within 20 us.
+    EXPECT_GT(k.start_ns, step.start_ns - 20'000);
+    EXPECT_LT(k.end_ns, step.end_ns + 20'000);
+  }
+  EXPECT_EQ(all.kernels[5].launch->layer, 1);
+}
+
+// Bursts of traffic lie where the activity records say that kernels ran.
+TEST(CuptiOnGpu, DramSamplesLieUnderTheKernels) {
+  KVLAPSE_NEEDS_GPU();
+  Reads reads;
+  const GpuBatch all = record(reads, GpuCounters::dram, 40, 5);
+  if (!source(all, "dram")->reason.empty()) GTEST_SKIP() << source(all, "dram")->reason;
+  ASSERT_EQ(all.kernels.size(), 160u);
+  ASSERT_GT(all.dram.size(), 500u);
+  double total = 0, under = 0, weighted_kernels = 0, weighted_samples = 0;
+  for (const DramSample& s : all.dram) {
+    const auto bytes = static_cast<double>(s.read_bytes);
+    total += bytes;
+    weighted_samples += bytes * 0.5 * static_cast<double>(s.start_ns + s.end_ns);
+    for (const GpuKernel& k : all.kernels)
+      if (k.start_ns < s.end_ns + 100'000 && k.end_ns > s.start_ns - 100'000) {
+        under += bytes;
+        break;
+      }
+  }
+  for (const GpuKernel& k : all.kernels) weighted_kernels += 0.5 * static_cast<double>(k.start_ns + k.end_ns);
+  const double shift_us =
+      (weighted_samples / total - weighted_kernels / static_cast<double>(all.kernels.size())) * 1e-3;
+  std::printf("read %.3f GB in %zu samples for %.3f GB asked, %.1f %% under kernels, shifted by %.1f us\n",
+              total * 1e-9, all.dram.size(), 160 * static_cast<double>(kBytes) * 1e-9, 100 * under / total,
+              shift_us);
+  EXPECT_NEAR(total / (160.0 * static_cast<double>(kBytes)), 1.0, 0.03);
+  EXPECT_GT(under / total, 0.95);
+}
+
+TEST(CuptiOnGpu, CountedBytesAreTheModelledOnes) {
+  KVLAPSE_NEEDS_GPU();
+  Reads reads;
+  const GpuBatch all = record(reads, GpuCounters::kernels, 24, 0);
+  if (!source(all, "kernels")->reason.empty()) GTEST_SKIP() << source(all, "kernels")->reason;
+  ASSERT_EQ(all.counters.size(), 8u);
+  for (const KernelCounters& c : all.counters) {
+    ASSERT_TRUE(c.launch);
+    EXPECT_NEAR(c.dram_read_bytes / static_cast<double>(kBytes), 1.0, 0.03);
+    EXPECT_GT(c.duration_ns, 10'000);
+  }
+  std::printf("first counted kernel: %.0f bytes read, %.1f us, %.1f %% of DRAM peak\n",
+              all.counters[0].dram_read_bytes, all.counters[0].duration_ns * 1e-3,
+              all.counters[0].dram_percent);
+  EXPECT_EQ(all.kernels.size(), 22u * 4);
+}
+
+// What recording costs a graph of many short kernels.
+TEST(CuptiOnGpu, CostOfActivityInsideAGraph) {
+  KVLAPSE_NEEDS_GPU();
+  constexpr int kKernels = 400, kSteps = 200;
+  DeviceBuffer<unsigned char> data(1 << 20);
+  data.fill_bytes(0);
+  Stream stream;
+  const Graph graph(stream, [&] {
+    for (int i = 0; i < kKernels; ++i) launch_read_plain(stream.get(), data.data(), 1 << 20, 132, nullptr);
+  });
+  const auto run = [&](GpuCapture* capture) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int step = 0; step < kSteps; ++step) {
+      if (capture != nullptr) capture->begin_step(step);
+      graph.launch(stream);
+      stream.synchronize();
+      if (capture != nullptr) capture->end_step({}), capture->take();
+    }
+    return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
+  };
+  run(nullptr);
+  const double plain = run(nullptr);
+  for (GpuCounters counters : {GpuCounters::activity, GpuCounters::dram}) {
+    GpuCaptureOptions options;
+    options.counters = counters;
+    options.session_ns = Clock();
+    const auto capture = make_gpu_capture(options);
+    const double recorded = run(capture.get());
+    std::printf("%s: %.3f us a kernel more than %.3f us\n", std::string(counters_name(counters)).c_str(),
+                (recorded - plain) / (kSteps * kKernels), plain / (kSteps * kKernels));
+    capture->finish();
+  }
+}
+
+}  // namespace
+}  // namespace kvlapse

@@ -1,0 +1,47 @@
+// Counters of single kernels by the range profiler: one pass, so that no kernel runs twice. Costs tens of
+// milliseconds a kernel, so it belongs on sampled steps only. Belongs to the decoding thread, whose CUDA
+// context is current.
+#pragma once
+
+#include <cuda.h>
+
+#include <functional>
+#include <memory>
+#include <span>
+
+#include "trace/cupti/cupti_api.h"
+#include "trace/cupti/metric_config.h"
+#include "trace/gpu_records.h"
+
+namespace kvlapse {
+
+class KernelCounterSource {
+ public:
+  // Throws CuptiFailure. `context`: null takes the current one.
+  KernelCounterSource(const CuptiApi& api, int device, CUcontext context,
+                      std::function<int64_t()> session_ns);
+  ~KernelCounterSource();
+  KernelCounterSource(const KernelCounterSource&) = delete;
+  KernelCounterSource& operator=(const KernelCounterSource&) = delete;
+
+  // A problem ends the source: both do nothing afterwards.
+  void begin_step(int64_t step);
+  void end_step(std::span<const LaunchRecord> launches);
+  void take(GpuBatch& batch);
+  GpuSource summary() const;
+
+ private:
+  void disable();
+
+  const CuptiApi& api_;
+  const std::function<int64_t()> session_ns_;
+  std::unique_ptr<MetricConfig> config_;
+  CUpti_RangeProfiler_Object* object_ = nullptr;
+  std::vector<uint8_t> image_;
+  int64_t step_ = -1;
+  std::vector<KernelCounters> rows_;
+  int64_t n_rows_ = 0, n_dropped_ = 0, overhead_ns_ = 0;
+  CuptiProblem problem_;
+};
+
+}  // namespace kvlapse
