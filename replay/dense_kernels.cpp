@@ -72,7 +72,7 @@ void LogitsBlock(const float* keys_t, size_t key_stride, size_t head_dim, const 
                  size_t out_stride) {
   const Tag tag;
   const size_t width = 2 * hn::Lanes(tag);
-  constexpr size_t kTile = 128;  // keys: [D][kTile] stays in the first-level cache
+  constexpr size_t kTile = 64;  // keys: [D][kTile] stays in the first-level cache
   const size_t tail = n_keys - n_keys % width;
   for (size_t tile = 0; tile < tail; tile += kTile) {
     const size_t tile_end = std::min(tail, tile + kTile);
@@ -99,61 +99,93 @@ void LogitsBlock(const float* keys_t, size_t key_stride, size_t head_dim, const 
     }
 }
 
-// One tile of M output rows by two vectors of D.
-template <size_t M, bool kIndexed>
-HWY_INLINE void weighted_tile(const float* HWY_RESTRICT weights, size_t weight_stride,
-                              const int32_t* HWY_RESTRICT index, size_t n_rows,
-                              const float* HWY_RESTRICT rows, size_t head_dim, float* HWY_RESTRICT out) {
+constexpr size_t kPanel = 6;         // output rows of one register tile
+constexpr size_t kTileRows = 64;     // rows that are packed together
+constexpr size_t kSlabFloats = 128;  // of a row; bounds the packing buffer
+
+// M output rows by two vectors of D. Operands are packed: weights [n_rows][kPanel], rows [n_rows][2 vectors].
+template <size_t M>
+HWY_INLINE void packed_tile(const float* HWY_RESTRICT weights, const float* HWY_RESTRICT rows, size_t n_rows,
+                            float* HWY_RESTRICT out, size_t out_stride) {
   const Tag tag;
   const size_t n = hn::Lanes(tag);
   Vec acc[M][2];
   for (size_t m = 0; m < M; ++m) {
-    acc[m][0] = hn::LoadU(tag, out + m * head_dim);
-    acc[m][1] = hn::LoadU(tag, out + m * head_dim + n);
+    acc[m][0] = hn::LoadU(tag, out + m * out_stride);
+    acc[m][1] = hn::LoadU(tag, out + m * out_stride + n);
   }
-  for (size_t u = 0; u < n_rows; ++u) {
-    const size_t at = kIndexed ? static_cast<size_t>(index[u]) : u;
-    const float* HWY_RESTRICT row = rows + at * head_dim;
-    const float* HWY_RESTRICT weight = weights + at * weight_stride;
-    const Vec r0 = hn::LoadU(tag, row), r1 = hn::LoadU(tag, row + n);
+  for (size_t u = 0; u < n_rows; ++u, weights += kPanel, rows += 2 * n) {
+    const Vec r0 = hn::Load(tag, rows), r1 = hn::Load(tag, rows + n);
     for (size_t m = 0; m < M; ++m) {
-      const Vec w = hn::Set(tag, weight[m]);
+      const Vec w = hn::Set(tag, weights[m]);
       acc[m][0] = hn::MulAdd(w, r0, acc[m][0]);
       acc[m][1] = hn::MulAdd(w, r1, acc[m][1]);
     }
   }
   for (size_t m = 0; m < M; ++m) {
-    hn::StoreU(acc[m][0], tag, out + m * head_dim);
-    hn::StoreU(acc[m][1], tag, out + m * head_dim + n);
+    hn::StoreU(acc[m][0], tag, out + m * out_stride);
+    hn::StoreU(acc[m][1], tag, out + m * out_stride + n);
   }
 }
 
-template <bool kIndexed>
-HWY_INLINE void weighted_rows_of(const float* weights, size_t weight_stride, size_t m, const int32_t* index,
-                                 size_t n_rows, const float* rows, size_t head_dim, float* out) {
+template <size_t M>
+HWY_INLINE void pack_weights(const float* weights, size_t weight_stride, const int32_t* index, size_t n_rows,
+                             float* HWY_RESTRICT packed) {
+  for (size_t u = 0; u < n_rows; ++u)
+    std::memcpy(packed + u * kPanel,
+                weights + static_cast<size_t>(index ? index[u] : static_cast<int32_t>(u)) * weight_stride,
+                M * sizeof(float));
+}
+
+template <size_t M>
+HWY_INLINE void panel(const float* weights, size_t weight_stride, const int32_t* index, size_t n_rows,
+                      const float* packed_rows, size_t slab, float* out, size_t out_stride) {
+  const size_t width = 2 * hn::Lanes(Tag());
+  alignas(64) float packed[kTileRows * kPanel];
+  pack_weights<M>(weights, weight_stride, index, n_rows, packed);
+  for (size_t d = 0; d < slab; d += width)
+    packed_tile<M>(packed, packed_rows + d * kTileRows, n_rows, out + d, out_stride);
+}
+
+// Rows are copied into panels first: picked by index they lie a power of two apart and would evict each other
+// from the first-level cache.
+void WeightedRows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n,
+                  const float* rows, size_t head_dim, float* out) {
   const Tag tag;
-  const size_t width = 2 * hn::Lanes(tag);
-  constexpr size_t kTile = 64;  // rows of one pass: both operands stay in the first-level cache
-  for (size_t tile = 0; tile < n_rows; tile += kTile) {
-    const size_t count = std::min(kTile, n_rows - tile);
-    const int32_t* ids = kIndexed ? index + tile : nullptr;
-    const float* w = kIndexed ? weights : weights + tile * weight_stride;
-    const float* r = kIndexed ? rows : rows + tile * head_dim;
-    size_t d = 0;
-    for (; d + width <= head_dim; d += width) {
+  const size_t lanes = hn::Lanes(tag), width = 2 * lanes;
+  alignas(64) float packed_rows[kTileRows * kSlabFloats];
+  const size_t whole = head_dim - head_dim % width;
+  for (size_t first = 0; first < n; first += kTileRows) {
+    const size_t count = std::min(kTileRows, n - first);
+    const int32_t* ids = index ? index + first : nullptr;
+    const float* w = index ? weights : weights + first * weight_stride;
+    const float* r = index ? rows : rows + first * head_dim;
+    for (size_t begin = 0; begin < whole; begin += kSlabFloats) {
+      const size_t slab = std::min(kSlabFloats, whole - begin);
+      for (size_t u = 0; u < count; ++u) {
+        const float* row = r + static_cast<size_t>(ids ? ids[u] : static_cast<int32_t>(u)) * head_dim + begin;
+        for (size_t d = 0; d < slab; d += width) {
+          float* to = packed_rows + d * kTileRows + u * width;
+          hn::Store(hn::LoadU(tag, row + d), tag, to);
+          hn::Store(hn::LoadU(tag, row + d + lanes), tag, to + lanes);
+        }
+      }
       size_t i = 0;
-      for (; i + 6 <= m; i += 6)
-        weighted_tile<6, kIndexed>(w + i, weight_stride, ids, count, r + d, head_dim, out + i * head_dim + d);
+      for (; i + kPanel <= m; i += kPanel)
+        panel<kPanel>(w + i, weight_stride, ids, count, packed_rows, slab, out + i * head_dim + begin,
+                      head_dim);
       for (; i + 4 <= m; i += 4)
-        weighted_tile<4, kIndexed>(w + i, weight_stride, ids, count, r + d, head_dim, out + i * head_dim + d);
+        panel<4>(w + i, weight_stride, ids, count, packed_rows, slab, out + i * head_dim + begin, head_dim);
+      for (; i + 2 <= m; i += 2)
+        panel<2>(w + i, weight_stride, ids, count, packed_rows, slab, out + i * head_dim + begin, head_dim);
       for (; i < m; ++i)
-        weighted_tile<1, kIndexed>(w + i, weight_stride, ids, count, r + d, head_dim, out + i * head_dim + d);
+        panel<1>(w + i, weight_stride, ids, count, packed_rows, slab, out + i * head_dim + begin, head_dim);
     }
-    for (; d < head_dim; ++d)
+    for (size_t d = whole; d < head_dim; ++d)
       for (size_t i = 0; i < m; ++i) {
         float acc = out[i * head_dim + d];
         for (size_t u = 0; u < count; ++u) {
-          const size_t at = kIndexed ? static_cast<size_t>(ids[u]) : u;
+          const size_t at = ids ? static_cast<size_t>(ids[u]) : u;
           acc = __builtin_fmaf(w[at * weight_stride + i], r[at * head_dim + d], acc);
         }
         out[i * head_dim + d] = acc;
@@ -161,12 +193,19 @@ HWY_INLINE void weighted_rows_of(const float* weights, size_t weight_stride, siz
   }
 }
 
-void WeightedRows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n,
-                  const float* rows, size_t head_dim, float* out) {
-  if (index != nullptr)
-    weighted_rows_of<true>(weights, weight_stride, m, index, n, rows, head_dim, out);
-  else
-    weighted_rows_of<false>(weights, weight_stride, m, nullptr, n, rows, head_dim, out);
+void AddParts(const float* const* parts, size_t n_parts, size_t n, float* out) {
+  const Tag tag;
+  const size_t lanes = hn::Lanes(tag);
+  size_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    Vec acc[4];
+    for (size_t v = 0; v < 4; ++v) acc[v] = hn::LoadU(tag, out + i + v * lanes);
+    for (size_t p = 0; p < n_parts; ++p)
+      for (size_t v = 0; v < 4; ++v) acc[v] = hn::Add(acc[v], hn::LoadU(tag, parts[p] + i + v * lanes));
+    for (size_t v = 0; v < 4; ++v) hn::StoreU(acc[v], tag, out + i + v * lanes);
+  }
+  for (; i < n; ++i)
+    for (size_t p = 0; p < n_parts; ++p) out[i] += parts[p][i];
 }
 
 void SumRows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n,
@@ -198,46 +237,114 @@ void SumRows(const float* weights, size_t weight_stride, size_t m, const int32_t
   }
 }
 
-// Scalar loads of G floats beat the gather instruction on current CPUs; the columns are then taken apart in
-// registers.
-template <size_t G>
-HWY_INLINE void gather_groups(const float* HWY_RESTRICT values, const int32_t* HWY_RESTRICT index, size_t n,
-                              float* out, size_t out_stride) {
-  const Tag tag;
-  const size_t lanes = hn::Lanes(tag);
-  constexpr size_t kBatch = 64;
-  alignas(64) float batch[kBatch * G];
-  size_t begin = 0;
-  for (; begin + kBatch <= n; begin += kBatch) {
-    for (size_t i = 0; i < kBatch; ++i)
-      std::memcpy(batch + i * G, values + static_cast<size_t>(index[begin + i]) * G, G * sizeof(float));
-    for (size_t i = 0; i < kBatch; i += lanes) {
-      if constexpr (G == 2) {
-        Vec a, b;
-        hn::LoadInterleaved2(tag, batch + i * 2, a, b);
-        hn::StoreU(a, tag, out + begin + i);
-        hn::StoreU(b, tag, out + out_stride + begin + i);
-      } else if constexpr (G == 4) {
-        Vec a, b, c, e;
-        hn::LoadInterleaved4(tag, batch + i * 4, a, b, c, e);
-        hn::StoreU(a, tag, out + begin + i);
-        hn::StoreU(b, tag, out + out_stride + begin + i);
-        hn::StoreU(c, tag, out + 2 * out_stride + begin + i);
-        hn::StoreU(e, tag, out + 3 * out_stride + begin + i);
-      }
-    }
+#if HWY_MAX_BYTES >= 32
+// out[c * out_stride + r] = row r [c], for 8 rows of 8.
+template <typename RowAt>
+HWY_INLINE void transpose8(RowAt&& row, float* HWY_RESTRICT out, size_t out_stride) {
+  const hn::FixedTag<float, 8> d;
+  const hn::FixedTag<double, 4> pairs;
+  using V = hn::Vec<decltype(d)>;
+  V r[8], t[8];
+  for (size_t i = 0; i < 8; ++i) r[i] = hn::LoadU(d, row(i));
+  for (size_t i = 0; i < 8; i += 2) {
+    t[i] = hn::InterleaveLower(d, r[i], r[i + 1]);
+    t[i + 1] = hn::InterleaveUpper(d, r[i], r[i + 1]);
   }
-  for (size_t i = begin; i < n; ++i)
-    for (size_t g = 0; g < G; ++g) out[g * out_stride + i] = values[static_cast<size_t>(index[i]) * G + g];
+  for (size_t i = 0; i < 8; i += 4)
+    for (size_t j = 0; j < 2; ++j) {
+      const auto a = hn::BitCast(pairs, t[i + j]), b = hn::BitCast(pairs, t[i + j + 2]);
+      r[i + 2 * j] = hn::BitCast(d, hn::InterleaveLower(pairs, a, b));
+      r[i + 2 * j + 1] = hn::BitCast(d, hn::InterleaveUpper(pairs, a, b));
+    }
+  for (size_t i = 0; i < 4; ++i) {
+    hn::StoreU(hn::ConcatLowerLower(d, r[i + 4], r[i]), d, out + i * out_stride);
+    hn::StoreU(hn::ConcatUpperUpper(d, r[i + 4], r[i]), d, out + (i + 4) * out_stride);
+  }
+}
+constexpr size_t kBlock = 8;
+#else
+template <typename RowAt>
+HWY_INLINE void transpose8(RowAt&& row, float* HWY_RESTRICT out, size_t out_stride) {
+  for (size_t c = 0; c < 8; ++c)
+    for (size_t r = 0; r < 8; ++r) out[c * out_stride + r] = row(r)[c];
+}
+constexpr size_t kBlock = 8;
+#endif
+
+void GatherColumns(const float* values, size_t stride, size_t n_columns, const int32_t* index, size_t n,
+                   float* out, size_t out_stride) {
+  size_t i = 0;
+  for (; n_columns % kBlock == 0 && i + kBlock <= n; i += kBlock)
+    for (size_t c = 0; c < n_columns; c += kBlock)
+      transpose8([&](size_t r) HWY_ATTR { return values + static_cast<size_t>(index[i + r]) * stride + c; },
+                 out + c * out_stride + i, out_stride);
+  for (; i < n; ++i)
+    for (size_t c = 0; c < n_columns; ++c)
+      out[c * out_stride + i] = values[static_cast<size_t>(index[i]) * stride + c];
 }
 
-void GatherColumns(const float* values, size_t n_columns, const int32_t* index, size_t n, float* out,
-                   size_t out_stride) {
-  if (n_columns == 2) return gather_groups<2>(values, index, n, out, out_stride);
-  if (n_columns == 4) return gather_groups<4>(values, index, n, out, out_stride);
-  for (size_t i = 0; i < n; ++i)
-    for (size_t g = 0; g < n_columns; ++g)
-      out[g * out_stride + i] = values[static_cast<size_t>(index[i]) * n_columns + g];
+void Transpose(const float* rows, size_t row_stride, size_t n_rows, size_t n, float* out, size_t out_stride) {
+  size_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    size_t m = 0;
+    for (; m + kBlock <= n_rows; m += kBlock)
+      transpose8([&](size_t r) HWY_ATTR { return rows + (m + r) * row_stride + i; }, out + i * out_stride + m,
+                 out_stride);
+    for (; m < n_rows; ++m)
+      for (size_t j = i; j < i + kBlock; ++j) out[j * out_stride + m] = rows[m * row_stride + j];
+  }
+  for (; i < n; ++i)
+    for (size_t m = 0; m < n_rows; ++m) out[i * out_stride + m] = rows[m * row_stride + i];
+}
+
+size_t FindAbove(const float* values, size_t n, float threshold, int32_t* out) {
+  const Tag tag;
+  const size_t lanes = hn::Lanes(tag);
+  const Vec least = hn::Set(tag, threshold);
+  size_t found = 0, i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    if (hn::AllFalse(tag, hn::Gt(hn::LoadU(tag, values + i), least))) continue;
+    for (size_t j = i; j < i + lanes; ++j)
+      if (values[j] > threshold) out[found++] = static_cast<int32_t>(j);
+  }
+  for (; i < n; ++i)
+    if (values[i] > threshold) out[found++] = static_cast<int32_t>(i);
+  return found;
+}
+
+Products CombineProducts(const float* a, float a_scale, const float* b, float b_scale, size_t n) {
+  const Tag tag;
+  const size_t lanes = hn::Lanes(tag);
+  constexpr size_t kMostVectors = kLanes / 4;
+  Vec xx[kMostVectors], ax[kMostVectors];
+  for (size_t v = 0; v < kMostVectors; ++v) xx[v] = ax[v] = hn::Zero(tag);
+  const Vec sa = hn::Set(tag, a_scale), sb = hn::Set(tag, b_scale);
+  alignas(64) float lane_xx[kLanes] = {}, lane_ax[kLanes] = {};
+  size_t i = 0;
+  if (lanes <= kLanes && lanes >= 4) {
+    for (; i + kLanes <= n; i += kLanes)
+      for (size_t v = 0; v < kLanes / lanes; ++v) {
+        const Vec x = hn::LoadU(tag, a + i + v * lanes);
+        const Vec y = hn::MulAdd(x, sa, hn::Mul(sb, hn::LoadU(tag, b + i + v * lanes)));
+        xx[v] = hn::MulAdd(y, y, xx[v]);
+        ax[v] = hn::MulAdd(x, y, ax[v]);
+      }
+    for (size_t v = 0; v < kLanes / lanes; ++v) {
+      hn::StoreU(xx[v], tag, lane_xx + v * lanes);
+      hn::StoreU(ax[v], tag, lane_ax + v * lanes);
+    }
+  }
+  for (; i < n; ++i) {
+    const float y = __builtin_fmaf(a[i], a_scale, b_scale * b[i]);
+    lane_xx[i % kLanes] = __builtin_fmaf(y, y, lane_xx[i % kLanes]);
+    lane_ax[i % kLanes] = __builtin_fmaf(a[i], y, lane_ax[i % kLanes]);
+  }
+  for (size_t w = kLanes / 2; w > 0; w /= 2)
+    for (size_t l = 0; l < w; ++l) {
+      lane_xx[l] += lane_xx[l + w];
+      lane_ax[l] += lane_ax[l + w];
+    }
+  return {lane_xx[0], lane_ax[0]};
 }
 
 Peak FindPeak(const float* values, size_t n) {
@@ -266,8 +373,12 @@ namespace kvlapse::dense {
 HWY_EXPORT(LogitsBlock);
 HWY_EXPORT(WeightedRows);
 HWY_EXPORT(SumRows);
+HWY_EXPORT(AddParts);
 HWY_EXPORT(GatherColumns);
 HWY_EXPORT(FindPeak);
+HWY_EXPORT(Transpose);
+HWY_EXPORT(FindAbove);
+HWY_EXPORT(CombineProducts);
 
 void logits_block(const float* keys_t, size_t key_stride, size_t head_dim, const float* queries,
                   size_t query_stride, size_t n_queries, size_t n_keys, float scale, float* out,
@@ -286,9 +397,25 @@ void sum_rows(const float* weights, size_t weight_stride, size_t m, const int32_
   HWY_DYNAMIC_DISPATCH(SumRows)(weights, weight_stride, m, index, n, out);
 }
 
-void gather_columns(const float* values, size_t n_columns, const int32_t* index, size_t n, float* out,
-                    size_t out_stride) {
-  HWY_DYNAMIC_DISPATCH(GatherColumns)(values, n_columns, index, n, out, out_stride);
+void add_parts(const float* const* parts, size_t n_parts, size_t n, float* out) {
+  HWY_DYNAMIC_DISPATCH(AddParts)(parts, n_parts, n, out);
+}
+
+void gather_columns(const float* values, size_t stride, size_t n_columns, const int32_t* index, size_t n,
+                    float* out, size_t out_stride) {
+  HWY_DYNAMIC_DISPATCH(GatherColumns)(values, stride, n_columns, index, n, out, out_stride);
+}
+
+void transpose(const float* rows, size_t row_stride, size_t n_rows, size_t n, float* out, size_t out_stride) {
+  HWY_DYNAMIC_DISPATCH(Transpose)(rows, row_stride, n_rows, n, out, out_stride);
+}
+
+size_t find_above(const float* values, size_t n, float threshold, int32_t* out) {
+  return HWY_DYNAMIC_DISPATCH(FindAbove)(values, n, threshold, out);
+}
+
+Products combine_products(const float* a, float a_scale, const float* b, float b_scale, size_t n) {
+  return HWY_DYNAMIC_DISPATCH(CombineProducts)(a, a_scale, b, b_scale, n);
 }
 
 Peak find_peak(const float* values, size_t n) {

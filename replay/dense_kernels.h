@@ -25,9 +25,24 @@ void weighted_rows(const float* weights, size_t weight_stride, size_t m, const i
 void sum_rows(const float* weights, size_t weight_stride, size_t m, const int32_t* index, size_t n,
               float* out);
 
-// out[g][i] = values[index[i]][g] for G interleaved columns; out [G][out_stride].
-void gather_columns(const float* values, size_t n_columns, const int32_t* index, size_t n, float* out,
-                    size_t out_stride);
+// out[i] += parts[0][i] + parts[1][i] + ..., added one after the other.
+void add_parts(const float* const* parts, size_t n_parts, size_t n, float* out);
+
+// out[c][i] = values[index[i] * stride + c]; out [n_columns][out_stride].
+void gather_columns(const float* values, size_t stride, size_t n_columns, const int32_t* index, size_t n,
+                    float* out, size_t out_stride);
+
+// out[i][m] = rows[m][i] for i < n; rows [n_rows][row_stride], out [n][out_stride].
+void transpose(const float* rows, size_t row_stride, size_t n_rows, size_t n, float* out, size_t out_stride);
+
+// Indices of the values above `threshold`, ascending; `out` has room for n. Returns how many.
+size_t find_above(const float* values, size_t n, float threshold, int32_t* out);
+
+// With x = a_scale * a + b_scale * b: |x|^2 and a.x, summed like vector_math's dot.
+struct Products {
+  float xx, ax;
+};
+Products combine_products(const float* a, float a_scale, const float* b, float b_scale, size_t n);
 
 // Largest value and the lowest index that has it; index n when there is none (NaN). n > 0.
 struct Peak {

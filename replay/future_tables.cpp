@@ -11,7 +11,8 @@ namespace {
 
 SharedLayerNeeds stream_needs(bool errors) {
   SharedLayerNeeds needs;
-  needs.metrics = errors;  // outputs
+  needs.metrics = false;
+  needs.outputs = errors;
   return needs;
 }
 
@@ -22,7 +23,7 @@ SharedLayerNeeds stream_needs(bool errors) {
 class FutureTables::Stream {
  public:
   Stream(const RowSource& source, int sequence, int layer, bool errors)
-      : shared_(source, sequence, layer, stream_needs(errors), kMetricSteps), errors_(errors) {
+      : shared_(source, sequence, layer, stream_needs(errors)), errors_(errors) {
     const CacheGeometry& g = shared_.geometry();
     const auto dim = static_cast<size_t>(g.head_dim);
     row_.resize(static_cast<size_t>(g.n_kv_heads) * shared_.sequence().n_tokens);
@@ -47,12 +48,13 @@ class FutureTables::Stream {
     for (int h = 0; h < g.n_kv_heads; ++h) {
       float* out = row_.data() + static_cast<size_t>(h) * n_tokens;
       std::fill_n(out, step + 1, 0.0f);
-      const float* e = shared_.exps(h, step);
+      const float* e = shared_.token_weights(h) + shared_.column(h * group, step);
+      const size_t columns = shared_.token_columns();
       for (int j = 0; j < group; ++j) {
         const int q = h * group + j;
         const float inverse = 1.0f / shared_.row(q, step).total, share = 1.0f / static_cast<float>(group);
         for (int i = 0; i <= step; ++i) {
-          const float weight = e[static_cast<size_t>(i) * group + j] * inverse;
+          const float weight = e[static_cast<size_t>(i) * columns + j] * inverse;
           if (!errors_) {
             out[i] += weight * share;
             continue;
@@ -169,8 +171,7 @@ FutureTables::~FutureTables() = default;
 
 size_t FutureTables::memory_bytes(const CacheGeometry& g, int n_tokens) {
   const size_t width = static_cast<size_t>(g.n_kv_heads) * n_tokens;
-  return 2 * SharedLayer::memory_bytes(g, n_tokens, stream_needs(true), kMetricSteps) +
-         width * (2 * 8 + 4 * kMetricSteps);
+  return 2 * SharedLayer::memory_bytes(g, n_tokens, stream_needs(true)) + width * (2 * 8 + 4 * kMetricSteps);
 }
 
 FutureTables::Window& FutureTables::window(bool errors, int horizon) {

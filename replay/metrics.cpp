@@ -1,6 +1,7 @@
 #include "replay/metrics.h"
 
 #include <algorithm>
+#include <bit>
 #include <cassert>
 #include <cmath>
 #include <limits>
@@ -14,6 +15,23 @@ namespace {
 // Below this share of the full mass the held tokens' exponentials may have underflowed: such a row is
 // recomputed against its own maximum.
 constexpr float kTinyMass = 1e-6f;
+
+constexpr int kWord = 64;
+size_t words(int n) {
+  return static_cast<size_t>((n + kWord - 1) / kWord);
+}
+void set_bit(std::vector<uint64_t>& bits, int at) {
+  bits[static_cast<size_t>(at / kWord)] |= uint64_t{1} << (at % kWord);
+}
+// Bits [at - 32, at); below zero they are clear.
+uint32_t bits_before(const std::vector<uint64_t>& bits, int at) {
+  if (at <= 0) return 0;
+  const auto word = static_cast<size_t>((at - 1) / kWord);
+  const int used = at - static_cast<int>(word) * kWord;  // 1 .. 64 bits of that word
+  const uint64_t low = word > 0 && used < 32 ? bits[word - 1] >> (kWord - (32 - used)) : 0;
+  const uint64_t high = used < kWord ? bits[word] & ((uint64_t{1} << used) - 1) : bits[word];
+  return static_cast<uint32_t>(used >= 32 ? high >> (used - 32) : high << (32 - used) | low);
+}
 
 }  // namespace
 
@@ -72,17 +90,22 @@ MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& r
   metrics_.held_by_step.resize(n_tokens);
   series_sums_.resize(static_cast<size_t>(kSeriesKinds) * g.n_q_heads * kSeriesBins);
   series_counts_.resize(series_sums_.size());
-  decisions_.resize(g.n_kv_heads);
-  victims_.resize(g.n_kv_heads);
   previous_held_.assign(g.n_kv_heads, -1);
   previous_drops_.assign(g.n_kv_heads, 0);
-  revived_.resize(static_cast<size_t>(g.n_kv_heads) * n_tokens);
   blocks_.resize(g.n_kv_heads);
+  losses_.resize(g.n_kv_heads);
+  for (HeadLosses& losses : losses_) {
+    losses.gone.resize(words(n_tokens));
+    losses.decisions.resize(words(n_tokens));
+    losses.revived.resize(n_tokens);
+  }
 }
 
-void MetricsCollector::add_series(SeriesKind kind, int q_head, int step, double value) {
-  const size_t bin =
-      static_cast<size_t>(step) * kSeriesBins / static_cast<size_t>(shared_.sequence().n_tokens);
+size_t MetricsCollector::series_bin(int step) const {
+  return static_cast<size_t>(step) * kSeriesBins / static_cast<size_t>(shared_.sequence().n_tokens);
+}
+
+void MetricsCollector::add_series(SeriesKind kind, int q_head, size_t bin, double value) {
   const size_t at = (static_cast<size_t>(kind) * metrics_.q_heads.size() + q_head) * kSeriesBins + bin;
   series_sums_[at] += value;
   ++series_counts_[at];
@@ -96,6 +119,7 @@ TokenClass MetricsCollector::class_of(int pos, int step) const {
 
 void MetricsCollector::on_attended(const SlotTable& table, int step) {
   const int group = shared_.geometry().group();
+  const size_t bin = series_bin(step);
   for (int h = 0; h < table.n_kv_heads(); ++h) {
     KvHeadMetrics& m = metrics_.kv_heads[h];
     const int held = table.count(h);
@@ -111,7 +135,7 @@ void MetricsCollector::on_attended(const SlotTable& table, int step) {
     }
     previous_held_[h] = held;
     previous_drops_[h] = 0;
-    for (int q = h * group; q < (h + 1) * group; ++q) add_series(SeriesKind::retained, q, step, retained);
+    for (int q = h * group; q < (h + 1) * group; ++q) add_series(SeriesKind::retained, q, bin, retained);
   }
 }
 
@@ -130,8 +154,9 @@ void MetricsCollector::on_evicted(const EvictionPlan& plan) {
       m.lifetime_by_class[c] += step - pos;
       m.lifetime_sketch.add(static_cast<float>(step - pos));
       ++previous_drops_[h];
-      victims_[h].push_back(pos);
-      if (decisions_[h].empty() || decisions_[h].back() != step) decisions_[h].push_back(step);
+      losses_[h].victims.push_back(pos);
+      losses_[h].fresh.push_back(pos);
+      set_bit(losses_[h].decisions, step);
     }
   }
 }
@@ -189,44 +214,68 @@ void MetricsCollector::begin_outputs(int h, int begin, int end) {
   assert(begin / kMetricSteps == (end - 1) / kMetricSteps);
   const int32_t* last = retention_.last(h);
   HeadBlock& b = blocks_[h];
+  HeadLosses& losses = losses_[h];
   b.begin = begin;
   b.end = end;
-  b.next = 0;
-  std::vector<int32_t>&kept = b.tokens, &dropped = b.other;
-  kept.clear();
-  dropped.clear();
   b.changed.clear();
-  for (int i = 0; i < end; ++i) {
-    if (selects_)
-      b.changed.push_back(i);  // any token may come and go
-    else if (last[i] < begin)
-      dropped.push_back(i);
-    else if (last[i] >= end - 1)
-      kept.push_back(i);
-    else
-      b.changed.push_back(i);
+  b.side.assign(words(end), 0);
+  if (selects_) {
+    b.sum_dropped = false;
+    for (int i = 0; i < end; ++i) b.changed.push_back(i);  // any token may come and go
+  } else {
+    std::erase_if(losses.fresh, [&](int32_t i) {
+      if (last[i] >= begin) return false;
+      set_bit(losses.gone, i);
+      ++losses.n_gone;
+      return true;
+    });
+    for (int32_t i : losses.fresh)
+      if (last[i] < end - 1) b.changed.push_back(i);
+    std::sort(b.changed.begin(), b.changed.end());
+    const int n_kept = end - losses.n_gone - static_cast<int>(b.changed.size());
+    b.sum_dropped = losses.n_gone <= n_kept;
+    std::copy_n(losses.gone.begin(), b.side.size(), b.side.begin());
+    if (!b.sum_dropped) {
+      for (uint64_t& word : b.side) word = ~word;
+      for (int32_t i : b.changed) b.side[static_cast<size_t>(i / kWord)] &= ~(uint64_t{1} << (i % kWord));
+      if (end % kWord != 0) b.side.back() &= (uint64_t{1} << (end % kWord)) - 1;
+    }
   }
-  b.sum_dropped = !selects_ && dropped.size() <= kept.size();
-  if (b.sum_dropped) std::swap(b.tokens, b.other);
-  b.sums.assign(shared_.token_columns() * shared_.geometry().head_dim, 0.0f);
-  b.masses.assign(shared_.token_columns(), 0.0f);
+  b.sums.assign(shared_.token_columns() * (static_cast<size_t>(shared_.geometry().head_dim) + 1), 0.0f);
 }
 
-void MetricsCollector::add_tokens(int h, int end_pos) {
+void MetricsCollector::add_tile(int h, const ValueTile& tile) {
+  static_assert(ValueTile::kTokens % kWord == 0 && ValueTile::kSpan == 2 * kWord && ValueTile::kChunk == 16);
+  if (selects_) return;
   HeadBlock& b = blocks_[h];
-  const size_t first = b.next, columns = shared_.token_columns();
-  while (b.next < b.tokens.size() && b.tokens[b.next] < end_pos) ++b.next;
-  if (b.next == first) return;
-  const float* weights = shared_.token_weights(h, b.begin);
-  const int32_t* tokens = b.tokens.data() + first;
-  dense::weighted_rows(weights, columns, columns, tokens, b.next - first, shared_.value(h, 0),
-                       shared_.geometry().head_dim, b.sums.data());
-  dense::sum_rows(weights, columns, columns, tokens, b.next - first, b.masses.data());
+  b.tokens.clear();
+  b.spans.clear();
+  b.chunks.clear();
+  const size_t first = static_cast<size_t>(tile.first() / kWord), end = words(tile.end());
+  constexpr uint64_t kAll = ~uint64_t{0};
+  for (size_t w = first; w < end; ++w) {
+    if (w % 2 == 0 && w + 1 < end && b.side[w] == kAll && b.side[w + 1] == kAll) {
+      b.spans.push_back(static_cast<int32_t>(w / 2));
+      ++w;
+      continue;
+    }
+    const auto base = static_cast<int32_t>(w * kWord);
+    for (int piece = 0; piece < kWord / ValueTile::kChunk; ++piece) {
+      auto bits = static_cast<uint32_t>(b.side[w] >> (piece * ValueTile::kChunk)) & 0xffffu;
+      if (bits == 0xffffu) {
+        b.chunks.push_back(base / ValueTile::kChunk + piece);
+        continue;
+      }
+      for (; bits != 0; bits &= bits - 1)
+        b.tokens.push_back(base + piece * ValueTile::kChunk + std::countr_zero(bits));
+    }
+  }
+  tile.add(b.tokens, b.spans, b.chunks, b.sums.data());
 }
 
-void MetricsCollector::finish_outputs(int h) {
+void MetricsCollector::finish_outputs(int h, const ValueTile& tile) {
   add_changed(h);
-  close_rows(h);
+  close_rows(h, tile);
   future(h);
   selected_[h].erase(blocks_[h].begin / kMetricSteps);
 }
@@ -239,7 +288,7 @@ void MetricsCollector::add_changed(int h) {
   const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
   if (n == 0) return;
   const int32_t* last = retention_.last(h);
-  const float* weights = shared_.token_weights(h, b.begin);
+  const float* weights = shared_.token_weights(h);
   b.changed_weights.resize(std::max(b.changed_weights.size(), n * columns));
   b.changed_rows.resize(std::max(b.changed_rows.size(), n * dim));
   for (size_t u = 0; u < n; ++u) {
@@ -258,43 +307,45 @@ void MetricsCollector::add_changed(int h) {
   }
   dense::weighted_rows(b.changed_weights.data(), columns, columns, nullptr, n, b.changed_rows.data(), dim,
                        b.sums.data());
-  dense::sum_rows(b.changed_weights.data(), columns, columns, nullptr, n, b.masses.data());
+  dense::sum_rows(b.changed_weights.data(), columns, columns, nullptr, n, b.sums.data() + columns * dim);
 }
 
-void MetricsCollector::close_rows(int h) {
+void MetricsCollector::close_rows(int h, const ValueTile& tile) {
   HeadBlock& b = blocks_[h];
   const int begin = b.begin, end = b.end, group = shared_.geometry().group();
   const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  const size_t columns = shared_.token_columns();
   const bool sum_dropped = b.sum_dropped;
-  const size_t first_column = static_cast<size_t>(begin % kMetricSteps) * group;
+  const float *weights = shared_.token_weights(h), *masses = b.sums.data() + columns * dim;
   std::vector<float> exact(dim);
   for (int t = begin; t < end; ++t) {
-    for (int j = 0; j < group; ++j) {
-      const int q = h * group + j;
-      const size_t r = first_column + static_cast<size_t>(t - begin) * group + j;
+    const size_t bin = series_bin(t);
+    std::array<bool, kSinkTokens> reads_sink{};
+    for (int i = 0; i < std::min(kSinkTokens, t + 1); ++i) reads_sink[i] = reads(h, i, t);
+    for (int q = h * group; q < (h + 1) * group; ++q) {
+      const size_t r = shared_.column(q, t);
       const AttentionRow& row = shared_.row(q, t);
-      const float* o = shared_.output(q, t);
-      float* difference = b.sums.data() + r * dim;
-      const float mass = b.masses[r];
+      const float* o = tile.output(r);
+      const float mass = masses[r], total_inverse = 1.0f / row.total;
       double missing = sum_dropped ? mass / row.total : 1.0 - static_cast<double>(mass) / row.total;
       missing = std::clamp(missing, 0.0, 1.0);
       double recall = 1.0 - missing;
       if (!sum_dropped) recall = std::min(1.0, static_cast<double>(mass) / row.total);
 
+      // x = o~ - o.
+      dense::Products products;
       if (recall < kTinyMass) {
         exact_row(q, t, exact.data());
-        for (size_t d = 0; d < dim; ++d) difference[d] = exact[d] - o[d];
+        products = dense::combine_products(o, -1.0f, exact.data(), 1.0f, dim);
       } else if (sum_dropped) {
-        const auto m = static_cast<float>(missing), kept_inverse = static_cast<float>(1.0 / recall);
-        const float total_inverse = 1.0f / row.total;
-        for (size_t d = 0; d < dim; ++d)
-          difference[d] = (m * o[d] - difference[d] * total_inverse) * kept_inverse;
+        const auto kept_inverse = static_cast<float>(1.0 / recall);
+        products = dense::combine_products(o, static_cast<float>(missing) * kept_inverse,
+                                           b.sums.data() + r * dim, -total_inverse * kept_inverse, dim);
       } else {
-        const float mass_inverse = 1.0f / mass;
-        for (size_t d = 0; d < dim; ++d) difference[d] = difference[d] * mass_inverse - o[d];
+        products = dense::combine_products(o, -1.0f, b.sums.data() + r * dim, 1.0f / mass, dim);
       }
-      // With o~ = o + x: 1 - cos from sin^2, which does not cancel.
-      const double oo = row.output_norm2, xx = dot(difference, difference, dim), ox = dot(o, difference, dim);
+      // 1 - cos from sin^2, which does not cancel.
+      const double oo = tile.output_norm2(r), xx = products.xx, ox = products.ax;
       const double error = oo > 0 ? std::sqrt(xx / oo) : xx > 0 ? 1.0 : 0.0;
       const double tt = std::max(0.0, oo + 2 * ox + xx);
       double cosine_error = 0;
@@ -305,8 +356,8 @@ void MetricsCollector::close_rows(int h) {
       }
 
       double held_sinks = 0;
-      for (int i = 0; i < std::min(kSinkTokens, t + 1); ++i)
-        if (reads(h, i, t)) held_sinks += shared_.exp_of(q, t, i);
+      for (size_t i = 0; i < reads_sink.size(); ++i)
+        if (reads_sink[i]) held_sinks += weights[i * columns + r];
       const double outside = static_cast<double>(row.total) - row.sinks;
       double missing_no_sinks = 0;
       if (outside > 1e-6 * row.total)
@@ -329,47 +380,51 @@ void MetricsCollector::close_rows(int h) {
       m.missing_no_sinks_sketch.add(static_cast<float>(missing_no_sinks));
       m.error_sketch.add(static_cast<float>(error));
       m.cosine_sketch.add(static_cast<float>(cosine_error));
-      add_series(SeriesKind::recall, q, t, recall);
-      add_series(SeriesKind::output_error, q, t, error);
+      add_series(SeriesKind::recall, q, bin, recall);
+      add_series(SeriesKind::output_error, q, bin, error);
     }
   }
 }
 
 void MetricsCollector::future(int h) {
+  static_assert(kFutureHorizon == 32, "a word of decisions");
   std::vector<float>& inverse_totals = blocks_[h].inverse_totals;
   const int begin = blocks_[h].begin, end = blocks_[h].end;
-  const int group = shared_.geometry().group(), block = begin / kMetricSteps * kMetricSteps;
+  const int group = shared_.geometry().group();
   const int32_t* last = retention_.last(h);
   KvHeadMetrics& m = metrics_.kv_heads[h];
+  HeadLosses& losses = losses_[h];
   const size_t columns = shared_.token_columns();
-  const float* weights = shared_.token_weights(h, begin);
-  // Row r of the block: (step - block) * G + g.
+  const float* weights = shared_.token_weights(h);
   inverse_totals.assign(columns, 0.0f);
   for (int t = begin; t < end; ++t)
-    for (int j = 0; j < group; ++j)
-      inverse_totals[static_cast<size_t>(t - block) * group + j] = 1.0f / shared_.row(h * group + j, t).total;
-  for (int i : victims_[h]) {
+    for (int q = h * group; q < (h + 1) * group; ++q)
+      inverse_totals[shared_.column(q, t)] = 1.0f / shared_.row(q, t).total;
+  for (int i : losses.victims) {
     const int from = std::max(begin, last[i] + 1), to = std::min(end, last[i] + kFutureHorizon + 1);
     if (from >= to) continue;
-    const size_t first = static_cast<size_t>(from - block) * group,
-                 n = static_cast<size_t>(to - from) * group;
+    const size_t first = shared_.column(h * group, from), n = static_cast<size_t>(to - from) * group;
     m.future_missed +=
         dot(weights + static_cast<size_t>(i) * columns + first, inverse_totals.data() + first, n);
   }
-  char* revived = revived_.data() + static_cast<size_t>(h) * shared_.sequence().n_tokens;
-  for (int t = begin; t < end; ++t)
+  for (int t = begin; t < end; ++t) {
+    // Bit 32 - j: the step j before this one evicted.
+    const uint32_t decided = bits_before(losses.decisions, t);
     for (int q = h * group; q < (h + 1) * group; ++q) {
       const AttentionRow& row = shared_.row(q, t);
-      for (int s : decisions_[h])
-        if (s < t && t <= s + kFutureHorizon) m.future_mass += 1.0 - row.newest[t - s];
+      if (decided == ~uint32_t{0})
+        m.future_mass += row.older;
+      else
+        for (uint32_t left = decided; left != 0; left &= left - 1)
+          m.future_mass += 1.0 - row.newest[static_cast<size_t>(kFutureHorizon - std::countr_zero(left))];
       for (int32_t i : row.hot)
-        if (last[i] < t && !revived[i]) {
-          revived[i] = 1;
+        if (last[i] < t && !losses.revived[i]) {
+          losses.revived[i] = 1;
           ++m.revived;
         }
     }
-  std::erase_if(victims_[h], [&](int i) { return last[i] + kFutureHorizon < end; });
-  std::erase_if(decisions_[h], [&](int s) { return s + kFutureHorizon < end; });
+  }
+  std::erase_if(losses.victims, [&](int i) { return last[i] + kFutureHorizon < end; });
 }
 
 LayerMetrics MetricsCollector::finish() {

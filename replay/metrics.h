@@ -22,6 +22,7 @@
 
 #include "replay/replay_memory.h"
 #include "replay/sketch.h"
+#include "replay/value_tile.h"
 
 namespace kvlapse {
 
@@ -95,33 +96,42 @@ class MetricsCollector {
   // A sampled decision: correlations of its score rows, and the evictor's counts so far.
   void on_probe(std::span<const double> correlations, const Evictor::Sensitivity& sensitivity);
   // Every step of [begin, end), one loaded block, was decided. Heads are independent: one thread each. Per
-  // head, in this order: begin_outputs; add_tokens with ascending end_pos, the last one `end`;
-  // finish_outputs. The split lets a driver pass one range of tokens through many configurations while it is
-  // in the cache.
+  // head, in this order: begin_outputs; add_tile for every tile of [0, end); finish_outputs with the finished
+  // tile. The split lets a driver pass one range of tokens through many configurations while it is in the
+  // cache.
   void begin_outputs(int kv_head, int begin, int end);
-  void add_tokens(int kv_head, int end_pos);
-  void finish_outputs(int kv_head);
+  void add_tile(int kv_head, const ValueTile& tile);
+  void finish_outputs(int kv_head, const ValueTile& tile);
   LayerMetrics finish();
 
  private:
   // What begin_outputs leaves for the calls after it.
   struct HeadBlock {
     int begin = 0, end = 0;
-    bool sum_dropped = false;         // the smaller side is summed
-    std::vector<int32_t> tokens;      // of that side, at every step of the block; ascending
-    std::vector<int32_t> other;       // of the other side, scratch
-    std::vector<int32_t> changed;     // evicted inside the block
-    size_t next = 0;                  // of tokens
-    std::vector<float> sums, masses;  // [columns][D], [columns]
+    bool sum_dropped = false;      // the smaller side is summed
+    std::vector<uint64_t> side;    // [T] bits: of that side at every step of the block
+    std::vector<int32_t> changed;  // evicted inside the block
+    std::vector<float> sums;       // as ValueTile's
+    std::vector<int32_t> tokens, spans, chunks;
     std::vector<float> changed_weights, changed_rows, inverse_totals;
+  };
+  // What a kv head lost before the current block, and since.
+  struct HeadLosses {
+    std::vector<uint64_t> gone;  // [T] bits
+    int n_gone = 0;
+    std::vector<int32_t> fresh;       // evicted later than `gone` says
+    std::vector<uint64_t> decisions;  // [T] bits: steps that evicted
+    std::vector<int32_t> victims;     // positions evicted in the last kFutureHorizon steps
+    std::vector<char> revived;        // [T]
   };
   // Whether attention reads the token at that step.
   bool reads(int kv_head, int pos, int step) const;
   void add_changed(int kv_head);
-  void close_rows(int kv_head);
+  void close_rows(int kv_head, const ValueTile& tile);
   void future(int kv_head);
   void exact_row(int q_head, int step, float* output) const;
-  void add_series(SeriesKind kind, int q_head, int step, double value);
+  size_t series_bin(int step) const;
+  void add_series(SeriesKind kind, int q_head, size_t bin, double value);
   TokenClass class_of(int pos, int step) const;
 
   const SharedLayer& shared_;
@@ -132,11 +142,9 @@ class MetricsCollector {
   LayerMetrics metrics_;
   std::vector<double> series_sums_;  // like LayerMetrics::series
   std::vector<int32_t> series_counts_;
-  std::vector<std::vector<int>> decisions_;  // per kv head: steps of the last kFutureHorizon that evicted
-  std::vector<std::vector<int>> victims_;    // per kv head: positions evicted in them
   std::vector<int> previous_held_, previous_drops_;
-  std::vector<char> revived_;      // [H, T]
-  std::vector<HeadBlock> blocks_;  // [H]
+  std::vector<HeadLosses> losses_;  // [H]
+  std::vector<HeadBlock> blocks_;   // [H]
 };
 
 }  // namespace kvlapse

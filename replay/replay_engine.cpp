@@ -9,11 +9,11 @@
 #include <optional>
 
 #include "replay/future_tables.h"
+#include "replay/value_tile.h"
 
 namespace kvlapse {
 namespace {
 
-constexpr int kTokenTile = 512;  // tokens whose values and weights pass through all configurations together
 constexpr int kMostWindowRows = 512;  // logits of older queries are computed when asked for
 
 size_t config_bytes(const CacheGeometry& g, int n_tokens, const ReplayConfig& config) {
@@ -21,9 +21,10 @@ size_t config_bytes(const CacheGeometry& g, int n_tokens, const ReplayConfig& co
                               ? static_cast<size_t>(std::min(n_tokens, config.budget + 512))
                               : static_cast<size_t>(n_tokens);
   const size_t retention = static_cast<size_t>(g.n_kv_heads) * n_tokens * 5;
+  // Eight steps of weights ahead, of each query head.
   const size_t slots =
-      static_cast<size_t>(g.n_q_heads + g.n_kv_heads * (config.policy->info().state_columns + 1)) * capacity *
-      4;
+      static_cast<size_t>(8 * g.n_q_heads + g.n_kv_heads * (config.policy->info().state_columns + 1)) *
+      capacity * 4;
   const size_t ahead =
       contains(config.policy->info().signals, Signal::future) ? FutureTables::memory_bytes(g, n_tokens) : 0;
   return retention + slots + ahead + size_t{256} * 1024;
@@ -37,15 +38,21 @@ bool looks_ahead(const std::vector<ReplayConfig>& configs) {
 
 // The metrics of the loaded block, a kv head at a time: a tile of tokens stays in the core's cache while
 // every configuration adds what it needs of it.
-void close_block(const SharedLayer& shared, const std::vector<std::unique_ptr<ConfigRun>>& runs) {
+void close_block(const SharedLayer& shared, std::vector<ValueTile>& tiles,
+                 const std::vector<std::unique_ptr<ConfigRun>>& runs) {
   const int begin = std::max(shared.begin(), shared.sequence().n_prompt), end = shared.end();
   tbb::parallel_for(
       0, shared.geometry().n_kv_heads, 1,
       [&](int h) {
+        ValueTile& tile = tiles[h];
+        tile.begin(shared, h);
         for (const auto& run : runs) run->collector()->begin_outputs(h, begin, end);
-        for (int tile = 0; tile < end; tile += kTokenTile)
-          for (const auto& run : runs) run->collector()->add_tokens(h, std::min(end, tile + kTokenTile));
-        for (const auto& run : runs) run->collector()->finish_outputs(h);
+        for (int first = 0; first < end; first += ValueTile::kTokens) {
+          tile.load(first, std::min(end, first + ValueTile::kTokens));
+          for (const auto& run : runs) run->collector()->add_tile(h, tile);
+        }
+        tile.finish();
+        for (const auto& run : runs) run->collector()->finish_outputs(h, tile);
       },
       tbb::simple_partitioner());
 }
@@ -149,9 +156,9 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
   size_t of_configs = 0;
   for (const ReplayConfig& config : configs)
     of_configs += config_bytes(source_.geometry(), rows.n_tokens, config);
-  constexpr int block_rows = kMetricSteps;
   auto layer_bytes = [&] {
-    return of_configs + SharedLayer::memory_bytes(source_.geometry(), rows.n_tokens, needs, block_rows);
+    return of_configs + SharedLayer::memory_bytes(source_.geometry(), rows.n_tokens, needs) +
+           (metrics ? ValueTile::memory_bytes(source_.geometry()) * source_.geometry().n_kv_heads : 0);
   };
   if (layer_bytes() > options_.memory_bytes)
     fail(
@@ -166,20 +173,21 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
   std::atomic<int> next{layer_begin_}, done{0};
   std::atomic<bool> stop{false};
   auto over_layer = [&](int layer) {
-    SharedLayer shared(source_, sequence, layer, needs, block_rows);
+    SharedLayer shared(source_, sequence, layer, needs);
+    std::vector<ValueTile> tiles(static_cast<size_t>(source_.geometry().n_kv_heads));
     std::optional<FutureTables> future;
     if (looks_ahead(configs)) future.emplace(source_, sequence, layer);
     Runs runs;
     for (size_t c = 0; c < configs.size(); ++c)
       runs.push_back(std::make_unique<ConfigRun>(shared, configs[c], metrics, future ? &*future : nullptr,
                                                  visitor ? visitor(c, layer) : nullptr));
-    for (int begin = first_attended_step(configs, rows); begin < rows.n_tokens; begin += block_rows) {
+    for (int begin = first_attended_step(configs, rows); begin < rows.n_tokens; begin += kMetricSteps) {
       if (stop) return;
-      shared.load(begin, std::min(rows.n_tokens, begin + block_rows));
+      shared.load(begin, std::min(rows.n_tokens, begin + kMetricSteps));
       tbb::parallel_for(
           size_t{0}, runs.size(), size_t{1}, [&](size_t c) { runs[c]->advance(); },
           tbb::simple_partitioner());
-      if (metrics && shared.end() > rows.n_prompt) close_block(shared, runs);
+      if (metrics && shared.end() > rows.n_prompt) close_block(shared, tiles, runs);
     }
     finished(layer, runs);
   };

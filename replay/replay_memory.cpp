@@ -20,17 +20,58 @@ ReplayMemory::ReplayMemory(const SharedLayer& shared, const Retention& retention
     : shared_(shared), retention_(retention), capacity_(static_cast<size_t>(capacity)) {
   const CacheGeometry& g = shared.geometry();
   logits_.resize(capacity_);
-  attention_.resize(static_cast<size_t>(g.n_q_heads) * capacity_);
   output_.resize(static_cast<size_t>(g.n_q_heads) * g.head_dim);
+  norms_.resize(g.n_kv_heads);
+  ahead_.resize(g.n_kv_heads);
   has_attention_.resize(g.n_q_heads);
   has_output_.resize(g.n_q_heads);
+}
+
+void ReplayMemory::store(const SlotTable& table, Pos pos, const TokenRows&) {
+  const int group = shared_.geometry().group(), step = raw(pos);
+  for (int h = 0; h < table.n_kv_heads(); ++h) {
+    const auto slot = static_cast<size_t>(raw(table.next_slot(h)));
+    if (!norms_[h].empty()) norms_[h][slot] = shared_.value_l1(h)[step];
+    if (step >= ahead_[h].end) continue;
+    const size_t columns = shared_.token_columns();
+    const float* weights =
+        shared_.token_weights(h) + static_cast<size_t>(step) * columns + shared_.column(h * group, step);
+    for (int t = std::max(step, ahead_[h].begin); t < ahead_[h].end; ++t)
+      for (int g = 0; g < group; ++g) ahead_row(h * group + g, t)[slot] = *weights++;
+  }
+}
+
+void ReplayMemory::apply(const EvictionPlan& plan) {
+  if (plan.reclaim == Reclaim::fill) return;
+  for (std::vector<float>& norms : norms_) norms.clear();
+  for (Ahead& ahead : ahead_) ahead.end = 0;
 }
 
 void ReplayMemory::attend(const SlotTable& table, Pos pos) {
   table_ = &table;
   step_ = raw(pos);
-  std::fill(has_attention_.begin(), has_attention_.end(), kUnknown);
+  std::fill(has_attention_.begin(), has_attention_.end(), char{0});
   std::fill(has_output_.begin(), has_output_.end(), char{0});
+}
+
+float* ReplayMemory::ahead_row(int q_head, int step) {
+  const int group = shared_.geometry().group();
+  Ahead& ahead = ahead_[q_head / group];
+  return ahead.weights.data() +
+         static_cast<size_t>((step - ahead.begin) * group + q_head % group) * capacity_;
+}
+
+// From this step to the end of its eight, or of this step alone when the one before was not asked for either.
+void ReplayMemory::gather_ahead(int h) {
+  Ahead& ahead = ahead_[h];
+  const int group = shared_.geometry().group();
+  ahead.begin = step_;
+  ahead.end =
+      ahead.asked == step_ - 1 ? std::min((step_ / kAheadSteps + 1) * kAheadSteps, shared_.end()) : step_ + 1;
+  ahead.weights.resize(static_cast<size_t>(kAheadSteps) * group * capacity_);
+  dense::gather_columns(shared_.token_weights(h) + shared_.column(h * group, step_), shared_.token_columns(),
+                        static_cast<size_t>(ahead.end - ahead.begin) * group, index(h), count(h),
+                        ahead.weights.data(), capacity_);
 }
 
 std::span<const float> ReplayMemory::logits(int q_head) {
@@ -39,24 +80,19 @@ std::span<const float> ReplayMemory::logits(int q_head) {
   return {logits_.data(), count(h)};
 }
 
+// Where the held slots have the same maximum as all tokens, the shared exponentials are theirs; otherwise
+// they are computed anew.
 std::span<const float> ReplayMemory::attention(int q_head) {
-  const int h = shared_.geometry().kv_head_of(q_head), group = shared_.geometry().group();
-  const std::span<float> out(attention_.data() + static_cast<size_t>(q_head) * capacity_, count(h));
-  if (has_attention_[q_head] == kNormalised) return out;
-  if (has_attention_[q_head] == kUnknown) {
-    // The whole group at once: its exponentials lie together. Where the held slots have the same maximum as
-    // all tokens, the shared exponentials are theirs; otherwise they are computed anew below.
-    dense::gather_columns(shared_.exps(h, step_), static_cast<size_t>(group), index(h), out.size(),
-                          attention_.data() + static_cast<size_t>(h) * group * capacity_, capacity_);
-    std::fill_n(has_attention_.begin() + h * group, group, kGathered);
-  }
-  has_attention_[q_head] = kNormalised;
-  if (retention_.held(h, shared_.row(q_head, step_).argmax, step_)) {
-    const float inverse = 1.0f / sum(out);  // the tail of softmax
-    for (float& weight : out) weight *= inverse;
-  } else {
+  const int h = shared_.geometry().kv_head_of(q_head);
+  if (step_ >= ahead_[h].end) gather_ahead(h);
+  ahead_[h].asked = step_;
+  const std::span<float> out(ahead_row(q_head, step_), count(h));
+  if (has_attention_[q_head]) return out;
+  has_attention_[q_head] = 1;
+  if (retention_.held(h, shared_.row(q_head, step_).argmax, step_))
+    scale(1.0f / sum(out), out);  // the tail of softmax
+  else
     softmax(logits(q_head), out);
-  }
   return out;
 }
 
@@ -74,9 +110,12 @@ std::span<const float> ReplayMemory::output(int q_head) {
 }
 
 std::span<const float> ReplayMemory::value_l1(int kv_head) {
-  norms_.resize(std::max(norms_.size(), capacity_));
-  gather(shared_.value_l1(kv_head), index(kv_head), count(kv_head), norms_.data());
-  return {norms_.data(), count(kv_head)};
+  std::vector<float>& norms = norms_[kv_head];
+  if (norms.empty()) {
+    norms.resize(capacity_);
+    gather(shared_.value_l1(kv_head), index(kv_head), count(kv_head), norms.data());
+  }
+  return {norms.data(), count(kv_head)};
 }
 
 std::span<const float> ReplayMemory::keys(int kv_head) {

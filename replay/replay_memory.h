@@ -1,5 +1,6 @@
 // ReplayMemory: the LayerMemory of a replay. It stores nothing: a slot's rows are those of its token in
-// SharedLayer, gathered in slot order when the policy asks. One per configuration; not thread-safe.
+// SharedLayer, gathered in slot order when the policy asks. Weights are gathered for a few steps ahead, since
+// a cache that fills holes changes one slot a step. One per configuration; not thread-safe.
 #pragma once
 
 #include <span>
@@ -37,9 +38,9 @@ class ReplayMemory final : public LayerMemory {
  public:
   ReplayMemory(const SharedLayer& shared, const Retention& retention, int capacity);
 
-  void store(const SlotTable&, Pos, const TokenRows&) override {}
+  void store(const SlotTable& table, Pos pos, const TokenRows&) override;
   void attend(const SlotTable& table, Pos pos) override;
-  void apply(const EvictionPlan&) override {}
+  void apply(const EvictionPlan& plan) override;
 
   std::span<const float> logits(int q_head) override;
   std::span<const float> attention(int q_head) override;
@@ -60,16 +61,26 @@ class ReplayMemory final : public LayerMemory {
   }
   size_t count(int kv_head) const { return static_cast<size_t>(table_->count(kv_head)); }
 
+  // Exponentials by slot for the steps [begin, end) of one kv head.
+  struct Ahead {
+    int begin = 0, end = 0;
+    int asked = -1;              // step of the last request
+    std::vector<float> weights;  // [kAheadSteps][G][capacity]
+  };
+  static constexpr int kAheadSteps = 8;
+  float* ahead_row(int q_head, int step);
+  void gather_ahead(int kv_head);
+
   const SharedLayer& shared_;
   const Retention& retention_;
   size_t capacity_;
   const SlotTable* table_ = nullptr;
   int step_ = 0;
-  std::vector<float> logits_, norms_, keys_, values_, window_;
-  std::vector<float> attention_, output_;  // [Hq, capacity], [Hq, D]
-  enum Known : char { kUnknown, kGathered, kNormalised };
-  std::vector<Known> has_attention_;  // [Hq]
-  std::vector<char> has_output_;      // [Hq]
+  std::vector<float> logits_, keys_, values_, window_;
+  std::vector<float> output_;                     // [Hq, D]
+  std::vector<std::vector<float>> norms_;         // per kv head that was asked for: by slot
+  std::vector<Ahead> ahead_;                      // [H]
+  std::vector<char> has_attention_, has_output_;  // [Hq]
 };
 
 }  // namespace kvlapse

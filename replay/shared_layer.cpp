@@ -23,10 +23,13 @@ size_t padded(int n) {
   return (static_cast<size_t>(n) + kPad - 1) / kPad * kPad + kPad;
 }
 
+int ring_rows(int window) {
+  return kMetricSteps + (window + kMetricSteps - 1) / kMetricSteps * kMetricSteps;
+}
+
 }  // namespace
 
-SharedLayer::SharedLayer(const RowSource& source, int sequence, int layer, SharedLayerNeeds needs,
-                         int block_rows)
+SharedLayer::SharedLayer(const RowSource& source, int sequence, int layer, SharedLayerNeeds needs)
     : source_(source),
       geometry_(source.geometry()),
       sequence_(source.sequence(sequence)),
@@ -34,8 +37,7 @@ SharedLayer::SharedLayer(const RowSource& source, int sequence, int layer, Share
       layer_(layer),
       n_tokens_(sequence_.n_tokens),
       needs_(needs),
-      block_rows_(block_rows),
-      row_capacity_(block_rows + needs.window),
+      row_capacity_(ring_rows(needs.window)),
       group_(geometry_.group()),
       stride_(padded(n_tokens_)),
       scale_(attention_scale(geometry_.head_dim)) {
@@ -44,12 +46,13 @@ SharedLayer::SharedLayer(const RowSource& source, int sequence, int layer, Share
   values_.resize(static_cast<size_t>(n_kv) * n_tokens_ * dim);
   if (needs_.keys) keys_.resize(values_.size());
   value_l1_.resize(static_cast<size_t>(n_kv) * n_tokens_);
-  queries_.resize(static_cast<size_t>(needs_.all_queries ? n_tokens_ : row_capacity_) * n_q * dim);
+  queries_.resize(static_cast<size_t>(needs_.all_queries ? n_tokens_ : needs.window + kMetricSteps) * n_q *
+                  dim);
   logits_.resize(static_cast<size_t>(n_q) * row_capacity_ * stride_);
-  exps_.resize(static_cast<size_t>(n_q) * block_rows_ * stride_);
-  if (needs_.metrics) token_weights_.resize(exps_.size());
-  if (needs_.metrics) outputs_.resize(static_cast<size_t>(n_q) * block_rows_ * dim);
-  rows_.resize(static_cast<size_t>(n_q) * block_rows_);
+  exps_.resize(static_cast<size_t>(n_q) * kMetricSteps * stride_);
+  token_weights_.resize(exps_.size());
+  if (needs_.outputs) outputs_.resize(static_cast<size_t>(n_q) * kMetricSteps * dim);
+  rows_.resize(static_cast<size_t>(n_q) * kMetricSteps);
 
   std::vector<float> read(static_cast<size_t>(kReadTokens) * n_kv * dim);
   for (int first = 0; first < n_tokens_; first += kReadTokens) {
@@ -72,39 +75,30 @@ SharedLayer::SharedLayer(const RowSource& source, int sequence, int layer, Share
   }
 }
 
-size_t SharedLayer::memory_bytes(const CacheGeometry& g, int n_tokens, SharedLayerNeeds needs,
-                                 int block_rows) {
-  const size_t rows = static_cast<size_t>(block_rows) + needs.window, stride = padded(n_tokens);
+size_t SharedLayer::memory_bytes(const CacheGeometry& g, int n_tokens, SharedLayerNeeds needs) {
+  const size_t rows = static_cast<size_t>(ring_rows(needs.window)), stride = padded(n_tokens);
   size_t floats = static_cast<size_t>(g.n_kv_heads) * g.head_dim * stride * (needs.keys ? 3 : 2);
   floats += static_cast<size_t>(g.n_kv_heads) * stride;
-  if (needs.all_queries) floats += static_cast<size_t>(n_tokens) * g.n_q_heads * g.head_dim;
-  floats += static_cast<size_t>(g.n_q_heads) *
-            (rows + static_cast<size_t>(block_rows) * (needs.metrics ? 2 : 1)) * (stride + g.head_dim);
-  floats += static_cast<size_t>(g.group()) * kMetricSteps * stride;
+  floats += (needs.all_queries ? static_cast<size_t>(n_tokens) : rows) * g.n_q_heads * g.head_dim;
+  floats += static_cast<size_t>(g.n_q_heads) * (rows + 2 * kMetricSteps) * stride;
+  floats += static_cast<size_t>(g.n_q_heads) * kMetricSteps * g.head_dim;
   return floats * sizeof(float) +
-         static_cast<size_t>(g.n_q_heads) * block_rows * (sizeof(AttentionRow) + 256);
+         static_cast<size_t>(g.n_q_heads) * kMetricSteps * (sizeof(AttentionRow) + 256);
 }
 
 void SharedLayer::load(int begin, int end) {
-  assert(end - begin <= block_rows_ && end <= n_tokens_ && begin % kMetricSteps == 0);
+  assert(end - begin <= kMetricSteps && end <= n_tokens_ && begin % kMetricSteps == 0);
   const int first = std::max(0, begin - needs_.window);
   const size_t query_floats = static_cast<size_t>(geometry_.n_q_heads) * geometry_.head_dim;
   int from = first;  // first row to compute
   if (end_ > 0 && begin == end_) {
-    // The window before this block is still here: move it to the front.
-    const int kept = end_ - first;
+    // The queries of the window before this block are still here: move them to the front. Their logits stay.
     if (!needs_.all_queries)
-      std::move(queries_.begin() + static_cast<ptrdiff_t>((first - first_row_) * query_floats),
-                queries_.begin() + static_cast<ptrdiff_t>((end_ - first_row_) * query_floats),
+      std::move(queries_.begin() + static_cast<ptrdiff_t>((first - first_query_) * query_floats),
+                queries_.begin() + static_cast<ptrdiff_t>((end_ - first_query_) * query_floats),
                 queries_.begin());
-    for (int q = 0; q < geometry_.n_q_heads && kept > 0; ++q) {
-      float* rows = logits_.data() + static_cast<size_t>(q) * row_capacity_ * stride_;
-      float* source = rows + static_cast<size_t>(first - first_row_) * stride_;
-      std::move(source, source + static_cast<size_t>(kept) * stride_, rows);
-    }
     from = end_;
   }
-  first_row_ = first;
   begin_ = begin;
   end_ = end;
   first_query_ = needs_.all_queries ? 0 : first;
@@ -120,58 +114,50 @@ void SharedLayer::load_head(int h, int from) {
   const int dim = geometry_.head_dim;
   const auto group = static_cast<size_t>(group_);
   const size_t n_keys = padded(end_) - kPad;
+  // As far as a later step looks back at a row.
+  const size_t seen = std::min(stride_, static_cast<size_t>(end_ + needs_.window + kMetricSteps));
   for (int q = h * group_; q < (h + 1) * group_; ++q) {
-    dense::logits_block(keys_t_.data() + static_cast<size_t>(h) * dim * stride_, stride_, dim,
-                        query(from) + static_cast<size_t>(q) * dim,
-                        static_cast<size_t>(geometry_.n_q_heads) * dim, static_cast<size_t>(end_ - from),
-                        n_keys, scale_, logits_.data() + row_index(q, from) * stride_, stride_);
+    for (int first = from; first < end_;) {
+      const int last =
+          std::min(end_, (first / kMetricSteps + 1) * kMetricSteps);  // the ring's rows up to there touch
+      dense::logits_block(keys_t_.data() + static_cast<size_t>(h) * dim * stride_, stride_, dim,
+                          query(first) + static_cast<size_t>(q) * dim,
+                          static_cast<size_t>(geometry_.n_q_heads) * dim, static_cast<size_t>(last - first),
+                          n_keys, scale_, logits_.data() + row_index(q, first) * stride_, stride_);
+      first = last;
+    }
     for (int t = from; t < end_; ++t) {
       float* row = logits_.data() + row_index(q, t) * stride_;
-      // As far as a later step looks back at this row.
-      const size_t seen = std::min(stride_, static_cast<size_t>(end_) + needs_.window + block_rows_);
       std::fill(row + t + 1, row + seen, -std::numeric_limits<float>::infinity());
     }
   }
 
-  // Rows of one block of metrics, [step * G + g][stride], then laid out as their readers want them.
+  const size_t columns = token_columns(), used = static_cast<size_t>(end_ - begin_) * group;
+  float* rows = exps_.data() + static_cast<size_t>(h) * columns * stride_;
+  for (int t = begin_; t < end_; ++t)
+    for (size_t g = 0; g < group; ++g)
+      summarise(h * group_ + static_cast<int>(g), t,
+                rows + (static_cast<size_t>(t - begin_) * group + g) * stride_);
+  for (size_t m = used; m < columns; ++m) std::fill_n(rows + m * stride_, end_, 0.0f);
+  dense::transpose(rows, stride_, columns, static_cast<size_t>(end_),
+                   token_weights_.data() + static_cast<size_t>(h) * stride_ * columns, columns);
+  if (needs_.outputs) sum_outputs(h);
+}
+
+void SharedLayer::sum_outputs(int h) {
+  const auto dim = static_cast<size_t>(geometry_.head_dim);
   const size_t columns = token_columns();
-  std::vector<float> rows(columns * stride_);
-  for (int first = begin_; first < end_; first += kMetricSteps) {
-    const int last = std::min(end_, first + kMetricSteps);
-    for (int t = first; t < last; ++t)
-      for (size_t g = 0; g < group; ++g)
-        summarise(h * group_ + static_cast<int>(g), t,
-                  rows.data() + (static_cast<size_t>(t - first) * group + g) * stride_);
-    const size_t used = static_cast<size_t>(last - first) * group;
-    for (size_t m = used; m < columns; ++m) std::fill_n(rows.data() + m * stride_, end_, 0.0f);
-    const auto n = static_cast<size_t>(last);
-    for (int t = first; t < last; ++t) {
-      const float* from_rows = rows.data() + static_cast<size_t>(t - first) * group * stride_;
-      float* out = exps_.data() +
-                   (static_cast<size_t>(h) * block_rows_ + static_cast<size_t>(t - begin_)) * stride_ * group;
-      for (size_t i = 0; i < n; ++i)
-        for (size_t g = 0; g < group; ++g) out[i * group + g] = from_rows[g * stride_ + i];
+  std::vector<float> sums(columns * dim);
+  dense::weighted_rows(token_weights(h), columns, columns, nullptr, static_cast<size_t>(end_),
+                       values_.data() + kv_index(h, 0), dim, sums.data());
+  for (int t = begin_; t < end_; ++t)
+    for (int q = h * group_; q < (h + 1) * group_; ++q) {
+      AttentionRow& r = rows_[row_of(q, t)];
+      float* o = outputs_.data() + row_of(q, t) * dim;
+      const float* sum_row = sums.data() + column(q, t) * dim;
+      for (size_t d = 0; d < dim; ++d) o[d] = sum_row[d] / r.total;
+      r.output_norm2 = dot(o, o, dim);
     }
-    if (!needs_.metrics) continue;
-    auto* weights = const_cast<float*>(token_weights(h, first));
-    constexpr size_t kTile = 16;
-    for (size_t tile = 0; tile < n; tile += kTile)
-      for (size_t i = tile; i < std::min(n, tile + kTile); ++i)
-        for (size_t m = 0; m < columns; ++m) weights[i * columns + m] = rows[m * stride_ + i];
-    std::vector<float> sums(columns * static_cast<size_t>(dim));
-    dense::weighted_rows(weights, columns, columns, nullptr, n, values_.data() + kv_index(h, 0),
-                         static_cast<size_t>(dim), sums.data());
-    for (int t = first; t < last; ++t)
-      for (size_t g = 0; g < group; ++g) {
-        const int q = h * group_ + static_cast<int>(g);
-        AttentionRow& r = rows_[row_of(q, t)];
-        float* o = outputs_.data() + row_of(q, t) * static_cast<size_t>(dim);
-        const float* sum_row =
-            sums.data() + (static_cast<size_t>(t - first) * group + g) * static_cast<size_t>(dim);
-        for (int d = 0; d < dim; ++d) o[d] = sum_row[d] / r.total;
-        r.output_norm2 = dot(o, o, static_cast<size_t>(dim));
-      }
-  }
 }
 
 void SharedLayer::summarise(int q, int t, float* e) {
@@ -192,10 +178,14 @@ void SharedLayer::summarise(int q, int t, float* e) {
 
   r.sinks = 0;
   for (size_t i = 0; i < std::min<size_t>(n, kSinkTokens); ++i) r.sinks += e[i];
+  const float inverse = 1.0f / r.total;
   r.newest[0] = 0;
-  for (int j = 1; j <= kFutureHorizon; ++j)
+  r.older = 0;
+  for (int j = 1; j <= kFutureHorizon; ++j) {
     r.newest[j] =
-        r.newest[j - 1] + (static_cast<size_t>(j) <= n ? e[n - static_cast<size_t>(j)] / r.total : 0.0f);
+        r.newest[j - 1] + (static_cast<size_t>(j) <= n ? e[n - static_cast<size_t>(j)] * inverse : 0.0f);
+    r.older += 1.0 - r.newest[j];
+  }
   // E[logit - max] as a sum of e (logit - max) / total; terms with e = 0 vanish.
   r.entropy = std::log(r.total) - (dot(e, logit, n) / r.total - r.max);
 
@@ -206,28 +196,26 @@ void SharedLayer::summarise(int q, int t, float* e) {
     const float norms = std::sqrt(dot(a, a, dim) * dot(b, b, dim));
     r.query_cosine = norms > 0 ? dot(a, b, dim) / norms : 0.0f;
   }
+  find_top(e, n, r);
+}
 
-  r.hot.clear();
-  const float hot = kHotAttention * r.total;
-  for (size_t i = 0; i < n; ++i)
-    if (e[i] > hot) r.hot.push_back(static_cast<int32_t>(i));
+// Candidates are the tokens above a threshold that falls until there are enough.
+void SharedLayer::find_top(const float* e, size_t n, AttentionRow& r) const {
+  constexpr float kFall = 0.0625f, kLeast = 1e-30f;
+  thread_local std::vector<int32_t> candidates;
+  candidates.resize(n);
+  float threshold = kHotAttention * r.total;
+  size_t found = dense::find_above(e, n, threshold, candidates.data());
+  r.hot.assign(candidates.begin(), candidates.begin() + static_cast<ptrdiff_t>(found));
   r.n_top = static_cast<int>(std::min<size_t>(n, kTopK));
-  auto heavier = [&](int32_t a, int32_t b) { return e[a] != e[b] ? e[a] > e[b] : a < b; };
-  if (static_cast<int>(r.hot.size()) >= r.n_top) {
-    std::vector<int32_t> best(r.n_top);
-    std::partial_sort_copy(r.hot.begin(), r.hot.end(), best.begin(), best.end(), heavier);
-    std::copy(best.begin(), best.end(), r.top.begin());
-    return;
-  }
-  int held = 0;
-  float lowest = -1;  // weight of the last entry once the list is full
-  for (size_t i = 0; i < n; ++i) {
-    if (held == r.n_top && !(e[i] > lowest)) continue;
-    int at = held < r.n_top ? held++ : held - 1;
-    for (; at > 0 && e[r.top[at - 1]] < e[i]; --at) r.top[at] = r.top[at - 1];
-    r.top[at] = static_cast<int32_t>(i);
-    lowest = held == r.n_top ? e[r.top[held - 1]] : -1;
-  }
+  const auto wanted = static_cast<size_t>(r.n_top);
+  while (found < wanted && threshold > kLeast)
+    found = dense::find_above(e, n, threshold *= kFall, candidates.data());
+  if (found < wanted) found = dense::find_above(e, n, -1.0f, candidates.data());
+  const auto end = candidates.begin() + static_cast<ptrdiff_t>(found);
+  std::partial_sort(candidates.begin(), candidates.begin() + r.n_top, end,
+                    [&](int32_t a, int32_t b) { return e[a] != e[b] ? e[a] > e[b] : a < b; });
+  std::copy_n(candidates.begin(), r.n_top, r.top.begin());
 }
 
 }  // namespace kvlapse

@@ -3,7 +3,8 @@
 // Computed once, read by any number of configurations. load() is for one thread at a time (it uses the TBB
 // arena it runs in); everything else is const and thread-safe between loads.
 //
-// Memory: [T] keys and values in fp32, and (window + block) rows of Hq x T logits and exponentials.
+// Memory: [T] keys and values in fp32, (window + block) rows of Hq x T logits and two layouts of one block's
+// exponentials.
 #pragma once
 
 #include <array>
@@ -34,21 +35,23 @@ struct AttentionRow {
   std::array<int32_t, kTopK> top{};                // positions of the largest weights
   std::vector<int32_t> hot;                        // positions with a weight above kHotAttention
   std::array<float, kFutureHorizon + 1> newest{};  // newest[j]: weight of the newest j tokens
+  double older = 0;                                // sum over j in [1, kFutureHorizon] of 1 - newest[j]
 };
 
 struct SharedLayerNeeds {
   int window = 0;            // queries before a step whose logits are asked for
   bool all_queries = false;  // queries of every earlier step, not only the window's
   bool keys = false;         // K rows themselves, not only logits
-  bool metrics = true;       // top, hot, newest, entropy and outputs
+  bool metrics = true;       // top, hot, newest and entropy
+  bool outputs = false;      // outputs of the full cache (the metrics make their own: ValueTile)
 };
 
 class SharedLayer {
  public:
-  SharedLayer(const RowSource& source, int sequence, int layer, SharedLayerNeeds needs, int block_rows);
+  SharedLayer(const RowSource& source, int sequence, int layer, SharedLayerNeeds needs);
 
-  // Makes steps [begin, end) current; end - begin <= block_rows, begin a multiple of kMetricSteps. Blocks
-  // ascend and touch.
+  // Makes steps [begin, end) current; end - begin <= kMetricSteps, begin a multiple of it. Blocks ascend and
+  // touch.
   void load(int begin, int end);
   int begin() const { return begin_; }
   int end() const { return end_; }
@@ -63,25 +66,19 @@ class SharedLayer {
   const float* logits(int q_head, int step) const {
     return logits_.data() + row_index(q_head, step) * stride_;
   }
-  // exp(logit - max) of one kv head's group: [T][G], step in [begin, end); 0 after the step.
-  const float* exps(int kv_head, int step) const {
-    return exps_.data() + (static_cast<size_t>(kv_head) * block_rows_ + static_cast<size_t>(step - begin_)) *
-                              stride_ * group_;
-  }
-  float exp_of(int q_head, int step, int pos) const {
-    const auto g = static_cast<size_t>(group_);
-    return exps(q_head / group_, step)[static_cast<size_t>(pos) * g + static_cast<size_t>(q_head) % g];
-  }
-  // The same numbers by token: [T][columns], column (step - first) * G + g, where `first` is the multiple of
-  // kMetricSteps at or below `step`. Only with needs.metrics.
-  const float* token_weights(int kv_head, int step) const {
-    return token_weights_.data() + (static_cast<size_t>(kv_head) * (block_rows_ / kMetricSteps) +
-                                    static_cast<size_t>((step - begin_) / kMetricSteps)) *
-                                       stride_ * token_columns();
+  // exp(logit - max) of one kv head's group: [T][columns], column (step - begin) * G + g; 0 after the step.
+  const float* token_weights(int kv_head) const {
+    return token_weights_.data() + static_cast<size_t>(kv_head) * stride_ * token_columns();
   }
   size_t token_columns() const { return static_cast<size_t>(kMetricSteps) * group_; }
+  size_t column(int q_head, int step) const {
+    return static_cast<size_t>(step - begin_) * group_ + static_cast<size_t>(q_head % group_);
+  }
+  float exp_of(int q_head, int step, int pos) const {
+    return token_weights(q_head / group_)[static_cast<size_t>(pos) * token_columns() + column(q_head, step)];
+  }
   const AttentionRow& row(int q_head, int step) const { return rows_[row_of(q_head, step)]; }
-  // [D] output of the full cache.
+  // [D] output of the full cache. Only with needs.outputs, as AttentionRow::output_norm2.
   const float* output(int q_head, int step) const {
     return outputs_.data() + row_of(q_head, step) * geometry_.head_dim;
   }
@@ -99,17 +96,18 @@ class SharedLayer {
   }
 
   // Bytes of one instance for a sequence of n_tokens.
-  static size_t memory_bytes(const CacheGeometry& geometry, int n_tokens, SharedLayerNeeds needs,
-                             int block_rows);
+  static size_t memory_bytes(const CacheGeometry& geometry, int n_tokens, SharedLayerNeeds needs);
 
  private:
   void load_head(int kv_head, int from);
   void summarise(int q_head, int step, float* exps);
-  size_t row_index(int q_head, int step) const {
-    return static_cast<size_t>(q_head) * row_capacity_ + static_cast<size_t>(step - first_row_);
+  void find_top(const float* exps, size_t n, AttentionRow& row) const;
+  void sum_outputs(int kv_head);
+  size_t row_index(int q_head, int step) const {  // logits are a ring of rows
+    return static_cast<size_t>(q_head) * row_capacity_ + static_cast<size_t>(step % row_capacity_);
   }
   size_t row_of(int q_head, int step) const {
-    return static_cast<size_t>(q_head) * block_rows_ + static_cast<size_t>(step - begin_);
+    return static_cast<size_t>(q_head) * kMetricSteps + static_cast<size_t>(step - begin_);
   }
   size_t kv_index(int kv_head, int pos) const {
     return (static_cast<size_t>(kv_head) * n_tokens_ + pos) * geometry_.head_dim;
@@ -120,19 +118,19 @@ class SharedLayer {
   RowSequence sequence_;
   int sequence_index_, layer_, n_tokens_;
   SharedLayerNeeds needs_;
-  int block_rows_, row_capacity_, group_;
+  int row_capacity_, group_;  // row_capacity_: a multiple of kMetricSteps
   size_t stride_;  // T rounded up to 16, and 16 more so that rows do not fall on the same cache sets
   float scale_;
-  int begin_ = 0, end_ = 0, first_row_ = 0, first_query_ = 0;
+  int begin_ = 0, end_ = 0, first_query_ = 0;
   std::vector<float> keys_t_;         // [H, D, stride]
   std::vector<float> keys_, values_;  // [H, T, D]
   std::vector<float> value_l1_;       // [H, T]
-  std::vector<float> queries_;        // [row_capacity or T, Hq, D]
+  std::vector<float> queries_;        // [window + kMetricSteps or T, Hq, D]
   std::vector<float> logits_;         // [Hq, row_capacity, stride]
-  std::vector<float> exps_;           // [H, block_rows, stride, G]
-  std::vector<float> token_weights_;  // [H, block_rows / kMetricSteps, stride, kMetricSteps * G]
-  std::vector<float> outputs_;        // [Hq, block_rows, D]
-  std::vector<AttentionRow> rows_;    // [Hq, block_rows]
+  std::vector<float> exps_;           // [H, kMetricSteps * G, stride]
+  std::vector<float> token_weights_;  // [H, stride, kMetricSteps * G]
+  std::vector<float> outputs_;        // [Hq, kMetricSteps, D]
+  std::vector<AttentionRow> rows_;    // [Hq, kMetricSteps]
 };
 
 }  // namespace kvlapse

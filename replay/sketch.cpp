@@ -1,21 +1,11 @@
 #include "replay/sketch.h"
 
-#include <bit>
 #include <cmath>
 #include <cstring>
 
 #include "core/base/error.h"
 
 namespace kvlapse {
-
-int Sketch::bin_of(float value) {
-  if (!(value > 0)) return 0;
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const int exponent = static_cast<int>(bits >> 23) - 127;
-  if (exponent < kMinExponent) return 0;
-  if (exponent >= kMaxExponent) return kBins - 1;
-  return 1 + (exponent - kMinExponent) * kPerOctave + static_cast<int>((bits >> 18) & 31u);
-}
 
 double Sketch::middle(int bin) {
   if (bin == 0) return 0;
@@ -36,11 +26,6 @@ uint32_t& Sketch::at(int bin) {
     bins_.resize(static_cast<size_t>(octave + kPerOctave - first_));
   }
   return bins_[static_cast<size_t>(bin - first_)];
-}
-
-void Sketch::add(float value, int64_t count) {
-  at(bin_of(value)) += static_cast<uint32_t>(count);
-  count_ += count;
 }
 
 void Sketch::merge(const Sketch& other) {

@@ -3,6 +3,7 @@
 // order.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -13,7 +14,12 @@ namespace kvlapse {
 
 class Sketch {
  public:
-  void add(float value, int64_t count = 1);
+  void add(float value) {
+    const int bin = bin_of(value);
+    const auto i = static_cast<size_t>(bin - first_);
+    ++(bin >= first_ && i < bins_.size() && bin > 0 ? bins_[i] : at(bin));
+    ++count_;
+  }
   void merge(const Sketch& other);
   int64_t count() const { return count_; }
   // Value below which the share `q` of the numbers lies (the middle of its bin); 0 when empty or in the zero
@@ -28,7 +34,14 @@ class Sketch {
  private:
   static constexpr int kPerOctave = 32, kMinExponent = -40, kMaxExponent = 24;
   static constexpr int kBins = (kMaxExponent - kMinExponent) * kPerOctave + 1;  // bin 0: below 2^kMinExponent
-  static int bin_of(float value);
+  static int bin_of(float value) {
+    if (!(value > 0)) return 0;
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    const int exponent = static_cast<int>(bits >> 23) - 127;
+    if (exponent < kMinExponent) return 0;
+    if (exponent >= kMaxExponent) return kBins - 1;
+    return 1 + (exponent - kMinExponent) * kPerOctave + static_cast<int>((bits >> 18) & 31u);
+  }
   static double middle(int bin);
   uint32_t& at(int bin);
   uint32_t zeros_ = 0;          // bin 0

@@ -14,7 +14,7 @@
 namespace kvlapse {
 
 // Raised when the meaning of any stored number changes; part of every cell's id.
-inline constexpr int kReplayAlgorithm = 1;
+inline constexpr int kReplayAlgorithm = 2;
 
 struct SweepOptions {
   ReplayOptions replay;
