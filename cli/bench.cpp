@@ -11,6 +11,7 @@
 #include "cli/table.h"
 #include "core/base/error.h"
 #include "core/policy/spec.h"
+#include "kernels/choice/gpu.h"
 
 namespace kvlapse::cli {
 namespace {
@@ -20,6 +21,8 @@ struct Options {
   int threads = 0, slots = 4096, batch = 1, context = 4096, budget = 0, runs = 30, steps = 64;
   int q_heads = 8, kv_heads = 4, head_dim = 64;
   int cache_mib = 256;
+  std::string device = "cpu";
+  uint64_t seed = 0;
 };
 
 std::vector<BenchRow> attention(const Options& o) {
@@ -36,7 +39,25 @@ std::vector<BenchRow> attention(const Options& o) {
   return bench_attention(bench, *make_policy(o.policy));
 }
 
+// A folder without weights gets random ones.
+std::vector<BenchRow> decode_on_gpu(const Options& o) {
+  CudaDecodeBench bench;
+  bench.device = parse_device(o.device);
+  bench.context = o.context;
+  bench.batch = o.batch;
+  bench.steps = o.steps;
+  bench.seed = o.seed;
+  if (o.budget > 0) bench.context = o.budget;
+  const std::unique_ptr<Policy> policy = make_policy(o.budget > 0 ? o.policy : "full");
+  const std::filesystem::path path = find_model(o.model);
+  const ModelFiles files = open_model_files(path);
+  if (files.tensors.empty()) return bench_cuda_decode(bench, files.spec, nullptr, *policy);
+  const Model model = load_model(path);
+  return bench_cuda_decode(bench, model.spec, &model.weights.transformer, *policy);
+}
+
 std::vector<BenchRow> decode(const Options& o) {
+  if (o.device != "cpu") return decode_on_gpu(o);
   DecodeBench bench;
   bench.n_threads = o.threads;
   bench.context = o.context;
@@ -144,6 +165,12 @@ void add_bench(CLI::App& app, Context& context) {
   command->add_option("--steps", options->steps, "decode: measured steps")
       ->check(CLI::Range(1, 100000))
       ->capture_default_str();
+  command
+      ->add_option("--device", options->device,
+                   "decode: cpu or cuda[:i]; on a GPU weights and K/V are bf16, random when the model folder "
+                   "holds none, and a budget is the context")
+      ->capture_default_str();
+  command->add_option("--seed", options->seed, "decode on a GPU: of random weights")->capture_default_str();
   command->callback([options, &context] { run(*options, context); });
 }
 

@@ -13,6 +13,7 @@
 #include "cli/model_path.h"
 #include "cli/progress.h"
 #include "cli/table.h"
+#include "kernels/choice/gpu.h"
 #include "trace/gpu_capture.h"
 
 namespace kvlapse::cli {
@@ -79,6 +80,18 @@ Finding check_profiler() {
           state.advice};
 }
 
+// Whether this program decodes on the GPU.
+Finding check_gpu_engine() {
+  const GpuReport report = report_gpu();
+  if (!report.built_in)
+    return {"gpu engine", Finding::State::missing, "this program was built without CUDA",
+            "build with KVLAPSE_CUDA=ON (make cuda); needs nvcc 12.8 or newer"};
+  if (report.found.empty())
+    return {"gpu engine", Finding::State::missing, report.why,
+            "recording runs on the CPU; for CUDA install NVIDIA's driver for CUDA 13 (580 or newer)"};
+  return {"gpu engine", Finding::State::works, report.found, ""};
+}
+
 Finding check_counters() {
   std::ifstream params("/proc/driver/nvidia/params");
   if (!params.is_open())
@@ -121,8 +134,8 @@ std::string_view state_name(Finding::State state) {
 }
 
 std::vector<Finding> examine_machine() {
-  return {check_cpu(),      check_model(),    check_disk(),   check_gpu(),
-          check_profiler(), check_counters(), check_display()};
+  return {check_cpu(),        check_model(),    check_disk(),     check_gpu(),
+          check_gpu_engine(), check_profiler(), check_counters(), check_display()};
 }
 
 void add_doctor(CLI::App& app, Context& context) {

@@ -13,7 +13,7 @@
 #include "core/engine/decode_session.h"
 #include "core/model/prompt.h"
 #include "core/task/task.h"
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/choice/gpu.h"
 #include "trace/gpu_capture.h"
 #include "trace/recorder.h"
 #include "trace/trace_reader.h"
@@ -144,12 +144,10 @@ class Recording {
       : options_(options),
         context_(context),
         model_(load_model(find_model(options.model))),
-        backend_(make_cpu_backend(options.threads)),
+        backend_(make_backend(options.device, options.threads)),
         policy_(make_policy(options.policy)),
         counters_(parse_counters(options.counters)),
         requests_(make_requests(options, model_)) {
-    if (options.device != "cpu")
-      fail("record: --device {}: this program was built without CUDA; expected cpu", options.device);
     if (counters_ != GpuCounters::none && !options.device.starts_with("cuda"))
       fail("record: --counters {}: GPU counters need --device cuda; expected none", options.counters);
     if (policy_->info().evicts && options.budget.empty())
@@ -162,7 +160,7 @@ class Recording {
       session_options_.max_tokens = std::max(session_options_.max_tokens, request.sequence.max_tokens);
     session_options_.kv_dtype = parse_dtype(options.kv_dtype);
     if (session_options_.kv_dtype == DType::f8e4m3)
-      fail("record: --kv-dtype fp8 needs --device cuda; expected fp32, fp16 or bf16");
+      fail("record: --kv-dtype fp8: no engine keeps an fp8 cache; expected fp32, fp16 or bf16");
     session_options_.sampling = {options.temperature, options.top_k, options.top_p};
     session_options_.ignore_eos = options.ignore_eos;
     session_options_.interrupt = &interrupted();

@@ -70,6 +70,16 @@ const EvictionPlan* CacheSite::finish(Pos) {
   return evict(/*prompt_end=*/false);
 }
 
+FusedChoice CacheSite::fused_choice() const {
+  const PolicyInfo& info = policy_.info();
+  const EvictionRule& rule = info.rule;
+  if (info.fused == FusedScore::none || rule.cadence != 1 || rule.reclaim != Reclaim::fill || rule.ragged ||
+      rule.cast != ScoreCast::fp32 || rule.ties != TieOrder::first || !info.score_parts.empty())
+    return {};
+  const Protection protection(context_, rule);
+  return {info.fused, rule.granularity == Granularity::layer, protection.first_free, protection.last_free};
+}
+
 const std::vector<std::vector<Slot>>& CacheSite::select() {
   return evictor_.select(policy_, context_, memory_, state_);
 }

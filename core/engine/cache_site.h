@@ -59,6 +59,9 @@ class CacheSite {
   // What each kv head attends to at the newest token, under a policy that selects.
   const std::vector<std::vector<Slot>>& select();
 
+  // What a backend that attends may decide for the newest token in the policy's stead; score none: nothing.
+  FusedChoice fused_choice() const;
+
   const SlotTable& table() const { return table_; }
   int budget() const { return context_.budget; }  // of this layer
   const EvictionRule& rule() const { return context_.rule; }

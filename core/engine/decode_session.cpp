@@ -80,15 +80,20 @@ struct DecodeSession::Impl {
     for (size_t i = 0; i < rows.size(); ++i) {
       Layer& l = sequences[live[i]].layers[layer];
       l.site.append(rows[i].pos, token_rows(static_cast<int>(i)));
-      attend[i] = {&l.memory.kv(), &l.site.table(), static_cast<int>(i)};
+      attend[i] = {&l.memory.kv(), &l.site.table(), static_cast<int>(i), l.site.fused_choice()};
       l.memory.attended(l.site.table());
     }
     moved += backend.attend(attend);
     mark(StepPhase::attention);
+    if (!backend.queues_steps()) show_rows(layer);
+  }
+
+  // A layer of the step to the observers.
+  void show_rows(int layer) {
     if (options.observers.empty()) return;
     for (size_t i = 0; i < rows.size(); ++i) {
       Layer& l = sequences[live[i]].layers[layer];
-      show(live[i], layer, rows[i].pos, token_rows(static_cast<int>(i)), l);
+      show(live[i], layer, rows[i].pos, host_rows(layer, static_cast<int>(i)), l);
     }
     mark(StepPhase::observe);
   }
@@ -106,6 +111,11 @@ struct DecodeSession::Impl {
 
   TokenRows token_rows(int row) const {
     const Backend::QkvRow r = backend.qkv_row(row);
+    return {r.q, r.k, r.v};
+  }
+
+  TokenRows host_rows(int layer, int row) {
+    const Backend::QkvRow r = backend.host_row(layer, row);
     return {r.q, r.k, r.v};
   }
 
@@ -207,7 +217,7 @@ struct DecodeSession::Impl {
         l.site.append_prompt(rows[i].pos, token, prompt_attention);
         if (prompt_attention) {
           mark(StepPhase::attention);
-          show(index, layer, rows[i].pos, token, l);
+          if (!options.observers.empty()) show(index, layer, rows[i].pos, host_rows(layer, i), l);
           mark(StepPhase::observe);
         }
       }
@@ -216,7 +226,8 @@ struct DecodeSession::Impl {
         l.memory.attended(l.site.table());
         moved += backend.attend_block(l.memory.kv(), begin);
         mark(StepPhase::attention);
-        for (int i = 0; i < n; ++i) show(index, layer, rows[i].pos, token_rows(i), l);
+        if (!options.observers.empty())
+          for (int i = 0; i < n; ++i) show(index, layer, rows[i].pos, host_rows(layer, i), l);
         mark(StepPhase::observe);
       }
       moved += backend.output_and_ffn(layer);
@@ -232,6 +243,7 @@ struct DecodeSession::Impl {
     started = true;
     backend.prepare(weights, std::max(static_cast<int>(sequences.size()), options.prefill_block),
                     options.kv_dtype);
+    backend.keep_rows(!options.observers.empty());
     for (int i = 0; i < static_cast<int>(sequences.size()); ++i) {
       if (interrupted())
         end(i, "interrupted");
@@ -273,9 +285,11 @@ struct DecodeSession::Impl {
       moved += backend.output_and_ffn(layer);
       mark(StepPhase::matmul);
     }
-    evict_rows();
     moved += backend.head(heads);
     mark(StepPhase::head);
+    if (backend.queues_steps())
+      for (int layer = 0; layer < spec.n_layers; ++layer) show_rows(layer);
+    evict_rows();
     choose(live, positions, start);
     return any_live();
   }

@@ -51,6 +51,8 @@ class LiveMemory final : public LayerMemory {
     return store_->window_logits(*table_, q_head, w);
   }
 
+  const Lowest* fused_lowest(int score_row) override { return store_->fused_lowest(score_row); }
+
  private:
   int count_of(int q_head) const { return table_->count(store_->geometry().kv_head_of(q_head)); }
 

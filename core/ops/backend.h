@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "core/base/dtype.h"
+#include "core/base/victim.h"
 #include "core/cache/geometry.h"
 #include "core/cache/slot_table.h"
 #include "core/ops/launch_log.h"
@@ -68,13 +69,18 @@ class KvStore {
   // query.
   virtual std::span<const float> window_queries(int w) = 0;  // [rows, Hq, D]
   virtual std::span<const float> window_logits(const SlotTable& table, int q_head, int w) = 0;  // [rows, n]
+
+  // What AttendRow::choice of the last attention asked for, a row per kv head or one for the layer; null: the
+  // backend leaves the choice to the host.
+  virtual const Lowest* fused_lowest(int /*score_row*/) { return nullptr; }
 };
 
 // Attention of the newest token that `store` was given, over all slots that `table` holds.
 struct AttendRow {
   KvStore* store = nullptr;
   const SlotTable* table = nullptr;
-  int row = -1;  // of the step, whose attention output it becomes; -1: only the store keeps it
+  int row = -1;             // of the step, whose attention output it becomes; -1: only the store keeps it
+  FusedChoice choice = {};  // of a victim, when the backend can
 };
 
 struct SampleRow {
@@ -112,6 +118,14 @@ class Backend {
     const float* v;
   };
   virtual QkvRow qkv_row(int row) const = 0;
+
+  // A backend that queues steps only takes down what a decode step asks for, layer by layer, and runs it all
+  // in head(): what the step computes can be read after that.
+  virtual bool queues_steps() const { return false; }
+  // Whether host_row() will be asked for in decode steps.
+  virtual void keep_rows(bool) {}
+  // Row r's q, k, v of a layer in host memory: of the layer in progress, or of any when steps are queued.
+  virtual QkvRow host_row(int /*layer*/, int row) { return qkv_row(row); }
   virtual OpBytes attend(std::span<const AttendRow> attend) = 0;
   // Causal attention of a prefill block of one sequence: its rows' K/V are stored, nothing was evicted, and
   // row r attends slots [0, first_slots + r]. The store keeps nothing of it. Same bits as attend() token by

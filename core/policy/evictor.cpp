@@ -93,13 +93,14 @@ const EvictionPlan* Evictor::decide(const Policy& policy, const LayerContext& at
     return nullptr;
 
   policy_ = info.name;
+  const bool fused = !prompt_end && rule.reclaim == Reclaim::fill && inputs.fused_lowest(0) != nullptr;
   scores_.reset(n_rows, static_cast<int>(info.score_parts.size()), counts_);
   LayerContext context = at;
   context.rule = rule;
   CheckedInputs checked(inputs, info);
   if (prompt_end)
     policy.score_prompt(context, checked, state, scores_);
-  else
+  else if (!fused)
     policy.score(context, checked, state, scores_);
 
   plan_.step = at.step;
@@ -110,8 +111,17 @@ const EvictionPlan* Evictor::decide(const Policy& policy, const LayerContext& at
   plan_.threshold.assign(n_rows, kInfinity);
   if (rule.reclaim == Reclaim::fill) {
     plan_.keep.clear();
-    for (int r = 0; r < n_rows; ++r)
-      if (counts_[r] > target) choose_lowest(context, rule, r, shared ? kWholeLayer : r);
+    for (int r = 0; r < n_rows; ++r) {
+      if (counts_[r] <= target) continue;
+      const int kv_head = shared ? kWholeLayer : r;
+      if (!fused) {
+        choose_lowest(context, rule, r, kv_head);
+      } else {
+        const Lowest& lowest = *inputs.fused_lowest(r);
+        if (lowest.has_nan) fail_nan(context, r, std::max(lowest.slot, 0));
+        take_lowest(context, r, kv_head, lowest, lowest.score);
+      }
+    }
   } else {
     plan_.keep.resize(n_heads);
     choose_many(context, rule);
@@ -165,10 +175,15 @@ void Evictor::choose_lowest(const LayerContext& at, const EvictionRule& rule, in
   if (lowest.has_nan)
     for (size_t s = 0; s < scores.size(); ++s)
       if (std::isnan(scores[s]) && !protection.holds(positions[s])) fail_nan(at, row, static_cast<int>(s));
+  take_lowest(at, row, kv_head, lowest, lowest.slot < 0 ? 0 : scores_.row(row)[lowest.slot]);
+}
+
+// `score`: the victim's, before any cast.
+void Evictor::take_lowest(const LayerContext& at, int row, int kv_head, const Lowest& lowest, float score) {
   if (lowest.slot < 0)
     fail("policy {}: step {}, layer {}: all {} held tokens are protected", policy_, raw(at.step), at.layer,
          counts_[row]);
-  Drop drop{kv_head, Slot{lowest.slot}, positions[lowest.slot], scores_.row(row)[lowest.slot], {}};
+  Drop drop{kv_head, Slot{lowest.slot}, at.positions(row)[lowest.slot], score, {}};
   for (int p = 0; p < scores_.n_parts(); ++p) drop.parts[p] = scores_.part(p, row)[lowest.slot];
   plan_.threshold[row] = lowest.next;
   plan_.near_ties += near_tie(lowest.score, lowest.next);

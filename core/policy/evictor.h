@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "core/policy/lowest.h"
 #include "core/policy/plan.h"
 
 namespace kvlapse {
@@ -55,6 +56,7 @@ class Evictor {
   };
 
   void choose_lowest(const LayerContext& at, const EvictionRule& rule, int row, int kv_head);
+  void take_lowest(const LayerContext& at, int row, int kv_head, const Lowest& lowest, float score);
   void choose_many(const LayerContext& at, const EvictionRule& rule);
   void collect(const LayerContext& at, const EvictionRule& rule);
   void split_drops(const LayerContext& at, const EvictionRule& rule);

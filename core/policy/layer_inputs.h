@@ -7,6 +7,7 @@
 #include <span>
 
 #include "core/base/position.h"
+#include "core/base/victim.h"
 #include "core/cache/geometry.h"
 #include "core/cache/slot_table.h"
 
@@ -55,6 +56,10 @@ class LayerInputs {
   virtual std::span<const float> window_queries(int w) = 0;  // [rows, Hq, D]
   // Their logits against the held keys; -inf where the key is newer than the query.
   virtual std::span<const float> window_logits(int q_head, int w) = 0;  // [rows, n]
+
+  // The lowest scores of a decision's row, where whoever holds K and V has found them itself by the policy's
+  // FusedScore; null: the policy's own scores decide.
+  virtual const Lowest* fused_lowest(int /*score_row*/) { return nullptr; }
 };
 
 // What an oracle may read: full-cache attention of the steps (step, step + horizon] of a finished trace, mean

@@ -6,15 +6,9 @@
 #include <span>
 
 #include "core/base/position.h"
+#include "core/base/victim.h"
 
 namespace kvlapse {
-
-struct Lowest {
-  float score = 0;  // +inf: no candidate
-  float next = 0;   // second lowest, equal to `score` when two tie; +inf: no second candidate
-  int slot = -1;    // first (or last) slot with `score`; -1: no candidate
-  bool has_nan = false;
-};
 
 // Candidates are the slots whose position lies in [first_free, last_free].
 Lowest find_lowest(std::span<const float> scores, std::span<const Pos> positions, int first_free,

@@ -81,6 +81,7 @@ struct PolicyInfo {
   int workspace_floats_per_slot = 0;          // beyond state columns, for memory accounting
   bool pairwise_similarity = false;           // the reference builds a slots x slots matrix per kv head
   std::vector<std::string_view> score_parts;  // named parts of the score, at most 2
+  FusedScore fused = FusedScore::none;        // what a device may compute in the policy's stead
   bool evicts = true;                         // false: full, and policies that select
   // Holds every token and attends, at each step, to the `budget` of highest score per kv head: memory is not
   // reduced. Replay only.

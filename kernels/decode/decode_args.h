@@ -15,6 +15,8 @@
 
 #include <cstdint>
 
+#include "core/base/victim.h"
+
 namespace kvlapse {
 
 inline constexpr int kMaxDecodeSplits = 16;
@@ -26,15 +28,6 @@ inline constexpr int kMaxDecodeStages = 16;
 inline constexpr int kDecodeSmallBytes = 1984;  // barriers and exchange buffers behind the ring
 inline constexpr int kDecodeOutputPad =
     4;  // floats between heads of the output reduction, against bank conflicts
-
-// What a slot's score is made of, p its probability in this step, summed over the query heads that decide.
-enum class FusedScore : uint8_t {
-  none,                      // plain attention, no victim
-  attention,                 // p (TOVA)
-  contribution,              // p * ||v||_1 (LongFlow)
-  accumulated,               // sum of p over the steps since the slot was written (H2O)
-  accumulated_contribution,  // that, * ||v||_1 (VATP)
-};
 
 constexpr bool score_uses_norm(FusedScore s) {
   return s == FusedScore::contribution || s == FusedScore::accumulated_contribution;

@@ -81,6 +81,7 @@ PolicyInfo longflow_info() {
   info.rule.granularity = Granularity::layer;
   info.signals = Signal::attention | Signal::value_l1 | Signal::query_window;
   info.query_window = kPromptWindow;
+  info.fused = FusedScore::contribution;
   return info;
 }
 

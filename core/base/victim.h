@@ -1,0 +1,33 @@
+// What a backend that chooses a step's victim itself is told and answers (the fused decode step). The host's
+// policy stays the definition; a backend that cannot compute a score leaves the choice to it.
+#pragma once
+
+#include <cstdint>
+
+namespace kvlapse {
+
+// What a slot's score is made of, p its probability in this step, summed over the query heads that decide.
+enum class FusedScore : uint8_t {
+  none,                      // plain attention, no victim
+  attention,                 // p (TOVA)
+  contribution,              // p * ||v||_1 (LongFlow)
+  accumulated,               // sum of p over the steps since the slot was written (H2O)
+  accumulated_contribution,  // that, * ||v||_1 (VATP)
+};
+
+// The two lowest scores among the slots of a head, or of a layer that shares its victim, that may be evicted.
+struct Lowest {
+  float score = 0;  // +inf: no candidate
+  float next = 0;   // second lowest, equal to `score` when two tie; +inf: no second candidate
+  int slot = -1;    // first (or last) slot with `score`; -1: no candidate
+  bool has_nan = false;
+};
+
+// Which victim of a step is asked for: positions below first_free or above last_free are protected.
+struct FusedChoice {
+  FusedScore score = FusedScore::none;
+  bool shared = false;  // one victim for the layer's heads
+  int first_free = 0, last_free = 0;
+};
+
+}  // namespace kvlapse

@@ -1,0 +1,44 @@
+// The GPU as the command line sees it. A build without CUDA has the same functions: they say so in one line.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "core/model/model_spec.h"
+#include "core/ops/backend.h"
+#include "core/policy/policy.h"
+#include "kernels/cpu/bench/bench.h"
+
+namespace kvlapse {
+
+// "cpu", or "cuda[:i]": the index of the GPU, -1 for the CPU. Throws UsageError otherwise.
+int parse_device(const std::string& text);
+
+// Backend on GPU `index`, with the CPU's results bit for bit. Throws Error: built without CUDA, no driver, no
+// such GPU.
+std::unique_ptr<Backend> make_cuda_backend(int index);
+// On `device` as parse_device reads it; n_threads is the CPU's.
+std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads);
+
+// One row: a step of the fast decoder (bf16 weights and K/V, one CUDA graph) against the time in which its
+// weights and K/V can be read, at the read ceiling that the same run measures first. The policy is `full`, or
+// one that the fused step serves, at a budget of `context` slots.
+struct CudaDecodeBench {
+  int device = 0;
+  int context = 4096;  // tokens held when the first measured step begins
+  int batch = 1;
+  int steps = 32;
+  uint64_t seed = 0;  // of random weights and cache
+};
+std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const ModelSpec& spec,
+                                        const TransformerWeights* weights, const Policy& policy);
+
+struct GpuReport {
+  bool built_in = false;  // this program has CUDA
+  std::string
+      found;        // "NVIDIA H100 80GB HBM3, compute capability 9.0, 79.1 GiB, CUDA 13.0"; "" when unusable
+  std::string why;  // not usable
+};
+GpuReport report_gpu();
+
+}  // namespace kvlapse

@@ -1,0 +1,167 @@
+#include "kernels/cuda/cuda_device.h"
+
+#include <fmt/format.h>
+
+#include <map>
+
+#include "core/base/error.h"
+#include "kernels/choice/gpu.h"
+#include "kernels/cuda/device_memory.h"
+#include "kernels/cuda/exact_launch.h"
+#include "kernels/gpu/gpu_backend.h"
+
+namespace kvlapse {
+namespace {
+
+constexpr double kGiB = 1024.0 * 1024 * 1024;
+
+std::string version_text(int version) {
+  return fmt::format("{}.{}", version / 1000, version % 1000 / 10);
+}
+
+class CudaDevice final : public DeviceApi {
+ public:
+  explicit CudaDevice(int index) {
+    use_gpu(index);
+    cudaDeviceProp properties{};
+    int driver = 0;
+    KVLAPSE_CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
+    KVLAPSE_CUDA_CHECK(cudaDriverGetVersion(&driver));
+    description_ = fmt::format("cuda:{} {}, driver API {}", index, properties.name, version_text(driver));
+    stream_ = std::make_unique<Stream>();
+  }
+
+  std::string describe() const override { return description_; }
+
+  void* allocate(size_t bytes) override {
+    void* memory = nullptr;
+    const cudaError_t error = cudaMalloc(&memory, bytes);
+    if (error == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      size_t available = 0, total = 0;
+      KVLAPSE_CUDA_CHECK(cudaMemGetInfo(&available, &total));
+      fail("{}: memory: expected {:.2f} GiB more, found {:.2f} of {:.2f} GiB free", description_,
+           static_cast<double>(bytes) / kGiB, static_cast<double>(available) / kGiB,
+           static_cast<double>(total) / kGiB);
+    }
+    KVLAPSE_CUDA_CHECK(error);
+    KVLAPSE_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream_->get()));
+    return memory;
+  }
+  void release(void* memory) override { KVLAPSE_CUDA_LOG(cudaFree(memory)); }
+  void* allocate_host(size_t bytes) override {
+    void* memory = nullptr;
+    KVLAPSE_CUDA_CHECK(cudaMallocHost(&memory, bytes));
+    return memory;
+  }
+  void release_host(void* memory) override { KVLAPSE_CUDA_LOG(cudaFreeHost(memory)); }
+
+  // Copies from pageable memory return once it was staged.
+  void upload(void* to, const void* from, size_t bytes) override {
+    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_->get()));
+    if (pinned(from)) synchronize();
+  }
+  void download(void* to, const void* from, size_t bytes) override {
+    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_->get()));
+    synchronize();
+  }
+  void download_later(void* to, const void* from, size_t bytes) override {
+    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_->get()));
+  }
+  void upload_later(void* to, const void* from, size_t bytes) override {
+    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_->get()));
+  }
+  void synchronize() override { stream_->synchronize(); }
+
+  void launch(const exact::EmbedArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::NormArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::MatmulArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::FinishQkvArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::StoreArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::LogitsArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::SoftmaxArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::ValuesArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::SumChunksArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::SiluArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::ChooseArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::VictimArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::GatherArgs& a) override { launch_exact(stream_->get(), a); }
+
+  void run_graph(uint64_t key, const std::function<void()>& record) override {
+    std::unique_ptr<Graph>& graph = graphs_[key];
+    if (!graph) graph = std::make_unique<Graph>(*stream_, record);
+    graph->launch(*stream_);
+  }
+  void forget_graphs() override {
+    synchronize();
+    graphs_.clear();
+  }
+
+ private:
+  // Whether the copy engine reads `memory` itself, after the call has returned.
+  static bool pinned(const void* memory) {
+    cudaPointerAttributes attributes{};
+    KVLAPSE_CUDA_CHECK(cudaPointerGetAttributes(&attributes, memory));
+    return attributes.type == cudaMemoryTypeHost;
+  }
+
+  std::string description_;
+  std::unique_ptr<Stream> stream_;
+  std::map<uint64_t, std::unique_ptr<Graph>> graphs_;
+};
+
+// How many GPUs answer; `why` says what is wrong when none does.
+int count_gpus(std::string& why) {
+  int n = 0;
+  const cudaError_t error = cudaGetDeviceCount(&n);
+  if (error == cudaSuccess && n > 0) return n;
+  cudaGetLastError();
+  why = error == cudaErrorInsufficientDriver   ? "no NVIDIA driver that serves CUDA 13.0 was found"
+        : error == cudaErrorNoDevice || n == 0 ? "no CUDA device was found"
+                                               : cudaGetErrorString(error);
+  return 0;
+}
+
+}  // namespace
+
+void use_gpu(int index) {
+  std::string why;
+  const int n = count_gpus(why);
+  if (n == 0) fail("--device cuda:{}: {}", index, why);
+  if (index >= n) fail("--device cuda:{}: expected an index below {}, the GPUs of this machine", index, n);
+  KVLAPSE_CUDA_CHECK(cudaSetDevice(index));
+  check_exact_kernels();
+}
+
+std::unique_ptr<DeviceApi> make_cuda_device(int index) {
+  return std::make_unique<CudaDevice>(index);
+}
+
+std::unique_ptr<Backend> make_cuda_backend(int index) {
+  return std::make_unique<GpuBackend>(make_cuda_device(index));
+}
+
+GpuReport report_gpu() {
+  GpuReport report;
+  report.built_in = true;
+  const int n = count_gpus(report.why);
+  if (n == 0) return report;
+  try {
+    use_gpu(0);
+    cudaDeviceProp properties{};
+    int driver = 0;
+    size_t available = 0, total = 0;
+    KVLAPSE_CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
+    KVLAPSE_CUDA_CHECK(cudaDriverGetVersion(&driver));
+    KVLAPSE_CUDA_CHECK(cudaMemGetInfo(&available, &total));
+    report.found = fmt::format("{} x {}, compute capability {}.{}, {:.1f} of {:.1f} GiB free, driver API {}",
+                               n, properties.name, properties.major, properties.minor,
+                               static_cast<double>(available) / kGiB, static_cast<double>(total) / kGiB,
+                               version_text(driver));
+  } catch (const Error& error) {
+    report.why = error.what();
+  }
+  return report;
+}
+
+}  // namespace kvlapse

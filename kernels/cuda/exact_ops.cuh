@@ -1,0 +1,18 @@
+// Number conversions that the exact kernels use beside device_ops.cuh.
+#pragma once
+
+#include "kernels/cuda/device_ops.cuh"
+
+namespace kvlapse::device {
+
+KVLAPSE_DEVICE float bits_float(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+KVLAPSE_DEVICE float half_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+KVLAPSE_DEVICE uint16_t float_to_half(float value) {
+  return __half_as_ushort(__float2half_rn(value));
+}
+
+}  // namespace kvlapse::device

@@ -1,0 +1,71 @@
+// GraphDecoder: the fast decode step: bf16 weights and K/V, fp32 sums in whatever order is fast, attention
+// with the fused step (append, attend, score, next victim), the whole step of all layers one CUDA graph in
+// which each chosen token feeds the next step, so that nothing waits for the host. Matrix products: cuBLASLt
+// for batches above kGemvMostRows, own matrix-vector kernels below, or when cuBLASLt is not found.
+//
+// Results agree with the exact backend within rounding, not bit for bit. Weights come from a model, or are
+// random by seed, made on the device. One thread; the current device.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/ops/weights.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/decode/decode_args.h"
+
+namespace kvlapse {
+
+struct DecoderShape {
+  int n_layers = 0, n_vocab = 0, width = 0, ffn_width = 0;
+  int n_q_heads = 0, n_kv_heads = 0, head_dim = 0;
+  float norm_eps = 1e-6f;
+  bool qk_norm = false, qkv_bias = false, tied = false;
+  RopeTable rope;
+};
+DecoderShape shape_of(const TransformerWeights& weights);
+
+struct GraphDecoderOptions {
+  int batch = 1;
+  int n_slots = 0;                      // capacity of a kv head
+  int n_positions = 0;                  // at most so many tokens
+  FusedScore score = FusedScore::none;  // none: every token is kept and n_slots must hold them
+  bool shared = false;                  // a layer's heads share their victim
+  int recent = 1;                       // newest tokens that are no victims
+};
+
+class GraphDecoder {
+ public:
+  // Random weights of deviation 1 / sqrt(columns). Throws Error: shape without a kernel, memory.
+  GraphDecoder(const DecoderShape& shape, const GraphDecoderOptions& options, uint64_t seed);
+  // A model's weights, rounded to bf16.
+  GraphDecoder(const TransformerWeights& weights, const GraphDecoderOptions& options);
+  ~GraphDecoder();
+  GraphDecoder(const GraphDecoder&) = delete;
+  GraphDecoder& operator=(const GraphDecoder&) = delete;
+
+  // Every sequence holds `tokens` tokens of random K and V; the next one stands at that position.
+  void fill_cache(int tokens, uint64_t seed);
+  // The tokens that the next step feeds, [B]; the step's own choice otherwise.
+  void set_tokens(const std::vector<int32_t>& tokens);
+  // Queues n steps.
+  void run(int n);
+  // Milliseconds of each of n steps, measured one by one on the device.
+  std::vector<double> time_steps(int n);
+  // Tokens that the last step chose, [B]; waits for it.
+  std::vector<int32_t> tokens();
+  std::vector<float> logits();  // [B, V] of the last step
+
+  uint64_t weight_bytes() const;  // that a step reads; the embedding's rows aside
+  uint64_t kv_bytes() const;      // that the next step reads
+  std::string products() const;   // what multiplies: "gemv", "cublasLt"
+  int n_splits() const;
+  std::vector<LaunchRecord> launches();  // of one step, with the bytes that each should move
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvlapse

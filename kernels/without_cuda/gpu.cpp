@@ -1,0 +1,24 @@
+// What a build without CUDA answers.
+#include "kernels/choice/gpu.h"
+
+#include "core/base/error.h"
+
+namespace kvlapse {
+
+std::unique_ptr<Backend> make_cuda_backend(int index) {
+  fail(
+      "--device cuda:{}: this program was built without CUDA; expected cpu (or a build with KVLAPSE_CUDA=ON)",
+      index);
+}
+
+std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const ModelSpec&,
+                                        const TransformerWeights*, const Policy&) {
+  make_cuda_backend(bench.device);
+  return {};
+}
+
+GpuReport report_gpu() {
+  return {};
+}
+
+}  // namespace kvlapse

@@ -1,0 +1,85 @@
+// The GPU backend's text and bookkeeping without a GPU: the same session on the CPU and on the emulated
+// device must agree bit for bit, tokens, logits, victims and what observers are shown.
+#include "kernels/gpu/gpu_backend.h"
+
+#include <gtest/gtest.h>
+
+#include "core/base/error.h"
+#include "kernels/choice/gpu.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/support/kernels/emulated_gpu.h"
+#include "tests/support/kernels/session_cases.h"
+
+namespace kvlapse {
+namespace {
+
+class GpuBackendPolicies : public testing::TestWithParam<SessionCase> {};
+
+TEST_P(GpuBackendPolicies, EmulatedIsTheCpuBitForBit) {
+  const Model model = load_model(KVLAPSE_TEST_DATA "/tiny_qwen3");
+  EmulatedGpuCounts counts;
+  GpuBackend gpu(make_emulated_gpu(&counts));
+  const std::unique_ptr<Backend> cpu = make_cpu_backend(2);
+  const SessionWitness expected = run_session(*cpu, model, GetParam());
+  expect_same_session(run_session(gpu, model, GetParam()), expected, GetParam().policy);
+  EXPECT_EQ(expected.plans.empty(), !make_policy(GetParam().policy)->info().evicts);
+  EXPECT_EQ(counts.graphs_captured, 2);  // two rows, then one
+  EXPECT_EQ(counts.graphs_run, 5);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Policies, GpuBackendPolicies,
+    testing::Values(SessionCase{"full", "100%", DType::f32, 0, true},
+                    SessionCase{"longflow", "8", DType::f32},
+                    SessionCase{"longflow:granularity=kv_head:recent=3", "7", DType::f16},
+                    SessionCase{"random", "7", DType::bf16, 0.8}, SessionCase{"h2o", "8", DType::f16},
+                    SessionCase{"rkv:cadence=4:window=2", "8", DType::f32}),
+    [](const auto& i) { return "case" + std::to_string(i.index); });
+
+// Odd widths, groups, types, biases: what the built-in model does not have.
+TEST(GpuBackendShapes, EmulatedIsTheCpuBitForBit) {
+  const RandomModelShape shapes[] = {
+      {1, 33, 24, 40, 8, 1, 10, TensorType::f32, false, true, false},
+      {1, 20, 40, 24, 3, 3, 34, TensorType::f16, true, false, true},
+  };
+  for (const RandomModelShape& shape : shapes) {
+    const Model model = random_model(shape, 5);
+    GpuBackend gpu(make_emulated_gpu());
+    const std::unique_ptr<Backend> cpu = make_cpu_backend(2);
+    const SessionCase c{"longflow", "8", DType::f16, 0, true, 5};
+    expect_same_session(run_session(gpu, model, c), run_session(*cpu, model, c),
+                        "head_dim " + std::to_string(shape.head_dim));
+  }
+}
+
+// The device's own victims spare the download of attention weights.
+TEST(GpuBackendVictims, NothingButTheChoiceIsDownloadedInAStep) {
+  const Model model = load_model(KVLAPSE_TEST_DATA "/tiny_qwen3");
+  const std::unique_ptr<Policy> policy = make_policy("longflow");
+  EmulatedGpuCounts counts;
+  GpuBackend gpu(make_emulated_gpu(&counts));
+  SessionOptions options;
+  options.policy = policy.get();
+  options.budget = parse_budget("8");
+  options.max_tokens = 5;
+  options.ignore_eos = true;
+  DecodeSession session(gpu, model, options);
+  session.add_sequence({.prompt = {1, 2, 3, 4, 5, 6, 7}, .seed = 0, .teacher = {}, .max_tokens = 0});
+  session.step();
+  session.step();
+  const int before = counts.downloads;
+  session.step();
+  EXPECT_EQ(counts.downloads, before + 1);
+  EXPECT_GT(session.sequence(0).evictions, 0);
+}
+
+TEST(Device, NamesAreReadOrRefused) {
+  EXPECT_EQ(parse_device("cpu"), -1);
+  EXPECT_EQ(parse_device("cuda"), 0);
+  EXPECT_EQ(parse_device("cuda:3"), 3);
+  for (const char* wrong : {"", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda1"})
+    EXPECT_THROW(parse_device(wrong), UsageError) << wrong;
+}
+
+}  // namespace
+}  // namespace kvlapse

@@ -1,0 +1,93 @@
+#include "tests/support/kernels/emulated_gpu.h"
+
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+#include <set>
+#include <vector>
+
+#include "core/base/error.h"
+#include "tests/support/kernels/emulated_device.h"
+
+namespace kvlapse::device {
+
+inline float bits_float(uint32_t bits) {
+  return std::bit_cast<float>(bits);
+}
+inline float half_to_float(uint16_t bits) {
+  return f16_to_f32(bits);
+}
+inline uint16_t float_to_half(float value) {
+  return f32_to_f16(value);
+}
+
+}  // namespace kvlapse::device
+// After the emulator, which stands for the device's operations.
+#include "kernels/gpu/exact_kernels.cuh"
+
+namespace kvlapse {
+namespace {
+
+class EmulatedGpu final : public DeviceApi {
+ public:
+  explicit EmulatedGpu(EmulatedGpuCounts* counts) : counts_(counts ? counts : &own_) {}
+  std::string describe() const override { return "cuda emulated"; }
+  void* allocate(size_t bytes) override { return std::calloc(bytes + 256, 1); }
+  void release(void* memory) override { std::free(memory); }
+  void* allocate_host(size_t bytes) override { return std::calloc(bytes + 1, 1); }
+  void release_host(void* memory) override { std::free(memory); }
+  void upload(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void download(void* to, const void* from, size_t bytes) override {
+    ++counts_->downloads;
+    std::memcpy(to, from, bytes);
+  }
+  void download_later(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void upload_later(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void synchronize() override {}
+
+  void launch(const exact::EmbedArgs& a) override { run(a); }
+  void launch(const exact::NormArgs& a) override { run(a); }
+  void launch(const exact::MatmulArgs& a) override { run(a); }
+  void launch(const exact::FinishQkvArgs& a) override { run(a); }
+  void launch(const exact::StoreArgs& a) override { run(a); }
+  void launch(const exact::LogitsArgs& a) override { run(a); }
+  void launch(const exact::SoftmaxArgs& a) override { run(a); }
+  void launch(const exact::ValuesArgs& a) override { run(a); }
+  void launch(const exact::SumChunksArgs& a) override { run(a); }
+  void launch(const exact::SiluArgs& a) override { run(a); }
+  void launch(const exact::ChooseArgs& a) override { run(a); }
+  void launch(const exact::VictimArgs& a) override { run(a); }
+  void launch(const exact::GatherArgs& a) override { run(a); }
+
+  void run_graph(uint64_t key, const std::function<void()>& record) override {
+    counts_->graphs_captured += keys_.insert(key).second;
+    ++counts_->graphs_run;
+    record();
+  }
+  void forget_graphs() override { keys_.clear(); }
+
+ private:
+  template <class Args>
+  void run(const Args& args) {
+    device::EmulatedLaunch launch;
+    launch.n_threads = exact::kThreads;
+    launch.smem_bytes = exact::kSharedBytes;
+    for (int block = 0; block < args.n_blocks(); ++block) {
+      launch.seed = seed_++;
+      device::run_emulated(launch, [&](unsigned char* shared) { exact::run(args, block, shared); });
+    }
+  }
+
+  EmulatedGpuCounts own_;
+  EmulatedGpuCounts* counts_;
+  std::set<uint64_t> keys_;
+  uint64_t seed_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<DeviceApi> make_emulated_gpu(EmulatedGpuCounts* counts) {
+  return std::make_unique<EmulatedGpu>(counts);
+}
+
+}  // namespace kvlapse

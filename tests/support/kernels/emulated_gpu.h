@@ -1,0 +1,21 @@
+// A DeviceApi without a GPU: device memory is host memory, a launch runs the kernels' own text in the
+// emulator of emulated_device.h, block after block. Nothing is queued, so it cannot find a missing
+// synchronisation.
+#pragma once
+
+#include <memory>
+
+#include "kernels/gpu/device_api.h"
+
+namespace kvlapse {
+
+// Counts of what was asked for, by the last device made.
+struct EmulatedGpuCounts {
+  int graphs_captured = 0;  // keys seen
+  int graphs_run = 0;
+  int downloads = 0;
+};
+
+std::unique_ptr<DeviceApi> make_emulated_gpu(EmulatedGpuCounts* counts = nullptr);
+
+}  // namespace kvlapse
