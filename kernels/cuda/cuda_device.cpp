@@ -130,7 +130,11 @@ void use_gpu(int index) {
   if (n == 0) fail("--device cuda:{}: {}", index, why);
   if (index >= n) fail("--device cuda:{}: expected an index below {}, the GPUs of this machine", index, n);
   KVLAPSE_CUDA_CHECK(cudaSetDevice(index));
-  check_exact_kernels();
+  if (has_exact_kernels()) return;
+  cudaDeviceProp properties{};
+  KVLAPSE_CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
+  fail("cuda:{} {}: compute capability: expected 8.0 or 9.0, found {}.{}", index, properties.name,
+       properties.major, properties.minor);
 }
 
 std::unique_ptr<DeviceApi> make_cuda_device(int index) {

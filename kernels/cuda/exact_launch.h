@@ -6,8 +6,8 @@
 
 namespace kvlapse {
 
-// Throws Error when this build has no kernels for the current device.
-void check_exact_kernels();
+// Whether this build has kernels for the current device.
+bool has_exact_kernels();
 
 void launch_exact(cudaStream_t stream, const exact::EmbedArgs& args);
 void launch_exact(cudaStream_t stream, const exact::NormArgs& args);

@@ -8,9 +8,7 @@ namespace kvlapse {
 namespace {
 
 constexpr int kGemvThreads = 256, kGemvWarps = kGemvThreads / 32;
-constexpr int kGemvBlocksPerMultiprocessor = 2;
 constexpr int kRowsAtOnce = 2;   // matrix rows of a warp
-constexpr int kChunksAhead = 4;  // 16-byte loads of a lane in flight for each of them
 constexpr int kLaneColumns = 8;  // of one such load
 constexpr int kWarpColumns = 32 * kLaneColumns;
 
@@ -35,15 +33,58 @@ __device__ __forceinline__ float silu(float g) {
   return g / (1.0f + __expf(-g));
 }
 
-// Two planes of float4 for conflict-free reads of eight neighbouring columns by a lane: columns 8i .. 8i+3 in
-// the first, 8i+4 .. 8i+7 in the second.
-__device__ __forceinline__ int plane_index(int column, int columns) {
-  return (column / 4 % 2) * (columns / 2) + column / 8 * 4 + column % 4;
+__device__ __forceinline__ void ask_into_l2(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes)
+               : "memory");
+#endif
 }
 
-template <int kRows>
-__global__ void __launch_bounds__(kGemvThreads, kGemvBlocksPerMultiprocessor)
-    gemv_kernel(const __grid_constant__ GemvArgs a) {
+constexpr uint32_t kPrefetchBlockBytes = 64 * 1024, kPrefetchPieceBytes = 8 * 1024;
+int64_t prefetch_blocks(const PrefetchArgs& a) {
+  return static_cast<int64_t>((a.bytes + kPrefetchBlockBytes - 1) / kPrefetchBlockBytes);
+}
+// True for a block beyond the kernel's own, which then has nothing else to do.
+__device__ __forceinline__ bool is_prefetch_block(const PrefetchArgs& a, int n_own_blocks) {
+  if (static_cast<int>(blockIdx.x) < n_own_blocks) return false;
+  const uint64_t at =
+      static_cast<uint64_t>(static_cast<int>(blockIdx.x) - n_own_blocks) * kPrefetchBlockBytes +
+      uint64_t{threadIdx.x} * kPrefetchPieceBytes;
+  if (threadIdx.x < kPrefetchBlockBytes / kPrefetchPieceBytes && at < a.bytes) {
+    const uint64_t left = a.bytes - at;
+    ask_into_l2(static_cast<const char*>(a.data) + at,
+                left < kPrefetchPieceBytes ? static_cast<uint32_t>(left) : kPrefetchPieceBytes);
+  }
+  return true;
+}
+
+__device__ __forceinline__ float low_half(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+__device__ __forceinline__ float high_half(uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
+}
+__device__ __forceinline__ float squares(float4 v) {
+  return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+}
+__device__ __forceinline__ float4 scaled(float4 v, float factor, float4 weight) {
+  return make_float4(v.x * factor * weight.x, v.y * factor * weight.y, v.z * factor * weight.z,
+                     v.w * factor * weight.w);
+}
+
+// A row of activations lies in two planes of float4, so that a lane reads eight neighbouring columns without
+// bank conflicts: columns 8i .. 8i+3 in the first, 8i+4 .. 8i+7 in the second. Where the c-th four columns
+// are.
+__device__ __forceinline__ int plane_index(int c, int columns) {
+  return c % 2 * (columns / 8) + c / 2;
+}
+
+constexpr int kKept = 4;  // float4 of x that a thread keeps
+
+// kChunksAhead: 16-byte loads of a lane in flight for each of its matrix rows. kResident: blocks whose
+// registers a multiprocessor holds.
+template <int kRows, int kChunksAhead, int kResident>
+__global__ void __launch_bounds__(kGemvThreads, kResident) gemv_kernel(const __grid_constant__ GemvArgs a) {
   extern __shared__ __align__(16) float in[];  // [kRows][two planes]
   __shared__ float sums[kGemvWarps];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -70,24 +111,60 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocksPerMultiprocessor)
     }
   };
   // Weights do not depend on the kernel in front.
-  if (task < n_tasks) load(task, 0);
+  if (task < n_tasks) {
+    load(task, 0);
+    const int first_bytes = kChunksAhead * kWarpColumns * 2, row_bytes = a.columns * 2;
+    const int bytes = row_bytes - first_bytes < a.ahead_bytes ? row_bytes - first_bytes : a.ahead_bytes;
+    if (lane < kRowsAtOnce && bytes > 0)
+      ask_into_l2(
+          reinterpret_cast<const char*>(a.weights + static_cast<int64_t>(row_of(task, lane)) * a.columns) +
+              first_bytes,
+          static_cast<uint32_t>(bytes));
+  }
+  float4 scale[kKept];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int c = static_cast<int>(threadIdx.x) + i * kGemvThreads;
+    if (a.norm_weight != nullptr && c < a.columns / 4)
+      scale[i] = __ldg(reinterpret_cast<const float4*>(a.norm_weight) + c);
+  }
   device::allow_next_kernel();
   device::wait_for_previous_kernel();
 
 #pragma unroll
   for (int b = 0; b < kRows; ++b) {
-    float* to = in + b * a.columns;
+    float4* to = reinterpret_cast<float4*>(in + b * a.columns);
     if (a.norm_weight != nullptr) {
-      const float* x = a.x + static_cast<int64_t>(b) * a.columns;
+      const float4* x = reinterpret_cast<const float4*>(a.x + static_cast<int64_t>(b) * a.columns);
+      // What fits is kept in registers: one wait for x.
+      float4 kept[kKept];
       float sum = 0;
-      for (int c = static_cast<int>(threadIdx.x); c < a.columns; c += kGemvThreads) sum += x[c] * x[c];
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        const int c = static_cast<int>(threadIdx.x) + i * kGemvThreads;
+        kept[i] = c < a.columns / 4 ? x[c] : make_float4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) sum += squares(kept[i]);
+      for (int c = static_cast<int>(threadIdx.x) + kKept * kGemvThreads; c < a.columns / 4; c += kGemvThreads)
+        sum += squares(x[c]);
       const float factor = rsqrtf(block_sum(sum, sums) / static_cast<float>(a.columns) + a.eps);
-      for (int c = static_cast<int>(threadIdx.x); c < a.columns; c += kGemvThreads)
-        to[plane_index(c, a.columns)] = x[c] * factor * a.norm_weight[c];
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        const int c = static_cast<int>(threadIdx.x) + i * kGemvThreads;
+        if (c < a.columns / 4) to[plane_index(c, a.columns)] = scaled(kept[i], factor, scale[i]);
+      }
+      for (int c = static_cast<int>(threadIdx.x) + kKept * kGemvThreads; c < a.columns / 4; c += kGemvThreads)
+        to[plane_index(c, a.columns)] =
+            scaled(x[c], factor, reinterpret_cast<const float4*>(a.norm_weight)[c]);
     } else {
-      const __nv_bfloat16* x = a.input + static_cast<int64_t>(b) * a.columns;
-      for (int c = static_cast<int>(threadIdx.x); c < a.columns; c += kGemvThreads)
-        to[plane_index(c, a.columns)] = __bfloat162float(x[c]);
+      const uint4* x = reinterpret_cast<const uint4*>(a.input + static_cast<int64_t>(b) * a.columns);
+#pragma unroll 4
+      for (int c = static_cast<int>(threadIdx.x); c < a.columns / 8; c += kGemvThreads) {
+        const uint4 v = x[c];
+        to[c] = make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y));
+        to[a.columns / 8 + c] = make_float4(low_half(v.z), high_half(v.z), low_half(v.w), high_half(v.w));
+      }
     }
   }
   __syncthreads();
@@ -118,8 +195,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocksPerMultiprocessor)
             const uint32_t words[4] = {now[i][u].x, now[i][u].y, now[i][u].z, now[i][u].w};
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-              sum[i][b] = fmaf(__uint_as_float(words[k] << 16), x[2 * k], sum[i][b]);
-              sum[i][b] = fmaf(__uint_as_float(words[k] & 0xffff0000u), x[2 * k + 1], sum[i][b]);
+              sum[i][b] = fmaf(low_half(words[k]), x[2 * k], sum[i][b]);
+              sum[i][b] = fmaf(high_half(words[k]), x[2 * k + 1], sum[i][b]);
             }
           }
         }
@@ -144,6 +221,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocksPerMultiprocessor)
 __global__ void __launch_bounds__(256) fast_norm_kernel(const __grid_constant__ FastNormArgs a) {
   __shared__ float sums[8];
   device::allow_next_kernel();
+  if (is_prefetch_block(a.next, a.n_rows)) return;
   device::wait_for_previous_kernel();
   const float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.width;
   float sum = 0;
@@ -159,6 +237,7 @@ constexpr int kMostPairs = 4;  // of a lane: head_dim up to 256
 // A warp a head.
 __global__ void __launch_bounds__(128) fast_qkv_kernel(const __grid_constant__ FastQkvArgs a) {
   device::allow_next_kernel();
+  if (is_prefetch_block(a.next, (a.n_rows * (a.n_q_heads + 2 * a.n_kv_heads) + 3) / 4)) return;
   device::wait_for_previous_kernel();
   const int n_heads = a.n_q_heads + 2 * a.n_kv_heads, dim = a.head_dim, half = dim / 2;
   const int item = static_cast<int>(blockIdx.x) * 4 + static_cast<int>(threadIdx.x) / 32;
@@ -198,9 +277,11 @@ __global__ void __launch_bounds__(128) fast_qkv_kernel(const __grid_constant__ F
 
 __global__ void __launch_bounds__(256) fast_silu_kernel(const __grid_constant__ FastSiluArgs a) {
   device::allow_next_kernel();
+  const int64_t n = static_cast<int64_t>(a.n_rows) * a.n;
+  if (is_prefetch_block(a.next, static_cast<int>((n + 255) / 256))) return;
   device::wait_for_previous_kernel();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  if (i >= static_cast<int64_t>(a.n_rows) * a.n) return;
+  if (i >= n) return;
   const int64_t at = i / a.n * 2 * a.n + i % a.n;
   a.act[i] = __float2bfloat16(silu(__bfloat162float(a.both[at])) * __bfloat162float(a.both[at + a.n]));
 }
@@ -288,14 +369,15 @@ bool gemv_fits(int n_rows, int columns, int smem_bytes) {
          static_cast<int64_t>(n_rows) * columns * 4 + 256 <= smem_bytes;
 }
 
-void launch_gemv(cudaStream_t stream, const GemvArgs& args, int n_multiprocessors, LaunchLog* log) {
-  void (*const kernels[kGemvMostRows])(GemvArgs) = {gemv_kernel<1>, gemv_kernel<2>, gemv_kernel<3>,
-                                                    gemv_kernel<4>};
-  const auto kernel = kernels[args.n_rows - 1];
+void launch_gemv(cudaStream_t stream, const GemvArgs& args, const GemvTuning& tuning, int n_multiprocessors,
+                 LaunchLog* log) {
+  void (*const deep[kGemvMostRows])(GemvArgs) = {gemv_kernel<1, 4, 2>, gemv_kernel<2, 4, 2>,
+                                                 gemv_kernel<3, 4, 2>, gemv_kernel<4, 4, 2>};
+  const auto kernel = tuning.deep || args.n_rows > 1 ? deep[args.n_rows - 1] : gemv_kernel<1, 2, 3>;
   const int n_tasks = args.paired ? args.n_outputs : (args.n_outputs + 1) / 2;
-  LaunchShape shape = shape_of(
-      std::min<int64_t>(n_multiprocessors * kGemvBlocksPerMultiprocessor, blocks_for(n_tasks, kGemvWarps)),
-      kGemvThreads);
+  LaunchShape shape = shape_of(std::min<int64_t>(n_multiprocessors * tuning.blocks_per_multiprocessor,
+                                                 blocks_for(n_tasks, kGemvWarps)),
+                               kGemvThreads);
   shape.smem_bytes = args.n_rows * args.columns * 4;
   KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, shape.smem_bytes));
@@ -305,17 +387,18 @@ void launch_gemv(cudaStream_t stream, const GemvArgs& args, int n_multiprocessor
 
 void launch_fast_norm(cudaStream_t stream, const FastNormArgs& a, LaunchLog* log) {
   const uint64_t bytes = static_cast<uint64_t>(a.n_rows) * static_cast<uint64_t>(a.width) * 6;
-  launch_kernel(stream, {"norm", bytes, log}, shape_of(a.n_rows, 256), fast_norm_kernel, a);
+  launch_kernel(stream, {"norm", bytes, log}, shape_of(a.n_rows + prefetch_blocks(a.next), 256),
+                fast_norm_kernel, a);
 }
 void launch_fast_qkv(cudaStream_t stream, const FastQkvArgs& a, LaunchLog* log) {
   const int64_t heads = static_cast<int64_t>(a.n_rows) * (a.n_q_heads + 2 * a.n_kv_heads);
   launch_kernel(stream, {"finish_qkv", static_cast<uint64_t>(heads * a.head_dim * 6), log},
-                shape_of(blocks_for(heads, 4), 128), fast_qkv_kernel, a);
+                shape_of(blocks_for(heads, 4) + prefetch_blocks(a.next), 128), fast_qkv_kernel, a);
 }
 void launch_fast_silu(cudaStream_t stream, const FastSiluArgs& a, LaunchLog* log) {
   const int64_t n = static_cast<int64_t>(a.n_rows) * a.n;
-  launch_kernel(stream, {"silu", static_cast<uint64_t>(n * 6), log}, shape_of(blocks_for(n, 256), 256),
-                fast_silu_kernel, a);
+  launch_kernel(stream, {"silu", static_cast<uint64_t>(n * 6), log},
+                shape_of(blocks_for(n, 256) + prefetch_blocks(a.next), 256), fast_silu_kernel, a);
 }
 void launch_fast_embed(cudaStream_t stream, const FastEmbedArgs& a, LaunchLog* log) {
   const int64_t n = static_cast<int64_t>(a.n_rows) * a.width;

@@ -232,60 +232,98 @@ struct GraphDecoder::Impl {
     n_held = held;
   }
 
-  // out (+)= W in, of a normed residual (norm given) or of bf16 rows.
-  void multiply(int plan, const Bf16Buffer& w, const DeviceBuffer<float>* norm, const Bf16Buffer& in,
-                int rows, int columns, float* out, __nv_bfloat16* out_bf16, bool add, LaunchLog* log) {
+  PrefetchArgs ahead(const Bf16Buffer& w) const {
+    return {w.data(), std::min<uint64_t>(w.bytes(), options.product_bytes_ahead) / 16 * 16};
+  }
+
+  // out (+)= W in, where in is the normed residual (norm given) or bf16 rows. Gate and up are one product
+  // whose result is act (gated given).
+  struct Product {
+    const Bf16Buffer& w;
+    int rows, columns;
+    const DeviceBuffer<float>* norm = nullptr;
+    const Bf16Buffer* in = nullptr;
+    float* out = nullptr;
+    Bf16Buffer* gated = nullptr;
+    bool add = false;
+    const Bf16Buffer* after = nullptr;  // weights of the product behind the gate
+  };
+
+  void multiply(int plan, const Product& p, LaunchLog* log) {
     cudaStream_t s = stream.get();
     if (lt) {
-      if (norm)
-        launch_fast_norm(s, {x.data(), norm->data(), normed.data(), options.batch, columns, shape.norm_eps},
-                         log);
-      const bool paired = out_bf16 != nullptr;
-      void* to = paired ? static_cast<void*>(both.data()) : out;
-      lt->run(plans[plan], w.data(), norm ? normed.data() : in.data(), to, s);
-      if (log) log->add("cublasLt", w.bytes());
-      if (paired) launch_fast_silu(s, {both.data(), out_bf16, options.batch, rows}, log);
+      if (p.norm)
+        launch_fast_norm(
+            s,
+            {x.data(), p.norm->data(), normed.data(), options.batch, p.columns, shape.norm_eps, ahead(p.w)},
+            log);
+      lt->run(plans[plan], p.w.data(), p.norm ? normed.data() : p.in->data(),
+              p.gated ? static_cast<void*>(both.data()) : p.out, s);
+      if (log) log->add("cublasLt", p.w.bytes());
+      if (p.gated)
+        launch_fast_silu(s, {both.data(), p.gated->data(), options.batch, p.rows, ahead(*p.after)}, log);
       return;
     }
     for (int b = 0; b < options.batch; b += gemv_rows) {
-      const auto row = static_cast<size_t>(b), n_columns = static_cast<size_t>(columns);
+      const size_t in_row = static_cast<size_t>(b) * p.columns, out_row = static_cast<size_t>(b) * p.rows;
       GemvArgs a{};
-      a.weights = w.data();
-      a.x = norm ? x.data() + row * n_columns : nullptr;
-      a.norm_weight = norm ? norm->data() : nullptr;
-      a.input = norm ? nullptr : in.data() + row * n_columns;
-      a.out = out ? out + row * static_cast<size_t>(rows) : nullptr;
-      a.out_bf16 = out_bf16 ? out_bf16 + row * static_cast<size_t>(rows) : nullptr;
+      a.weights = p.w.data();
+      a.x = p.norm ? x.data() + in_row : nullptr;
+      a.norm_weight = p.norm ? p.norm->data() : nullptr;
+      a.input = p.norm ? nullptr : p.in->data() + in_row;
+      a.out = p.out ? p.out + out_row : nullptr;
+      a.out_bf16 = p.gated ? p.gated->data() + out_row : nullptr;
       a.n_rows = std::min(gemv_rows, options.batch - b);
-      a.n_outputs = rows;
-      a.columns = columns;
-      a.out_stride = rows;
+      a.n_outputs = a.out_stride = p.rows;
+      a.columns = p.columns;
       a.eps = shape.norm_eps;
-      a.paired = out_bf16 != nullptr;
-      a.add = add;
-      launch_gemv(s, a, n_multiprocessors, log);
+      a.paired = p.gated != nullptr;
+      a.add = p.add;
+      a.ahead_bytes = options.row_bytes_ahead / 16 * 16;
+      launch_gemv(s, a, options.gemv, n_multiprocessors, log);
     }
   }
 
   void launch_step(LaunchLog* log) {
     cudaStream_t s = stream.get();
     const int n = options.batch, width = shape.width, ffn = shape.ffn_width;
+    const int q_width = static_cast<int>(q_rows());
     launch_fast_embed(s, {embedding.data(), tokens.data(), x.data(), n, width}, log);
     for (const Layer& l : layers) {
-      multiply(0, l.qkv, &l.input_norm, normed, static_cast<int>(qkv_rows()), width, qkv.data(), nullptr,
-               false, log);
-      launch_fast_qkv(
-          s,
-          {qkv.data(), l.bias.data(), l.q_norm.data(), l.k_norm.data(), rope.data(), pos.data(), q.data(),
-           k_new.data(), v_new.data(), n, shape.n_q_heads, shape.n_kv_heads, shape.head_dim, shape.norm_eps},
-          log);
+      multiply(0,
+               {.w = l.qkv,
+                .rows = static_cast<int>(qkv_rows()),
+                .columns = width,
+                .norm = &l.input_norm,
+                .out = qkv.data()},
+               log);
+      launch_fast_qkv(s,
+                      {qkv.data(), l.bias.data(), l.q_norm.data(), l.k_norm.data(), rope.data(), pos.data(),
+                       q.data(), k_new.data(), v_new.data(), n, shape.n_q_heads, shape.n_kv_heads,
+                       shape.head_dim, shape.norm_eps, ahead(l.o)},
+                      log);
       kernel.launch(s, l.attention, log);
-      multiply(1, l.o, nullptr, attended, width, static_cast<int>(q_rows()), x.data(), nullptr, true, log);
-      multiply(2, l.gate_up, &l.ffn_norm, normed, ffn, width, nullptr, act.data(), false, log);
-      multiply(3, l.down, nullptr, act, width, ffn, x.data(), nullptr, true, log);
+      multiply(1,
+               {.w = l.o, .rows = width, .columns = q_width, .in = &attended, .out = x.data(), .add = true},
+               log);
+      multiply(2,
+               {.w = l.gate_up,
+                .rows = ffn,
+                .columns = width,
+                .norm = &l.ffn_norm,
+                .gated = &act,
+                .after = &l.down},
+               log);
+      multiply(3, {.w = l.down, .rows = width, .columns = ffn, .in = &act, .out = x.data(), .add = true},
+               log);
     }
-    multiply(4, shape.tied ? embedding : head, &final_norm, normed, shape.n_vocab, width, logits.data(),
-             nullptr, false, log);
+    multiply(4,
+             {.w = shape.tied ? embedding : head,
+              .rows = shape.n_vocab,
+              .columns = width,
+              .norm = &final_norm,
+              .out = logits.data()},
+             log);
     launch_fast_argmax(s, {logits.data(), best.data(), n, shape.n_vocab}, log);
     launch_fast_advance(s, {best.data(), tokens.data(), pos.data(), ring.data(), step.data(), n, kRingSteps},
                         log);

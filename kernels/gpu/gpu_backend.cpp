@@ -416,8 +416,19 @@ void GpuBackend::run_output_and_ffn(int layer) {
   multiply(l.o, attended_.data(), w_->n_q_heads * w_->head_dim, x_.data(), true);
   api_->launch(
       exact::NormArgs{x_.data(), nullptr, l.ffn_norm, normed_.data(), n_rows_, w_->width, w_->norm_eps});
-  multiply(l.gate, normed_.data(), w_->width, gate_.data(), false);
-  multiply(l.up, normed_.data(), w_->width, up_.data(), false);
+  if (l.gate.type == l.up.type) {
+    exact::MatmulArgs both{};
+    both.parts[0] = {l.gate.data, gate_.data(), l.gate.rows, l.gate.rows};
+    both.parts[1] = {l.up.data, up_.data(), l.up.rows, l.up.rows};
+    both.type = l.gate.type;
+    both.x = normed_.data();
+    both.n_x = n_rows_;
+    both.columns = w_->width;
+    api_->launch(both);
+  } else {
+    multiply(l.gate, normed_.data(), w_->width, gate_.data(), false);
+    multiply(l.up, normed_.data(), w_->width, up_.data(), false);
+  }
   api_->launch(exact::SiluArgs{gate_.data(), up_.data(), static_cast<int64_t>(n_rows_) * w_->ffn_width});
   multiply(l.down, gate_.data(), w_->ffn_width, x_.data(), true);
 }

@@ -34,25 +34,10 @@ Model built_in_model() {
 TEST(GpuEngine, PoliciesAreTheCpuBitForBit) {
   KVLAPSE_NEEDS_GPU();
   const Model model = load_model(data("/tiny_qwen3"));
-  const SessionCase cases[] = {{"full", "100%", DType::f32, 0, true, 40},
-                               {"full", "100%", DType::bf16, 0.8, true, 40},
-                               {"longflow", "12", DType::f32, 0, true, 60},
-                               {"longflow:granularity=kv_head:recent=3", "10", DType::f16, 0, false, 60},
-                               {"longflow", "25%", DType::bf16, 0.7, false, 100},
-                               {"random", "9", DType::f32, 0, false, 60},
-                               {"streaming_llm:sinks=2", "10", DType::bf16, 0, false, 60},
-                               {"h2o", "12", DType::f16, 0, false, 60},
-                               {"tova", "12", DType::f32, 0, false, 60},
-                               {"snapkv:cadence=8:window=4", "16", DType::f32, 0, false, 60},
-                               {"rkv:cadence=8:window=4", "16", DType::f32, 0, false, 60},
-                               {"adakv", "16", DType::f32, 0, false, 60},
-                               {"vatp", "12", DType::f32, 0, false, 60},
-                               {"caote", "12", DType::f32, 0, false, 60}};
-  for (const SessionCase& c : cases) {
+  for (const SessionCase& c : policy_cases()) {
     const std::unique_ptr<Backend> gpu = make_cuda_backend(0), cpu = make_cpu_backend(2);
     const SessionWitness expected = run_session(*cpu, model, c);
     expect_same_session(run_session(*gpu, model, c), expected, c.policy);
-    EXPECT_EQ(expected.plans.empty(), c.policy == "full") << c.policy;
   }
 }
 
@@ -167,7 +152,9 @@ TEST(GpuFastDecoder, LogitsAreTheCpusWithinRounding) {
         const auto best = std::max_element(logits.begin(), logits.begin() + static_cast<ptrdiff_t>(vocab));
         ASSERT_EQ(chosen[0], best - logits.begin()) << "batch " << batch << " token " << t;
       }
-      EXPECT_LT(worst, 0.03) << model.spec.name << " batch " << batch << " " << decoder.products();
+      // Tensor cores take bf16 activations, the matrix-vector kernels fp32 ones.
+      EXPECT_LT(worst, decoder.products() == "cublasLt" ? 0.08 : 0.03)
+          << model.spec.name << " batch " << batch << " " << decoder.products();
       std::printf("%s, batch %d, %s: largest relative error of a row of logits %.4f\n",
                   model.spec.name.c_str(), batch, decoder.products().c_str(), worst);
     }

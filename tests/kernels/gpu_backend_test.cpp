@@ -36,6 +36,14 @@ INSTANTIATE_TEST_SUITE_P(
                     SessionCase{"rkv:cadence=4:window=2", "8", DType::f32}),
     [](const auto& i) { return "case" + std::to_string(i.index); });
 
+// What the GPU's own test of this list relies on.
+TEST(SessionCases, EveryPolicyButFullEvicts) {
+  const Model model = load_model(KVLAPSE_TEST_DATA "/tiny_qwen3");
+  const std::unique_ptr<Backend> cpu = make_cpu_backend(2);
+  for (const SessionCase& c : policy_cases())
+    EXPECT_EQ(run_session(*cpu, model, c).plans.empty(), c.policy == "full") << c.policy;
+}
+
 // Odd widths, groups, types, biases: what the built-in model does not have.
 TEST(GpuBackendShapes, EmulatedIsTheCpuBitForBit) {
   const RandomModelShape shapes[] = {

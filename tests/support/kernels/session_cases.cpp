@@ -56,6 +56,23 @@ void SessionWitness::on_step(const StepSummary& s) {
                                         std::bit_cast<uint32_t>(s.margin)};
 }
 
+std::vector<SessionCase> policy_cases() {
+  return {{"full", "100%", DType::f32, 0, true, 40},
+          {"full", "100%", DType::bf16, 0.8, true, 40},
+          {"longflow", "12", DType::f32, 0, true, 60},
+          {"longflow:granularity=kv_head:recent=3", "10", DType::f16, 0, false, 60},
+          {"longflow", "25%", DType::bf16, 0.7, false, 100},
+          {"random", "9", DType::f32, 0, false, 60},
+          {"streaming_llm:sinks=2", "10", DType::bf16, 0, false, 60},
+          {"h2o", "12", DType::f16, 0, false, 60},
+          {"tova", "12", DType::f32, 0, false, 60},
+          {"snapkv:cadence=8:window=4", "16", DType::f32, 0, false, 60},
+          {"rkv:cadence=8:window=4", "16", DType::f32, 0, false, 60},
+          {"adakv:cadence=8", "16", DType::f32, 0, false, 60},
+          {"vatp", "48", DType::f32, 0, false, 60},
+          {"caote", "32", DType::f32, 0, false, 60}};
+}
+
 SessionWitness run_session(Backend& backend, const Model& model, const SessionCase& c) {
   const std::unique_ptr<Policy> policy = make_policy(c.policy);
   SessionWitness witness(model.spec.cache_geometry(64, c.kv_dtype), c.attention);

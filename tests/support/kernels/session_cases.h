@@ -42,6 +42,9 @@ struct SessionCase {
   int max_tokens = 6;
 };
 
+// Policies of every kind, long enough to evict.
+std::vector<SessionCase> policy_cases();
+
 // Two sequences of different length, one of which ends earlier.
 SessionWitness run_session(Backend& backend, const Model& model, const SessionCase& c);
 void expect_same_session(const SessionWitness& a, const SessionWitness& b, const std::string& what);
