@@ -9,13 +9,6 @@
 
 namespace kvlapse {
 
-// Memory that the next product reads, asked into L2 by extra blocks of a small kernel in front of it: while
-// that kernel runs, nothing else reads memory. sm_90; elsewhere nothing happens.
-struct PrefetchArgs {
-  const void* data = nullptr;
-  uint64_t bytes = 0;  // a multiple of 16
-};
-
 inline constexpr int kGemvMostRows = 4;  // sequences that one matrix-vector launch serves
 
 // y[b, r] = W[r] . in[b] for b < n_rows <= kGemvMostRows, the matrix read once.
@@ -32,14 +25,8 @@ struct GemvArgs {
   int32_t n_rows, n_outputs, columns, out_stride;
   float eps;
   bool paired, add;
-  int32_t ahead_bytes;  // of a warp's first rows, asked into L2 before the kernel in front has ended
 };
-struct GemvTuning {
-  bool deep = true;                   // four loads in flight a row and 128 registers, or two and 80
-  int blocks_per_multiprocessor = 2;  // fewer than fit leave room for the next kernel to start early
-};
-void launch_gemv(cudaStream_t stream, const GemvArgs& args, const GemvTuning& tuning, int n_multiprocessors,
-                 LaunchLog* log = nullptr);
+void launch_gemv(cudaStream_t stream, const GemvArgs& args, int n_multiprocessors, LaunchLog* log = nullptr);
 // Shared memory that a launch needs must not exceed the device's: columns * n_rows * 4 bytes.
 bool gemv_fits(int n_rows, int columns, int smem_bytes);
 
@@ -50,7 +37,6 @@ struct FastNormArgs {
   __nv_bfloat16* out;
   int32_t n_rows, width;
   float eps;
-  PrefetchArgs next = {};
 };
 void launch_fast_norm(cudaStream_t stream, const FastNormArgs& args, LaunchLog* log = nullptr);
 
@@ -63,7 +49,6 @@ struct FastQkvArgs {
   __nv_bfloat16 *q, *k, *v;
   int32_t n_rows, n_q_heads, n_kv_heads, head_dim;
   float eps;
-  PrefetchArgs next = {};
 };
 void launch_fast_qkv(cudaStream_t stream, const FastQkvArgs& args, LaunchLog* log = nullptr);
 
@@ -72,7 +57,6 @@ struct FastSiluArgs {
   const __nv_bfloat16* both;  // [B, 2n]
   __nv_bfloat16* act;         // [B, n]
   int32_t n_rows, n;
-  PrefetchArgs next = {};
 };
 void launch_fast_silu(cudaStream_t stream, const FastSiluArgs& args, LaunchLog* log = nullptr);
 

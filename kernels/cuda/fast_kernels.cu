@@ -8,6 +8,8 @@ namespace kvlapse {
 namespace {
 
 constexpr int kGemvThreads = 256, kGemvWarps = kGemvThreads / 32;
+constexpr int kGemvBlocksPerMultiprocessor = 2;
+constexpr int kChunksAhead = 4;  // 16-byte loads of a lane in flight for each of its matrix rows
 constexpr int kRowsAtOnce = 2;   // matrix rows of a warp
 constexpr int kLaneColumns = 8;  // of one such load
 constexpr int kWarpColumns = 32 * kLaneColumns;
@@ -33,31 +35,6 @@ __device__ __forceinline__ float silu(float g) {
   return g / (1.0f + __expf(-g));
 }
 
-__device__ __forceinline__ void ask_into_l2(const void* from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes)
-               : "memory");
-#endif
-}
-
-constexpr uint32_t kPrefetchBlockBytes = 64 * 1024, kPrefetchPieceBytes = 8 * 1024;
-int64_t prefetch_blocks(const PrefetchArgs& a) {
-  return static_cast<int64_t>((a.bytes + kPrefetchBlockBytes - 1) / kPrefetchBlockBytes);
-}
-// True for a block beyond the kernel's own, which then has nothing else to do.
-__device__ __forceinline__ bool is_prefetch_block(const PrefetchArgs& a, int n_own_blocks) {
-  if (static_cast<int>(blockIdx.x) < n_own_blocks) return false;
-  const uint64_t at =
-      static_cast<uint64_t>(static_cast<int>(blockIdx.x) - n_own_blocks) * kPrefetchBlockBytes +
-      uint64_t{threadIdx.x} * kPrefetchPieceBytes;
-  if (threadIdx.x < kPrefetchBlockBytes / kPrefetchPieceBytes && at < a.bytes) {
-    const uint64_t left = a.bytes - at;
-    ask_into_l2(static_cast<const char*>(a.data) + at,
-                left < kPrefetchPieceBytes ? static_cast<uint32_t>(left) : kPrefetchPieceBytes);
-  }
-  return true;
-}
-
 __device__ __forceinline__ float low_half(uint32_t pair) {
   return __uint_as_float(pair << 16);
 }
@@ -81,10 +58,9 @@ __device__ __forceinline__ int plane_index(int c, int columns) {
 
 constexpr int kKept = 4;  // float4 of x that a thread keeps
 
-// kChunksAhead: 16-byte loads of a lane in flight for each of its matrix rows. kResident: blocks whose
-// registers a multiprocessor holds.
-template <int kRows, int kChunksAhead, int kResident>
-__global__ void __launch_bounds__(kGemvThreads, kResident) gemv_kernel(const __grid_constant__ GemvArgs a) {
+template <int kRows>
+__global__ void __launch_bounds__(kGemvThreads, kGemvBlocksPerMultiprocessor)
+    gemv_kernel(const __grid_constant__ GemvArgs a) {
   extern __shared__ __align__(16) float in[];  // [kRows][two planes]
   __shared__ float sums[kGemvWarps];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -111,16 +87,7 @@ __global__ void __launch_bounds__(kGemvThreads, kResident) gemv_kernel(const __g
     }
   };
   // Weights do not depend on the kernel in front.
-  if (task < n_tasks) {
-    load(task, 0);
-    const int first_bytes = kChunksAhead * kWarpColumns * 2, row_bytes = a.columns * 2;
-    const int bytes = row_bytes - first_bytes < a.ahead_bytes ? row_bytes - first_bytes : a.ahead_bytes;
-    if (lane < kRowsAtOnce && bytes > 0)
-      ask_into_l2(
-          reinterpret_cast<const char*>(a.weights + static_cast<int64_t>(row_of(task, lane)) * a.columns) +
-              first_bytes,
-          static_cast<uint32_t>(bytes));
-  }
+  if (task < n_tasks) load(task, 0);
   float4 scale[kKept];
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
@@ -221,7 +188,6 @@ __global__ void __launch_bounds__(kGemvThreads, kResident) gemv_kernel(const __g
 __global__ void __launch_bounds__(256) fast_norm_kernel(const __grid_constant__ FastNormArgs a) {
   __shared__ float sums[8];
   device::allow_next_kernel();
-  if (is_prefetch_block(a.next, a.n_rows)) return;
   device::wait_for_previous_kernel();
   const float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.width;
   float sum = 0;
@@ -237,7 +203,6 @@ constexpr int kMostPairs = 4;  // of a lane: head_dim up to 256
 // A warp a head.
 __global__ void __launch_bounds__(128) fast_qkv_kernel(const __grid_constant__ FastQkvArgs a) {
   device::allow_next_kernel();
-  if (is_prefetch_block(a.next, (a.n_rows * (a.n_q_heads + 2 * a.n_kv_heads) + 3) / 4)) return;
   device::wait_for_previous_kernel();
   const int n_heads = a.n_q_heads + 2 * a.n_kv_heads, dim = a.head_dim, half = dim / 2;
   const int item = static_cast<int>(blockIdx.x) * 4 + static_cast<int>(threadIdx.x) / 32;
@@ -278,7 +243,6 @@ __global__ void __launch_bounds__(128) fast_qkv_kernel(const __grid_constant__ F
 __global__ void __launch_bounds__(256) fast_silu_kernel(const __grid_constant__ FastSiluArgs a) {
   device::allow_next_kernel();
   const int64_t n = static_cast<int64_t>(a.n_rows) * a.n;
-  if (is_prefetch_block(a.next, static_cast<int>((n + 255) / 256))) return;
   device::wait_for_previous_kernel();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (i >= n) return;
@@ -369,15 +333,14 @@ bool gemv_fits(int n_rows, int columns, int smem_bytes) {
          static_cast<int64_t>(n_rows) * columns * 4 + 256 <= smem_bytes;
 }
 
-void launch_gemv(cudaStream_t stream, const GemvArgs& args, const GemvTuning& tuning, int n_multiprocessors,
-                 LaunchLog* log) {
-  void (*const deep[kGemvMostRows])(GemvArgs) = {gemv_kernel<1, 4, 2>, gemv_kernel<2, 4, 2>,
-                                                 gemv_kernel<3, 4, 2>, gemv_kernel<4, 4, 2>};
-  const auto kernel = tuning.deep || args.n_rows > 1 ? deep[args.n_rows - 1] : gemv_kernel<1, 2, 3>;
+void launch_gemv(cudaStream_t stream, const GemvArgs& args, int n_multiprocessors, LaunchLog* log) {
+  void (*const kernels[kGemvMostRows])(GemvArgs) = {gemv_kernel<1>, gemv_kernel<2>, gemv_kernel<3>,
+                                                    gemv_kernel<4>};
+  const auto kernel = kernels[args.n_rows - 1];
   const int n_tasks = args.paired ? args.n_outputs : (args.n_outputs + 1) / 2;
-  LaunchShape shape = shape_of(std::min<int64_t>(n_multiprocessors * tuning.blocks_per_multiprocessor,
-                                                 blocks_for(n_tasks, kGemvWarps)),
-                               kGemvThreads);
+  LaunchShape shape = shape_of(
+      std::min<int64_t>(n_multiprocessors * kGemvBlocksPerMultiprocessor, blocks_for(n_tasks, kGemvWarps)),
+      kGemvThreads);
   shape.smem_bytes = args.n_rows * args.columns * 4;
   KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, shape.smem_bytes));
@@ -387,18 +350,17 @@ void launch_gemv(cudaStream_t stream, const GemvArgs& args, const GemvTuning& tu
 
 void launch_fast_norm(cudaStream_t stream, const FastNormArgs& a, LaunchLog* log) {
   const uint64_t bytes = static_cast<uint64_t>(a.n_rows) * static_cast<uint64_t>(a.width) * 6;
-  launch_kernel(stream, {"norm", bytes, log}, shape_of(a.n_rows + prefetch_blocks(a.next), 256),
-                fast_norm_kernel, a);
+  launch_kernel(stream, {"norm", bytes, log}, shape_of(a.n_rows, 256), fast_norm_kernel, a);
 }
 void launch_fast_qkv(cudaStream_t stream, const FastQkvArgs& a, LaunchLog* log) {
   const int64_t heads = static_cast<int64_t>(a.n_rows) * (a.n_q_heads + 2 * a.n_kv_heads);
   launch_kernel(stream, {"finish_qkv", static_cast<uint64_t>(heads * a.head_dim * 6), log},
-                shape_of(blocks_for(heads, 4) + prefetch_blocks(a.next), 128), fast_qkv_kernel, a);
+                shape_of(blocks_for(heads, 4), 128), fast_qkv_kernel, a);
 }
 void launch_fast_silu(cudaStream_t stream, const FastSiluArgs& a, LaunchLog* log) {
   const int64_t n = static_cast<int64_t>(a.n_rows) * a.n;
-  launch_kernel(stream, {"silu", static_cast<uint64_t>(n * 6), log},
-                shape_of(blocks_for(n, 256) + prefetch_blocks(a.next), 256), fast_silu_kernel, a);
+  launch_kernel(stream, {"silu", static_cast<uint64_t>(n * 6), log}, shape_of(blocks_for(n, 256), 256),
+                fast_silu_kernel, a);
 }
 void launch_fast_embed(cudaStream_t stream, const FastEmbedArgs& a, LaunchLog* log) {
   const int64_t n = static_cast<int64_t>(a.n_rows) * a.width;

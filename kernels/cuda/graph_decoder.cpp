@@ -232,10 +232,6 @@ struct GraphDecoder::Impl {
     n_held = held;
   }
 
-  PrefetchArgs ahead(const Bf16Buffer& w) const {
-    return {w.data(), std::min<uint64_t>(w.bytes(), options.product_bytes_ahead) / 16 * 16};
-  }
-
   // out (+)= W in, where in is the normed residual (norm given) or bf16 rows. Gate and up are one product
   // whose result is act (gated given).
   struct Product {
@@ -246,7 +242,6 @@ struct GraphDecoder::Impl {
     float* out = nullptr;
     Bf16Buffer* gated = nullptr;
     bool add = false;
-    const Bf16Buffer* after = nullptr;  // weights of the product behind the gate
   };
 
   void multiply(int plan, const Product& p, LaunchLog* log) {
@@ -254,14 +249,11 @@ struct GraphDecoder::Impl {
     if (lt) {
       if (p.norm)
         launch_fast_norm(
-            s,
-            {x.data(), p.norm->data(), normed.data(), options.batch, p.columns, shape.norm_eps, ahead(p.w)},
-            log);
+            s, {x.data(), p.norm->data(), normed.data(), options.batch, p.columns, shape.norm_eps}, log);
       lt->run(plans[plan], p.w.data(), p.norm ? normed.data() : p.in->data(),
               p.gated ? static_cast<void*>(both.data()) : p.out, s);
-      if (log) log->add("cublasLt", p.w.bytes());
-      if (p.gated)
-        launch_fast_silu(s, {both.data(), p.gated->data(), options.batch, p.rows, ahead(*p.after)}, log);
+      if (log) log->add("cublasLt", p.w.bytes(), true);
+      if (p.gated) launch_fast_silu(s, {both.data(), p.gated->data(), options.batch, p.rows}, log);
       return;
     }
     for (int b = 0; b < options.batch; b += gemv_rows) {
@@ -279,8 +271,7 @@ struct GraphDecoder::Impl {
       a.eps = shape.norm_eps;
       a.paired = p.gated != nullptr;
       a.add = p.add;
-      a.ahead_bytes = options.row_bytes_ahead / 16 * 16;
-      launch_gemv(s, a, options.gemv, n_multiprocessors, log);
+      launch_gemv(s, a, n_multiprocessors, log);
     }
   }
 
@@ -297,23 +288,16 @@ struct GraphDecoder::Impl {
                 .norm = &l.input_norm,
                 .out = qkv.data()},
                log);
-      launch_fast_qkv(s,
-                      {qkv.data(), l.bias.data(), l.q_norm.data(), l.k_norm.data(), rope.data(), pos.data(),
-                       q.data(), k_new.data(), v_new.data(), n, shape.n_q_heads, shape.n_kv_heads,
-                       shape.head_dim, shape.norm_eps, ahead(l.o)},
-                      log);
+      launch_fast_qkv(
+          s,
+          {qkv.data(), l.bias.data(), l.q_norm.data(), l.k_norm.data(), rope.data(), pos.data(), q.data(),
+           k_new.data(), v_new.data(), n, shape.n_q_heads, shape.n_kv_heads, shape.head_dim, shape.norm_eps},
+          log);
       kernel.launch(s, l.attention, log);
       multiply(1,
                {.w = l.o, .rows = width, .columns = q_width, .in = &attended, .out = x.data(), .add = true},
                log);
-      multiply(2,
-               {.w = l.gate_up,
-                .rows = ffn,
-                .columns = width,
-                .norm = &l.ffn_norm,
-                .gated = &act,
-                .after = &l.down},
-               log);
+      multiply(2, {.w = l.gate_up, .rows = ffn, .columns = width, .norm = &l.ffn_norm, .gated = &act}, log);
       multiply(3, {.w = l.down, .rows = width, .columns = ffn, .in = &act, .out = x.data(), .add = true},
                log);
     }

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "core/ops/weights.h"
-#include "kernels/cuda/fast_args.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/decode/decode_args.h"
 
 namespace kvlapse {
@@ -33,11 +33,6 @@ struct GraphDecoderOptions {
   FusedScore score = FusedScore::none;  // none: every token is kept and n_slots must hold them
   bool shared = false;                  // a layer's heads share their victim
   int recent = 1;                       // newest tokens that are no victims
-  // Bytes of the next product's weights that a kernel in front of it asks into L2 (sm_90): by the first rows of
-  // a matrix-vector kernel's warps, and by small kernels.
-  int row_bytes_ahead = 8192;
-  uint64_t product_bytes_ahead = uint64_t{8} << 20;
-  GemvTuning gemv = {};
 };
 
 class GraphDecoder {

@@ -1,7 +1,9 @@
 // Arguments of the exact kernels, by value, shared by host, device and emulator: a decode step in which every
 // sum is taken in the order of core/base/vector_math.h, so that a GPU gives the CPU's bits. All pointers are
-// device memory; activations are fp32; blocks have kExactThreads threads, sixteen of which (a team) stand for
-// the sixteen lanes of a sum. n_blocks() is what a launch needs.
+// device memory; activations are fp32; blocks have kThreads threads, sixteen of which (a team) stand for
+// the sixteen lanes of a sum. n_blocks() is what a launch needs;
+// bytes() what it should move (modelled, each operand once), slot_bytes() that for each (row, kv head, slot)
+// attended.
 #pragma once
 
 #include <cstddef>
@@ -55,6 +57,8 @@ struct EmbedArgs {
   const int32_t* tokens;  // [R]
   float* x;               // [R, width]
   int32_t n_rows, width;
+  static constexpr const char* kName = "exact_embed";
+  constexpr uint64_t bytes() const { return static_cast<uint64_t>(n_rows) * width * (dtype_bytes(type) + 4); }
   constexpr int n_blocks() const { return blocks_for(static_cast<int64_t>(n_rows) * width, kThreads); }
 };
 
@@ -66,6 +70,8 @@ struct NormArgs {
   float* out;           // [n_rows, width]
   int32_t n_rows, width;
   float eps;
+  static constexpr const char* kName = "exact_norm";
+  constexpr uint64_t bytes() const { return static_cast<uint64_t>(n_rows) * width * 8; }
   constexpr int n_blocks() const { return blocks_for(n_rows, kTeams); }
 };
 
@@ -82,6 +88,11 @@ struct MatmulArgs {
   int32_t n_x, columns;
   bool add;
   constexpr int total_rows() const { return parts[0].rows + parts[1].rows + parts[2].rows; }
+  static constexpr const char* kName = "exact_matmul";
+  constexpr uint64_t bytes() const {
+    return static_cast<uint64_t>(total_rows()) * columns * dtype_bytes(type) +
+           static_cast<uint64_t>(n_x) * (columns + total_rows()) * 4;
+  }
   constexpr int n_blocks() const {
     return blocks_for(total_rows(), kTeams) * blocks_for(n_x, kVectorsAtOnce);
   }
@@ -98,6 +109,10 @@ struct FinishQkvArgs {
   Heads heads;
   int32_t n_rows;
   float eps;
+  static constexpr const char* kName = "exact_finish_qkv";
+  constexpr uint64_t bytes() const {
+    return static_cast<uint64_t>(n_rows) * (heads.n_q + 2 * heads.n_kv) * heads.dim * 8;
+  }
   constexpr int n_blocks() const {
     return blocks_for(static_cast<int64_t>(n_rows) * (heads.n_q + 2 * heads.n_kv), kTeams);
   }
@@ -114,6 +129,10 @@ struct StoreArgs {
   const int32_t* ring;    // [R] row of the query ring, -1: none; kKeepsQuery added when `query` is written
   Heads heads;
   int32_t n_rows;
+  static constexpr const char* kName = "exact_store";
+  constexpr uint64_t bytes() const {
+    return static_cast<uint64_t>(n_rows) * heads.n_kv * heads.dim * (8 + 2 * dtype_bytes(heads.dtype));
+  }
   constexpr int n_blocks() const { return blocks_for(static_cast<int64_t>(n_rows) * heads.n_kv, kTeams); }
 };
 inline constexpr int32_t kKeepsQuery = 1 << 30;
@@ -130,15 +149,23 @@ struct AttendArgs {
   float factor;  // 1 / sqrt(D)
 };
 struct LogitsArgs : AttendArgs {
+  static constexpr const char* kName = "exact_logits";
+  constexpr uint64_t slot_bytes() const { return heads.dim * dtype_bytes(heads.dtype); }
   constexpr int n_blocks() const { return n_rows * heads.n_kv * blocks_for(most, kBlockSlots); }
 };
 struct SoftmaxArgs : AttendArgs {
+  static constexpr const char* kName = "exact_softmax";
+  constexpr uint64_t slot_bytes() const { return static_cast<uint64_t>(heads.group()) * 12; }
   constexpr int n_blocks() const { return n_rows * heads.n_q; }
 };
 struct ValuesArgs : AttendArgs {
+  static constexpr const char* kName = "exact_values";
+  constexpr uint64_t slot_bytes() const { return heads.dim * dtype_bytes(heads.dtype); }
   constexpr int n_blocks() const { return n_rows * heads.n_kv * blocks_for(most, kChunkSlots); }
 };
 struct SumChunksArgs : AttendArgs {
+  static constexpr const char* kName = "exact_sum_chunks";
+  constexpr uint64_t bytes() const { return static_cast<uint64_t>(n_rows) * heads.n_q * heads.dim * 8; }
   constexpr int n_blocks() const {
     return blocks_for(static_cast<int64_t>(n_rows) * heads.n_q * heads.dim, kThreads);
   }
@@ -149,6 +176,8 @@ struct SiluArgs {
   float* gate;
   const float* up;
   int64_t n;
+  static constexpr const char* kName = "exact_silu";
+  constexpr uint64_t bytes() const { return static_cast<uint64_t>(n) * 12; }
   constexpr int n_blocks() const { return blocks_for(n, kThreads); }
 };
 
@@ -165,6 +194,8 @@ struct ChooseArgs {
   const int32_t* forced;  // [R], -1: none
   Choice* choices;        // [R]
   int32_t n_rows, n_vocab;
+  static constexpr const char* kName = "exact_choose";
+  constexpr uint64_t bytes() const { return static_cast<uint64_t>(n_rows) * n_vocab * 4; }
   constexpr int n_blocks() const { return n_rows; }
 };
 
@@ -186,6 +217,8 @@ struct VictimArgs {
   bool shared;
   float scale;
   constexpr int n_score_rows() const { return shared ? 1 : heads.n_kv; }
+  static constexpr const char* kName = "exact_victim";
+  constexpr uint64_t slot_bytes() const { return static_cast<uint64_t>(heads.group() + 1) * 4; }
   constexpr int n_blocks() const { return n_rows * n_score_rows(); }
 };
 
@@ -198,6 +231,8 @@ struct GatherArgs {
   const int32_t* order;  // [n]; null: i
   int32_t n;
   constexpr int total_words() const { return words[0] + words[1] + words[2] + words[3]; }
+  static constexpr const char* kName = "exact_gather";
+  constexpr uint64_t bytes() const { return static_cast<uint64_t>(n) * total_words() * 8; }
   constexpr int n_blocks() const { return blocks_for(static_cast<int64_t>(n) * total_words(), kThreads); }
 };
 

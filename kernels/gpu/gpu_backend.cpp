@@ -102,6 +102,7 @@ void GpuBackend::prepare(const TransformerWeights& weights, int n_rows, DType kv
     fail("cuda: query heads per kv head: expected at most {}, found {}", exact::kMaxGroup,
          weights.n_q_heads / weights.n_kv_heads);
   api_->forget_graphs();
+  of_graphs_.clear();
   w_ = &weights;
   kv_dtype_ = kv_dtype;
   capacity_ = n_rows;
@@ -169,12 +170,40 @@ float* GpuBackend::layer_v(int layer) const {
   return v_.data() + static_cast<size_t>(layer) * n_rows_ * w_->n_kv_heads * w_->head_dim;
 }
 
+template <class Args>
+void GpuBackend::launch(const Args& args) {
+  api_->launch(args);
+  LaunchRecord record{Args::kName, 0, launch_layer_, phase_, false};
+  uint64_t slot_bytes = 0;
+  if constexpr (requires { args.slot_bytes(); })
+    slot_bytes = args.slot_bytes();
+  else
+    record.expected_bytes = args.bytes();
+  launches_.push_back({std::move(record), slot_bytes});
+}
+
+std::vector<LaunchRecord> GpuBackend::take_launches() {
+  const size_t heads_of_step = static_cast<size_t>(n_rows_) * w_->n_kv_heads;
+  std::vector<LaunchRecord> records;
+  for (auto& [record, slot_bytes] : std::exchange(launches_, {})) {
+    if (slot_bytes > 0 && queued_ && record.layer >= 0)
+      for (size_t i = 0; i < heads_of_step; ++i)
+        record.expected_bytes +=
+            slot_bytes *
+            static_cast<uint64_t>(host_.counts[static_cast<size_t>(record.layer) * heads_of_step + i]);
+    records.push_back(std::move(record));
+  }
+  return records;
+}
+
 OpBytes GpuBackend::embed(std::span<const BatchRow> rows) {
   n_rows_ = static_cast<int>(rows.size());
   queued_ = !rows[0].prompt;
   chooses_ = false;
   most_ = 0;
   host_layer_ = -1;
+  launches_.clear();
+  launch_layer_ = -1;
   const size_t half = static_cast<size_t>(w_->head_dim) / 2;
   for (size_t r = 0; r < rows.size(); ++r) {
     host_.tokens[r] = rows[r].token;
@@ -194,8 +223,8 @@ OpBytes GpuBackend::embed(std::span<const BatchRow> rows) {
 }
 
 void GpuBackend::run_embed() {
-  api_->launch(
-      exact::EmbedArgs{embedding_.data, embedding_.type, device_.tokens, x_.data(), n_rows_, w_->width});
+  phase_ = "embed";
+  launch(exact::EmbedArgs{embedding_.data, embedding_.type, device_.tokens, x_.data(), n_rows_, w_->width});
 }
 
 OpBytes GpuBackend::project_qkv(int layer) {
@@ -208,9 +237,10 @@ OpBytes GpuBackend::project_qkv(int layer) {
 }
 
 void GpuBackend::run_qkv(int layer) {
+  launch_layer_ = layer;
+  phase_ = "matmul";
   const DeviceLayer& l = layers_[layer];
-  api_->launch(
-      exact::NormArgs{x_.data(), nullptr, l.input_norm, normed_.data(), n_rows_, w_->width, w_->norm_eps});
+  launch(exact::NormArgs{x_.data(), nullptr, l.input_norm, normed_.data(), n_rows_, w_->width, w_->norm_eps});
   exact::MatmulArgs args{};
   const DeviceMatrix* const matrices[3] = {&l.q, &l.k, &l.v};
   float* const outputs[3] = {layer_q(layer), layer_k(layer), layer_v(layer)};
@@ -221,11 +251,10 @@ void GpuBackend::run_qkv(int layer) {
   for (int p = 0; p < 3; ++p) {
     args.parts[alike ? p : 0] = {matrices[p]->data, outputs[p], matrices[p]->rows, matrices[p]->rows};
     args.type = matrices[p]->type;
-    if (!alike || p == 2) api_->launch(args);
+    if (!alike || p == 2) launch(args);
   }
-  api_->launch(exact::FinishQkvArgs{outputs[0], outputs[1], outputs[2], l.q_bias, l.k_bias, l.v_bias,
-                                    l.q_norm, l.k_norm, device_.cos, device_.sin, heads(), n_rows_,
-                                    w_->norm_eps});
+  launch(exact::FinishQkvArgs{outputs[0], outputs[1], outputs[2], l.q_bias, l.k_bias, l.v_bias, l.q_norm,
+                              l.k_norm, device_.cos, device_.sin, heads(), n_rows_, w_->norm_eps});
 }
 
 Backend::QkvRow GpuBackend::qkv_row(int row) const {
@@ -298,10 +327,11 @@ void GpuBackend::run_store(int layer, int first_row, int n) {
   const size_t at = static_cast<size_t>(layer) * n_rows_ + first_row;
   const auto dim = static_cast<size_t>(w_->head_dim), row = static_cast<size_t>(first_row);
   const int from = queued_ ? layer : layer_;
-  api_->launch(exact::StoreArgs{
-      device_.sites + at, layer_q(from) + row * w_->n_q_heads * dim,
-      layer_k(from) + row * w_->n_kv_heads * dim, layer_v(from) + row * w_->n_kv_heads * dim,
-      device_.slots + at * w_->n_kv_heads, device_.pos + row, device_.ring + at, heads(), n});
+  phase_ = "attention";
+  launch(exact::StoreArgs{device_.sites + at, layer_q(from) + row * w_->n_q_heads * dim,
+                          layer_k(from) + row * w_->n_kv_heads * dim,
+                          layer_v(from) + row * w_->n_kv_heads * dim, device_.slots + at * w_->n_kv_heads,
+                          device_.pos + row, device_.ring + at, heads(), n});
 }
 
 void GpuBackend::run_attend(int layer, int n, int most, float* out) {
@@ -309,10 +339,11 @@ void GpuBackend::run_attend(int layer, int n, int most, float* out) {
   const exact::AttendArgs args{
       device_.sites + at,           device_.counts + at * w_->n_kv_heads, out, heads(), n, most,
       attention_scale(w_->head_dim)};
-  api_->launch(exact::LogitsArgs{args});
-  api_->launch(exact::SoftmaxArgs{args});
-  api_->launch(exact::ValuesArgs{args});
-  api_->launch(exact::SumChunksArgs{args});
+  phase_ = "attention";
+  launch(exact::LogitsArgs{args});
+  launch(exact::SoftmaxArgs{args});
+  launch(exact::ValuesArgs{args});
+  launch(exact::SumChunksArgs{args});
 }
 
 OpBytes GpuBackend::attention_bytes(std::span<const AttendRow> attend) const {
@@ -402,6 +433,7 @@ OpBytes GpuBackend::output_and_ffn(int layer) {
 }
 
 void GpuBackend::run_output_and_ffn(int layer) {
+  phase_ = "matmul";
   const DeviceLayer& l = layers_[layer];
   auto multiply = [&](const DeviceMatrix& m, const float* x, int columns, float* out, bool add) {
     exact::MatmulArgs args{};
@@ -411,11 +443,10 @@ void GpuBackend::run_output_and_ffn(int layer) {
     args.n_x = n_rows_;
     args.columns = columns;
     args.add = add;
-    api_->launch(args);
+    launch(args);
   };
   multiply(l.o, attended_.data(), w_->n_q_heads * w_->head_dim, x_.data(), true);
-  api_->launch(
-      exact::NormArgs{x_.data(), nullptr, l.ffn_norm, normed_.data(), n_rows_, w_->width, w_->norm_eps});
+  launch(exact::NormArgs{x_.data(), nullptr, l.ffn_norm, normed_.data(), n_rows_, w_->width, w_->norm_eps});
   if (l.gate.type == l.up.type) {
     exact::MatmulArgs both{};
     both.parts[0] = {l.gate.data, gate_.data(), l.gate.rows, l.gate.rows};
@@ -424,25 +455,26 @@ void GpuBackend::run_output_and_ffn(int layer) {
     both.x = normed_.data();
     both.n_x = n_rows_;
     both.columns = w_->width;
-    api_->launch(both);
+    launch(both);
   } else {
     multiply(l.gate, normed_.data(), w_->width, gate_.data(), false);
     multiply(l.up, normed_.data(), w_->width, up_.data(), false);
   }
-  api_->launch(exact::SiluArgs{gate_.data(), up_.data(), static_cast<int64_t>(n_rows_) * w_->ffn_width});
+  launch(exact::SiluArgs{gate_.data(), up_.data(), static_cast<int64_t>(n_rows_) * w_->ffn_width});
   multiply(l.down, gate_.data(), w_->ffn_width, x_.data(), true);
 }
 
 void GpuBackend::run_head(int n) {
-  api_->launch(
-      exact::NormArgs{x_.data(), device_.rows, final_norm_, normed_.data(), n, w_->width, w_->norm_eps});
+  launch_layer_ = -1;
+  phase_ = "head";
+  launch(exact::NormArgs{x_.data(), device_.rows, final_norm_, normed_.data(), n, w_->width, w_->norm_eps});
   exact::MatmulArgs args{};
   args.parts[0] = {head_.data, logits_.data(), w_->n_vocab, w_->n_vocab};
   args.type = head_.type;
   args.x = normed_.data();
   args.n_x = n;
   args.columns = w_->width;
-  api_->launch(args);
+  launch(args);
 }
 
 OpBytes GpuBackend::head(std::span<const int> rows) {
@@ -451,6 +483,7 @@ OpBytes GpuBackend::head(std::span<const int> rows) {
   if (logits_.size() < rows.size() * vocab) {
     logits_ = DeviceArray<float>(*api_, rows.size() * vocab);
     api_->forget_graphs();
+    of_graphs_.clear();
   }
   std::copy(rows.begin(), rows.end(), host_.rows);
   if (queued_) {
@@ -476,6 +509,7 @@ void GpuBackend::run_step() {
                        static_cast<uint64_t>(std::countr_zero(static_cast<unsigned>(most))) << 32 |
                        uint64_t{keeps_rows_} << 40 | uint64_t{chooses_} << 41 |
                        uint64_t{choice_.shared} << 42;
+  launches_.clear();
   api_->run_graph(key, [&] {
     api_->upload_later(description_memory_.data(), description_host_.data, description_host_.bytes);
     run_embed();
@@ -485,6 +519,7 @@ void GpuBackend::run_step() {
       run_store(layer, 0, n_rows_);
       run_attend(layer, n_rows_, most, attended_.data());
       if (chooses_) {
+        phase_ = "evict";
         const int deciding = choice_.shared ? w_->n_q_heads : w_->n_q_heads / w_->n_kv_heads;
         exact::VictimArgs args{};
         args.sites = device_.sites + at;
@@ -496,7 +531,7 @@ void GpuBackend::run_step() {
         args.n_rows = n_rows_;
         args.shared = choice_.shared;
         args.scale = 1.0f / static_cast<float>(deciding * w_->head_dim);
-        api_->launch(args);
+        launch(args);
       }
       run_output_and_ffn(layer);
     }
@@ -513,6 +548,10 @@ void GpuBackend::run_step() {
     if (chooses_)
       api_->download_later(victims_host_.data, victims_.data(), n_victims * sizeof(exact::Victim));
   });
+  if (launches_.empty())
+    launches_ = of_graphs_[key];
+  else
+    of_graphs_[key] = launches_;
   api_->synchronize();
   const auto* victims = static_cast<const exact::Victim*>(victims_host_.data);
   for (size_t i = 0; i < static_cast<size_t>(n_layers) * n_rows_; ++i) {
@@ -528,8 +567,9 @@ void GpuBackend::run_step() {
 void GpuBackend::sample(std::span<const SampleRow> rows, std::span<SampleResult> results) {
   for (size_t i = 0; i < rows.size(); ++i) host_.forced[i] = rows[i].forced;
   send(&Description::forced, 0, rows.size());
-  api_->launch(exact::ChooseArgs{logits_.data(), device_.forced, choices_.data(),
-                                 static_cast<int32_t>(rows.size()), w_->n_vocab});
+  phase_ = "sample";
+  launch(exact::ChooseArgs{logits_.data(), device_.forced, choices_.data(), static_cast<int32_t>(rows.size()),
+                           w_->n_vocab});
   std::vector<exact::Choice> choices(rows.size());
   api_->download(choices.data(), choices_.data(), rows.size() * sizeof(exact::Choice));
   for (size_t i = 0; i < rows.size(); ++i) {

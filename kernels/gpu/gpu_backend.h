@@ -4,6 +4,8 @@
 // fp16 or bf16 as they are, quantised ones as fp32.
 #pragma once
 
+#include <map>
+
 #include "kernels/gpu/gpu_kv_store.h"
 
 namespace kvlapse {
@@ -31,6 +33,8 @@ class GpuBackend final : public Backend {
   void parallel(int n, const std::function<void(int)>& task) override {
     for (int i = 0; i < n; ++i) task(i);
   }
+
+  std::vector<LaunchRecord> take_launches() override;
 
   // For the stores: a row to be placed, and placing what is due.
   void place(GpuKvStore& store, const SlotTable& table, const float* q);
@@ -94,6 +98,9 @@ class GpuBackend final : public Backend {
   void run_head(int n);
   void run_step();
   OpBytes attention_bytes(std::span<const AttendRow> attend) const;
+  // Launches, and notes it for take_launches().
+  template <class Args>
+  void launch(const Args& args);
 
   std::unique_ptr<DeviceApi> api_;
   const TransformerWeights* w_ = nullptr;
@@ -119,6 +126,14 @@ class GpuBackend final : public Backend {
   std::vector<GpuKvStore*> step_stores_;  // [L, R] of the queued step
   std::vector<float> logits_mirror_, residual_mirror_, sample_scratch_;
   std::vector<char> logits_fresh_;
+  struct Launch {
+    LaunchRecord record;
+    uint64_t slot_bytes;  // more for each slot attended
+  };
+  std::vector<Launch> launches_;                       // since embed()
+  std::map<uint64_t, std::vector<Launch>> of_graphs_;  // of a captured step, by its key
+  std::string_view phase_ = "matmul";
+  int launch_layer_ = -1;
   int host_layer_ = -1;  // of prefill whose rows are on the host
   int n_logits_ = 0;
 };

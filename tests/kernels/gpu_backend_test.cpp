@@ -81,6 +81,39 @@ TEST(GpuBackendVictims, NothingButTheChoiceIsDownloadedInAStep) {
   EXPECT_GT(session.sequence(0).evictions, 0);
 }
 
+TEST(GpuBackendLaunches, AStepNamesItsLaunchesAndTheirBytes) {
+  const Model model = load_model(KVLAPSE_TEST_DATA "/tiny_qwen3");
+  const std::unique_ptr<Policy> policy = make_policy("full");
+  GpuBackend gpu(make_emulated_gpu());
+  SessionOptions options;
+  options.policy = policy.get();
+  options.max_tokens = 5;
+  options.ignore_eos = true;
+  DecodeSession session(gpu, model, options);
+  session.add_sequence({.prompt = {1, 2, 3}, .seed = 0, .teacher = {}, .max_tokens = 0});
+  session.step();
+  std::vector<LaunchRecord> steps[2];
+  for (std::vector<LaunchRecord>& launches : steps) {  // the second comes from the captured step
+    session.step();
+    launches = gpu.take_launches();
+  }
+  EXPECT_TRUE(gpu.take_launches().empty());
+  constexpr size_t kOfALayer = 13, kOthers = 4;  // embedding, last norm, logits, choice
+  ASSERT_EQ(steps[0].size(), model.spec.n_layers * kOfALayer + kOthers);
+  ASSERT_EQ(steps[1].size(), steps[0].size());
+  EXPECT_EQ(steps[0].front().name, "exact_embed");
+  EXPECT_EQ(steps[0].back().name, "exact_choose");
+  const CacheGeometry geometry = model.spec.cache_geometry(1, DType::f32);
+  for (size_t i = 0; i < steps[0].size(); ++i) {
+    EXPECT_EQ(steps[0][i].name, steps[1][i].name);
+    EXPECT_GT(steps[0][i].expected_bytes, 0u) << steps[0][i].name;
+    if (steps[0][i].name != "exact_logits") continue;
+    EXPECT_EQ(steps[0][i].phase, "attention");
+    EXPECT_EQ(steps[0][i].expected_bytes, 4 * geometry.row_bytes() * geometry.n_kv_heads);
+    EXPECT_EQ(steps[1][i].expected_bytes, 5 * geometry.row_bytes() * geometry.n_kv_heads);
+  }
+}
+
 TEST(Device, NamesAreReadOrRefused) {
   EXPECT_EQ(parse_device("cpu"), -1);
   EXPECT_EQ(parse_device("cuda"), 0);
