@@ -3,6 +3,9 @@
 
 #include "kernels/cuda/device_ops.cuh"
 
+// Sums run in a fixed order, but their loads need not wait for one another.
+#define KVLAPSE_UNROLL_16 _Pragma("unroll 16")
+
 namespace kvlapse::device {
 
 KVLAPSE_DEVICE float bits_float(uint32_t bits) {

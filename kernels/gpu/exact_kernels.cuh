@@ -91,6 +91,7 @@ KVLAPSE_DEVICE void run(const NormArgs& a, int block, unsigned char*) {
   const int i = mine ? team.index : 0;
   const float* x = a.x + static_cast<int64_t>(a.rows ? a.rows[i] : i) * a.width;
   float sum = 0;
+  KVLAPSE_UNROLL_16
   for (int c = team.lane; c < a.width; c += kTeam) sum = fmaf(x[c], x[c], sum);
   const float mean = tree(sum) / static_cast<float>(a.width);
   const float factor = 1.0f / sqrtf(mean + a.eps);
@@ -107,25 +108,31 @@ KVLAPSE_DEVICE void run(const MatmulArgs& a, int block, unsigned char*) {
   int row = mine ? team.index : 0, p = 0;
   while (row >= a.parts[p].rows) row -= a.parts[p++].rows;
   const MatmulPart& part = a.parts[p];
+  const int n = a.n_x - first < kVectorsAtOnce ? a.n_x - first : kVectorsAtOnce;  // of the whole block
+  const float* x = a.x + static_cast<int64_t>(first) * a.columns;
   float sum[kVectorsAtOnce] = {};
-  const float* x[kVectorsAtOnce];
-  for (int j = 0; j < kVectorsAtOnce; ++j) {
-    const int vector = first + j < a.n_x ? first + j : first;
-    x[j] = a.x + static_cast<int64_t>(vector) * a.columns;
-  }
   with_type(a.type, [&](auto type) {
     using T = decltype(type);
     const auto* w =
         static_cast<const typename T::Storage*>(part.data) + static_cast<int64_t>(row) * a.columns;
+    if (n == 1) {
+      KVLAPSE_UNROLL_16
+      for (int c = team.lane; c < a.columns; c += kTeam) sum[0] = fmaf(T::widen(w[c]), x[c], sum[0]);
+      return;
+    }
+    const float* rows[kVectorsAtOnce];
+    for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = x + static_cast<int64_t>(v < n ? v : 0) * a.columns;
     for (int c = team.lane; c < a.columns; c += kTeam) {
       const float value = T::widen(w[c]);
-      for (int j = 0; j < kVectorsAtOnce; ++j) sum[j] = fmaf(value, x[j][c], sum[j]);
+      for (int v = 0; v < kVectorsAtOnce; ++v) sum[v] = fmaf(value, rows[v][c], sum[v]);
     }
   });
-  for (int j = 0; j < kVectorsAtOnce; ++j) {
-    const float dot = tree(sum[j]);
-    if (!mine || team.lane != 0 || first + j >= a.n_x) continue;
-    float* out = part.out + static_cast<int64_t>(first + j) * part.stride + row;
+  KVLAPSE_UNROLL
+  for (int v = 0; v < kVectorsAtOnce; ++v) {
+    if (v >= n) continue;
+    const float dot = tree(sum[v]);
+    if (!mine || team.lane != 0) continue;
+    float* out = part.out + static_cast<int64_t>(first + v) * part.stride + row;
     *out = a.add ? *out + dot : dot;
   }
 }
@@ -267,6 +274,7 @@ KVLAPSE_DEVICE void run(const SoftmaxArgs& a, int block, unsigned char* memory) 
   block_sync();
   if (thread_index() < 32) {  // both teams of the first warp alike
     float sum = 0;
+    KVLAPSE_UNROLL_16
     for (int i = thread_index() % kTeam; i < n; i += kTeam) sum += weights[i];
     sum = tree(sum);
     if (thread_index() == 0) shared[0] = 1.0f / sum;
@@ -292,6 +300,7 @@ KVLAPSE_DEVICE void run(const ValuesArgs& a, int block, unsigned char*) {
       using T = decltype(type);
       const auto* v = static_cast<const typename T::Storage*>(site.v) +
                       (static_cast<int64_t>(h) * site.n_slots + first) * dim + d;
+      KVLAPSE_UNROLL_16
       for (int s = 0; s < count; ++s) total = fmaf(w[s], T::widen(v[static_cast<int64_t>(s) * dim]), total);
     });
     site.partials[(static_cast<int64_t>(chunk) * a.heads.n_q + head) * dim + d] = total;

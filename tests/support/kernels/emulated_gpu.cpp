@@ -9,6 +9,8 @@
 #include "core/base/error.h"
 #include "tests/support/kernels/emulated_device.h"
 
+#define KVLAPSE_UNROLL_16
+
 namespace kvlapse::device {
 
 inline float bits_float(uint32_t bits) {
