@@ -3,6 +3,7 @@
 #include <fstream>
 
 #include "cli/command.h"
+#include "cli/data_path.h"
 #include "cli/model_path.h"
 #include "cli/table.h"
 #include "core/base/error.h"
@@ -92,8 +93,8 @@ Json row_of(const Policy& policy, int budget, const Prediction& p) {
 
 void run_predict(const Options& o, Context& context) {
   if (o.gpu.empty())
-    fail_usage("predict: --gpu: expected a profile (replay/gpus/*.json, or one from `kvlapse bench`)");
-  GpuProfile gpu = read_profile(o.gpu);
+    fail_usage("predict: --gpu: expected a profile: h200, h100-80gb, or a file from `kvlapse bench`");
+  GpuProfile gpu = read_profile(find_gpu_profile(o.gpu));
   if (o.memory_gib > 0) gpu.memory_gib = {o.memory_gib, 0, "--memory-gib"};
   std::filesystem::path path = find_model(o.model);
   if (std::filesystem::is_regular_file(path)) path = path.parent_path();
@@ -215,13 +216,13 @@ void run_reproduce_longflow(Context& context) {
 void add_predict(CLI::App& app, Context& context) {
   CLI::App* command = add_command(app, context, "predict",
                                   "modelled: largest batch, tokens a second and bytes of a step on a GPU",
-                                  "  kvlapse predict --model Qwen3-8B/ --gpu replay/gpus/h200.json --policy "
+                                  "  kvlapse predict --model Qwen3-8B/ --gpu h200 --policy "
                                   "full,longflow,rkv --budget 2048 --output 16384\n"
                                   "  kvlapse predict --reproduce rkv");
   auto o = std::make_shared<Options>();
   command->add_option("--model", o->model,
                       "model folder (config.json is enough), or name; default: the built-in one");
-  command->add_option("--gpu", o->gpu, "profile of the GPU");
+  command->add_option("--gpu", o->gpu, "profile of the GPU: a name that comes with kvlapse (h200) or a file");
   command->add_option("--policy", o->policies, "policies, comma-separated")->capture_default_str();
   command->add_option("--budget", o->budgets, "budgets, comma-separated")->capture_default_str();
   command->add_option("--batch", o->batch, "sequences decoded together (default: as many as fit)");

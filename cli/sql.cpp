@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "cli/command.h"
+#include "cli/csv.h"
 #include "cli/table.h"
 #include "core/base/error.h"
 
@@ -29,14 +30,6 @@ Json json_of(const SqlValue& value) {
   return text_of(value);
 }
 
-// RFC 4180.
-std::string csv_of(const std::string& cell) {
-  if (cell.find_first_of(",\"\n\r") == std::string::npos) return cell;
-  std::string quoted = "\"";
-  for (char c : cell) quoted += c == '"' ? std::string("\"\"") : std::string(1, c);
-  return quoted + "\"";
-}
-
 }  // namespace
 
 void add_sql(CLI::App& app, Context& context) {
@@ -60,7 +53,7 @@ void add_sql(CLI::App& app, Context& context) {
     Table table(query.columns());
     std::vector<SqlValue> row;
     auto print_csv = [](const std::vector<std::string>& cells) {
-      for (size_t i = 0; i < cells.size(); ++i) fmt::print("{}{}", i ? "," : "", csv_of(cells[i]));
+      for (size_t i = 0; i < cells.size(); ++i) fmt::print("{}{}", i ? "," : "", csv_cell(cells[i]));
       fmt::print("\n");
     };
     if (!json && o->format == "csv") print_csv(query.columns());

@@ -1,9 +1,9 @@
 #include "replay/statistics.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "core/base/rng.h"
 
@@ -16,16 +16,21 @@ double mean_of(std::span<const double> values) {
   return values.empty() ? 0 : total / static_cast<double>(values.size());
 }
 
-// Average ranks, 0-based.
+// Average ranks, 0-based. Values and indices are sorted as one integer whose order is the value's.
 std::vector<double> ranks(std::span<const float> values) {
-  std::vector<size_t> order(values.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return values[a] < values[b]; });
+  std::vector<uint64_t> order(values.size());
+  for (size_t i = 0; i < order.size(); ++i) {
+    const auto bits = std::bit_cast<uint32_t>(values[i] + 0.0f);  // -0 becomes 0
+    const uint32_t ordered = (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+    order[i] = uint64_t{ordered} << 32 | i;
+  }
+  std::sort(order.begin(), order.end());
   std::vector<double> rank(values.size());
   for (size_t begin = 0; begin < order.size();) {
     size_t end = begin + 1;
-    while (end < order.size() && values[order[end]] == values[order[begin]]) ++end;
-    for (size_t i = begin; i < end; ++i) rank[order[i]] = 0.5 * static_cast<double>(begin + end - 1);
+    while (end < order.size() && order[end] >> 32 == order[begin] >> 32) ++end;
+    for (size_t i = begin; i < end; ++i)
+      rank[order[i] & 0xffffffffu] = 0.5 * static_cast<double>(begin + end - 1);
     begin = end;
   }
   return rank;
