@@ -16,7 +16,7 @@ struct MachineFinding {
 
 struct Screenshot {
   std::filesystem::path file;
-  std::string panel;  // this one alone; "": all of them
+  std::string panel;  // this one alone, NAME or NAME:STATE; "": all of them
 };
 
 struct ViewOptions {

@@ -157,13 +157,16 @@ const Application::PanelState* Application::find(std::string_view name) const {
 }
 
 void Application::show_alone(const std::string& panel) {
-  if (!panel.empty() && find(panel) == nullptr) {
+  const std::string name = panel.substr(0, panel.find(':'));
+  PanelState* state = find(name);
+  if (!name.empty() && state == nullptr) {
     std::string names;
-    for (const PanelState& state : panels_)
-      names += fmt::format("{}{}", names.empty() ? "" : ", ", state.info->name);
-    fail_usage("--panel {}: expected one of {}", panel, names);
+    for (const PanelState& known : panels_)
+      names += fmt::format("{}{}", names.empty() ? "" : ", ", known.info->name);
+    fail_usage("--panel {}: expected one of {}", name, names);
   }
-  maximised_ = panel;
+  if (name.size() < panel.size()) state->panel->set_state(std::string_view(panel).substr(name.size() + 1));
+  maximised_ = name;
 }
 
 bool Application::panel_open(std::string_view name) const {
@@ -538,7 +541,7 @@ void Application::draw_dock_space() {
     PanelState& state = panels_[i];
     state.visible = false;
     if (!state.open) continue;
-    if (state.focus && frames_ > 2) {  // tabs exist from the second frame on
+    if (state.focus && frames_ > layout_frame_ + 2) {  // a layout's tabs exist from its second frame on
       state.focus = false;
       ImGui::SetNextWindowFocus();
     }
@@ -559,6 +562,7 @@ void Application::draw_dock_space() {
 }
 
 void Application::default_layout(unsigned dock) {
+  layout_frame_ = frames_;
   ImGui::DockBuilderRemoveNode(dock);
   ImGui::DockBuilderAddNode(dock, static_cast<int>(ImGuiDockNodeFlags_DockSpace));
   ImGui::DockBuilderSetNodeSize(dock, ImGui::GetMainViewport()->WorkSize);

@@ -60,7 +60,8 @@ class Application {
   void picture_done(const std::string& message) { ui_->toast(message); }
 
   Ui& ui() { return *ui_; }
-  // This panel fills the window; "": all of them. Throws UsageError for an unknown name.
+  // This panel fills the window, "NAME" or "NAME:STATE" (Panel::state); "": all of them. Throws UsageError
+  // for an unknown name.
   void show_alone(const std::string& panel);
   bool panel_open(std::string_view name) const;
   void set_panel_open(std::string_view name, bool open);
@@ -133,7 +134,7 @@ class Application {
   std::vector<Toast> toasts_;
   std::optional<Picture> picture_;
   std::shared_ptr<TraceSource> checked_trace_;  // whose chunks are being or were checked
-  uint64_t frames_ = 0, drawn_version_ = 0;
+  uint64_t frames_ = 0, layout_frame_ = 0, drawn_version_ = 0;
 };
 
 }  // namespace kvlapse::gui

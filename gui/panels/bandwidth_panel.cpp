@@ -72,6 +72,7 @@ class BandwidthPanel final : public Panel {
     if (view_ == kRoofline) return draw_roofline(ui, model.roofline);
     if (!model.dram.absence.empty()) {
       same_line_if_fits(ui.px(300));
+      ImGui::AlignTextToFramePadding();
       cut_text(ui, "Measured DRAM bytes: none. " + model.dram.absence + ".", ImGui::GetContentRegionAvail().x,
                true);
     }

@@ -82,6 +82,15 @@ uint32_t attention_colour(const Theme& theme, float weight) {
   return theme.heat_at(0.25F + 0.75F * at);
 }
 
+// No colour of the heat ramp: red would pass for attention received.
+uint32_t missed_colour(const Theme& theme) {
+  return theme.series[2];
+}
+// Of what both sides hold, so that the differences stand out.
+uint32_t both_colour(const Theme& theme) {
+  return Theme::blend(theme.map_evicted, theme.map_alive, 0.45F);
+}
+
 void paint_positions(const LifeParams& params, LifeModel& model) {
   LifeRasterizer rasterizer(params.view);
   const CacheGeometry& geometry = params.trace->reader().header().geometry;
@@ -122,7 +131,7 @@ void paint_positions(const LifeParams& params, LifeModel& model) {
     if (attention && held[i] >= kAttentionFloor) colour = attention_colour(theme, held[i]);
     if (attention && missed[i] >= kAttentionFloor) {
       const float at = std::clamp(1 + std::log10(missed[i]) / 3, 0.0F, 1.0F);
-      colour = Theme::blend(theme.map_evicted, theme.bad, 0.35F + 0.65F * at);
+      colour = Theme::blend(theme.map_evicted, missed_colour(theme), 0.35F + 0.65F * at);
     }
     model.pixels[i] = colour;
   }
@@ -147,8 +156,7 @@ void paint_difference(const LifeParams& params, LifeModel& model) {
       model.pixels[i] = theme.map_unborn;
       continue;
     }
-    uint32_t colour =
-        Theme::blend(theme.map_evicted, theme.map_alive, std::min(0.45F * c.alive[i] / born, 1.0F));
+    uint32_t colour = Theme::blend(theme.map_evicted, both_colour(theme), std::min(c.alive[i] / born, 1.0F));
     colour = Theme::blend(colour, theme.series[1], std::clamp((a.alive[i] - c.alive[i]) / born, 0.0F, 1.0F));
     colour = Theme::blend(colour, theme.series[3], std::clamp((b.alive[i] - c.alive[i]) / born, 0.0F, 1.0F));
     model.pixels[i] = born < 1 ? Theme::blend(theme.map_unborn, colour, born) : colour;
@@ -305,7 +313,8 @@ class LifeMapPanel final : public Panel {
       ImGui::SameLine();
       choose("##colour", colour_, {"held", "attention"}, ui.px(96));
       ImGui::SetItemTooltip(
-          "attention: what each token received; red where an evicted token would have received it (regret)");
+          "attention: what each token received; green where an evicted token would have received it "
+          "(regret)");
     }
     // Only sources that are there can be chosen.
     std::vector<const char*> names = {"recorded"};
@@ -414,10 +423,12 @@ class LifeMapPanel final : public Panel {
         ui.selection.sequence, ui.selection.layer, ui.selection.kv_head);
   }
 
-  std::string state() const override { return fmt::format("{} {} {}", scope_, rows_, colour_); }
+  std::string state() const override { return fmt::format("{} {} {} {}", scope_, rows_, colour_, source_); }
   void set_state(std::string_view text) override {
-    std::sscanf(std::string(text).c_str(), "%d %d %d", &scope_, &rows_, &colour_);
-    scope_ = std::clamp(scope_, 0, 2), rows_ = std::clamp(rows_, 0, 1), colour_ = std::clamp(colour_, 0, 1);
+    std::sscanf(std::string(text).c_str(), "%d %d %d %d", &scope_, &rows_, &colour_, &source_);
+    scope_ = std::clamp(scope_, 0, 2), rows_ = std::clamp(rows_, 0, 1), colour_ = std::clamp(colour_, 0, 1),
+    source_ = std::clamp(source_, 0, 3);
+    fit_ = true;
   }
 
  private:
@@ -447,11 +458,11 @@ class LifeMapPanel final : public Panel {
       ramp_legend(ui, *ui.theme.heat, "0.001", "1", "attention", ui.px(70));
       if (model.has_regret) {
         ImGui::SameLine();
-        swatch(ui, ui.theme.bad, "missed");
+        swatch(ui, missed_colour(ui.theme), "missed");
       }
     } else if (model.source >= kDifference) {
       same_line_if_fits(ui.px(280));
-      swatch(ui, ui.theme.map_alive, "both");
+      swatch(ui, both_colour(ui.theme), "both");
       ImGui::SameLine();
       swatch(ui, ui.theme.series[1], model.source == kOther ? "this only" : "recorded only");
       ImGui::SameLine();
@@ -532,7 +543,7 @@ class LifeMapPanel final : public Panel {
       fit_ = true;
       return;
     }
-    fit_ = false;
+    if (model.rows == rows_) fit_ = false;  // a model of the other kind has other limits
     if (!ImPlot::IsPlotHovered()) return;
     const ImPlotPoint mouse = ImPlot::GetPlotMousePos();
     const int step = static_cast<int>(std::floor(mouse.x)), row = static_cast<int>(std::floor(mouse.y));

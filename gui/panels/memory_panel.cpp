@@ -125,11 +125,10 @@ class MemoryPanel final : public Panel {
       ImPlot::SetupFinish();
       for (size_t i = 0; i < model.drawn.size(); ++i) {
         ImPlotSpec spec;
-        spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.series[i == 0   ? 6
-                                                                        : i == 1 ? 5
-                                                                        : i == 2 ? 1
-                                                                                 : 0]);
-        spec.LineWeight = ui.px(1.5F);
+        // Page tables per layer and per head often agree: the first is drawn broader, so that both are seen.
+        constexpr std::array<size_t, 4> kSeries = {6, 2, 1, 0};
+        spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.series[kSeries[i]]);
+        spec.LineWeight = ui.px(i == 1 ? 4.5F : 1.5F);
         ImPlot::PlotLine(kLineNames[i], model.drawn[i].xs.data(), model.drawn[i].ys.data(),
                          static_cast<int>(model.drawn[i].xs.size()), spec);
       }

@@ -190,6 +190,8 @@ class SqlPanel final : public Panel {
     choose("y", y_, names, ui.px(140));
     const std::vector<double>& xs = model.numbers[columns[static_cast<size_t>(x_)]];
     const std::vector<double>& ys = model.numbers[columns[static_cast<size_t>(y_)]];
+    // A flat line at the highest value would lie under the frame.
+    ImPlot::PushStyleVar(ImPlotStyleVar_FitPadding, ImVec2(0.01F, 0.06F));
     if (ImPlot::BeginPlot("##plot", ImVec2(-1, std::max(ui.px(120), ImGui::GetContentRegionAvail().y * 0.5F)),
                           ImPlotFlags_NoTitle | ImPlotFlags_NoLegend | ImPlotFlags_NoFrame)) {
       ImPlot::SetupAxes(names[static_cast<size_t>(x_)], names[static_cast<size_t>(y_)],
@@ -201,6 +203,7 @@ class SqlPanel final : public Panel {
                        spec);
       ImPlot::EndPlot();
     }
+    ImPlot::PopStyleVar();
   }
 
   static void draw_rows(Ui& ui, const SqlModel& model) {

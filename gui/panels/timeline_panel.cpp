@@ -338,10 +338,12 @@ class TimelinePanel final : public Panel {
     ImGui::Text("of %d", ui.n_steps - 1);
     same_line_if_fits(ui.px(150));
     float speed = static_cast<float>(play.steps_per_second);
-    ImGui::SetNextItemWidth(ui.px(120));
-    if (ImGui::SliderFloat("##speed", &speed, 1, 4000, "%.0f steps/s", ImGuiSliderFlags_Logarithmic))
+    ImGui::SetNextItemWidth(ui.px(90));
+    if (ImGui::SliderFloat("##speed", &speed, 1, 4000, "", ImGuiSliderFlags_Logarithmic))
       play.steps_per_second = static_cast<double>(speed);
     ImGui::SetItemTooltip("Play speed (+ and -)");
+    ImGui::SameLine(0, ui.px(4));
+    ImGui::Text("%.0f steps/s", play.steps_per_second);
     same_line_if_fits(ui.px(120));
     ImGui::BeginDisabled(!ui.selection.has_range());
     ImGui::Checkbox("loop range", &play.loop);
@@ -481,7 +483,7 @@ class TimelinePanel final : public Panel {
                                            why.c_str());
         if (ImPlot::IsPlotHovered()) ImGui::SetTooltip("%s: %s", kind.name, data.absence.c_str());
       }
-      const std::string top = column.empty() ? "" : format_count(static_cast<double>(high));
+      const std::string top = column.empty() ? "" : format_count(static_cast<double>(pyramid.highest()));
       ImPlot::GetPlotDrawList()->AddText(ImVec2(corner.x + ui.px(4), corner.y + ui.px(1)), ui.theme.muted,
                                          top.c_str());
       step_cursor(ui, true);

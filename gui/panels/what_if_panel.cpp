@@ -60,10 +60,10 @@ class WhatIfPanel final : public Panel {
     ImGui::TextWrapped("%s", std::string(info_.summary).c_str());
     ImGui::PopStyleColor();
     ImGui::SetNextItemWidth(ui.px(220));
-    ImGui::SliderFloat("budget", &share_, 1, 100, "%.0f %% of the sequence");
+    ImGui::SliderFloat("##budget", &share_, 1, 100, "");  // the grab would cover a text inside
     ImGui::SameLine();
-    ImGui::TextDisabled(
-        "%d tokens",
+    ImGui::Text(
+        "budget %.0f %% of the sequence: %d tokens", static_cast<double>(share_),
         std::max(1, static_cast<int>(std::lround(share_ / 100 * static_cast<float>(model.n_tokens)))));
     for (size_t i = 0; i < info_.parameters.size(); ++i) {
       const ParameterInfo& parameter = info_.parameters[i];
@@ -71,9 +71,11 @@ class WhatIfPanel final : public Panel {
       ImGui::SetNextItemWidth(ui.px(220));
       const std::string name(parameter.name), summary(parameter.summary);
       if (ImGui::SliderFloat(name.c_str(), &value, static_cast<float>(parameter.min),
-                             static_cast<float>(parameter.max), "%.4g"))
+                             static_cast<float>(parameter.max), ""))
         values_[i] = static_cast<double>(value);
       ImGui::SetItemTooltip("%s", summary.c_str());
+      ImGui::SameLine();
+      ImGui::TextDisabled("%.4g", values_[i]);
     }
     ImGui::Separator();
     WhatIf& runner = ui.what_if_runner;

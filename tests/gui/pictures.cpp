@@ -25,7 +25,9 @@ namespace fs = std::filesystem;
 
 constexpr int kWidth = 960, kHeight = 600, kBlock = 8;
 constexpr int kColumns = kWidth / kBlock, kRows = kHeight / kBlock;
-constexpr int kSame = 12;             // levels of 255 that a block may differ
+constexpr int kSame = 12;  // levels of 255 that a block may differ
+// A block that changes this much is no antialiasing: a single marker must not get lost among many blocks.
+constexpr int kFar = 48, kFarWeight = 10;
 constexpr double kMostWrong = 0.002;  // share of blocks that may differ more
 struct Picture {
   const char* name;  // of the reference
@@ -39,9 +41,14 @@ const std::vector<Picture>& pictures() {
       {"timeline-gpu", "gpu.kvl", "timeline", {}},
       {"head-grid", "a.kvl", "head-grid", {}},
       {"life-map", "a.kvl", "life-map", {}},
+      {"life-map-slots", "a.kvl", "life-map:0 1 0 0", {}},
+      {"life-map-attention", "a.kvl", "life-map:0 0 1 0", {}},
+      {"life-map-against", "a.kvl", "life-map:0 0 0 3", {3}},
       {"text", "a.kvl", "text", {}},
+      {"text-regret", "a.kvl", "text:3", {}},
+      {"roofline", "gpu.kvl", "bandwidth:1", {0, 1, 2, 3}},
       {"info", "a.kvl", "info", {}},
-      {"memory", "a.kvl", "memory", {0, 1, 5, 6}},
+      {"memory", "a.kvl", "memory", {0, 1, 2, 6}},
       {"bandwidth", "a.kvl", "bandwidth", {4, 5}},
       {"bandwidth-gpu", "gpu.kvl", "bandwidth", {1, 4, 5}},
       {"kernels", "a.kvl", "kernels", {}},
@@ -78,7 +85,7 @@ double share_wrong(const Blocks& a, const Blocks& b) {
   for (size_t i = 0; i < a.size(); i += 3) {
     int most = 0;
     for (size_t c = 0; c < 3; ++c) most = std::max(most, std::abs(a[i + c] - b[i + c]));
-    wrong += most > kSame ? 1 : 0;
+    wrong += most > kFar ? kFarWeight : most > kSame ? 1 : 0;
   }
   return static_cast<double>(wrong) / (kRows * kColumns);
 }
@@ -91,7 +98,7 @@ Blocks draw(const fs::path& trace, const std::string& panel, int hidden = -1) {
   options.only_panel = panel;
   Application app(options);
   app.open(trace);
-  if (panel == "recordings") app.open("b.kvl");
+  if (panel == "recordings" || panel == "life-map:0 0 0 3") app.open("b.kvl");
   if (hidden >= 0) app.ui().theme.series[static_cast<size_t>(hidden)] = app.ui().theme.background;
   Platform platform(PlatformKind::headless, kWidth, kHeight, "kvlapse");
   app.select(200, 1, 0);
