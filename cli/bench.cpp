@@ -6,8 +6,10 @@
 #include <functional>
 #include <thread>
 
+#include "cli/bench_record.h"
 #include "cli/command.h"
 #include "cli/model_path.h"
+#include "cli/products.h"
 #include "cli/table.h"
 #include "core/base/error.h"
 #include "core/policy/spec.h"
@@ -17,7 +19,8 @@ namespace kvlapse::cli {
 namespace {
 
 struct Options {
-  std::string what, model, policy = "longflow", kv_dtype = "fp32", products = "exact";
+  std::string what, model, policy = "longflow", kv_dtype = "fp32", products = kDefaultProducts,
+                           tier = "events";
   int threads = 0, slots = 4096, batch = 1, context = 4096, budget = 0, runs = 30, steps = 64;
   int q_heads = 8, kv_heads = 4, head_dim = 64;
   int cache_mib = 256;
@@ -56,8 +59,7 @@ std::vector<BenchRow> decode_on_gpu(const Options& o) {
   return bench_cuda_decode(bench, model.spec, &model.weights.transformer, *policy);
 }
 
-std::vector<BenchRow> decode(const Options& o) {
-  if (o.device != "cpu") return decode_on_gpu(o);
+DecodeBench decode_bench(const Options& o, const Model& model) {
   DecodeBench bench;
   bench.n_threads = o.threads;
   bench.context = o.context;
@@ -65,15 +67,27 @@ std::vector<BenchRow> decode(const Options& o) {
   bench.kv_dtype = parse_dtype(o.kv_dtype);
   bench.budget = o.budget;
   bench.steps = o.steps;
-  bench.mode = o.products == "int16" ? MatmulMode::int16 : MatmulMode::exact;
-  return bench_decode(bench, load_model(find_model(o.model)), *make_policy(o.budget > 0 ? o.policy : "full"));
+  bench.mode = products_of(o.products, model);
+  return bench;
+}
+
+std::vector<BenchRow> decode(const Options& o) {
+  if (o.device != "cpu") return decode_on_gpu(o);
+  const Model model = load_model(find_model(o.model));
+  return bench_decode(decode_bench(o, model), model, *make_policy(o.budget > 0 ? o.policy : "full"));
+}
+
+std::vector<BenchRow> record(const Options& o) {
+  const Model model = load_model(find_model(o.model));
+  return bench_record(decode_bench(o, model), parse_tier(o.tier), model,
+                      *make_policy(o.budget > 0 ? o.policy : "full"));
 }
 
 struct Bench {
   const char* name;
   std::vector<BenchRow> (*run)(const Options&);
 };
-constexpr Bench kBenches[] = {{"attention", attention}, {"decode", decode}};
+constexpr Bench kBenches[] = {{"attention", attention}, {"decode", decode}, {"record", record}};
 
 Json to_json(const BenchRow& row) {
   Json json = {{"bench", row.bench},
@@ -119,22 +133,20 @@ void add_bench(CLI::App& app, Context& context) {
   CLI::App* command =
       add_command(app, context, "bench", "measure the engine on this machine, beside its physical limit",
                   "  kvlapse bench attention --slots 4096 --kv-dtype bf16\n"
-                  "  kvlapse bench decode --context 4096 --policy longflow --budget 1024 --json\n");
+                  "  kvlapse bench decode --context 4096 --policy longflow --budget 1024 --json\n"
+                  "  kvlapse bench record --tier qkv --context 512 --steps 512\n");
   std::vector<std::string> names;
   for (const Bench& bench : kBenches) names.push_back(bench.name);
   command->add_option("WHAT", options->what, "what to measure")->required()->check(CLI::IsMember(names));
   command->add_option("--model", options->model,
-                      "decode: model folder, file or name (default: the built-in model)");
+                      "decode, record: model folder, file or name (default: the built-in model)");
   command->add_option("--policy", options->policy, "whose importance and eviction are measured")
       ->capture_default_str();
-  command->add_option("--budget", options->budget, "decode: slots per kv head; 0 keeps all")
+  command->add_option("--budget", options->budget, "decode, record: slots per kv head; 0 keeps all")
       ->capture_default_str();
   command->add_option("--kv-dtype", options->kv_dtype, "fp32, fp16 or bf16")->capture_default_str();
-  command
-      ->add_option("--products", options->products,
-                   "decode: exact, or int16 (activations in 16-bit integers where weights are quantised)")
-      ->check(CLI::IsMember({"exact", "int16"}))
-      ->capture_default_str();
+  command->add_option("--tier", options->tier, "record: events, sketch or qkv")->capture_default_str();
+  add_products_option(*command, options->products);
   command->add_option("--threads", options->threads, "0: one per core")->capture_default_str();
   command->add_option("--batch", options->batch, "sequences")
       ->check(CLI::Range(1, 1024))
@@ -159,10 +171,10 @@ void add_bench(CLI::App& app, Context& context) {
   command->add_option("--runs", options->runs, "attention: measured runs")
       ->check(CLI::Range(1, 100000))
       ->capture_default_str();
-  command->add_option("--context", options->context, "decode: tokens held at the start")
+  command->add_option("--context", options->context, "decode, record: tokens held at the start")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  command->add_option("--steps", options->steps, "decode: measured steps")
+  command->add_option("--steps", options->steps, "decode, record: measured steps")
       ->check(CLI::Range(1, 100000))
       ->capture_default_str();
   command

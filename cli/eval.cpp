@@ -9,6 +9,7 @@
 #include "cli/command.h"
 #include "cli/interrupt.h"
 #include "cli/model_path.h"
+#include "cli/products.h"
 #include "cli/progress.h"
 #include "cli/table.h"
 #include "core/base/error.h"
@@ -22,7 +23,8 @@ namespace kvlapse::cli {
 namespace {
 
 struct Options {
-  std::string model, tasks, policies = "full", budgets = "100%", out, kv_dtype = "fp32";
+  std::string model, tasks, policies = "full", budgets = "100%", out, kv_dtype = "fp32",
+                            products = kDefaultProducts;
   int n = 32, batch = 16, max_tokens = 0, threads = 0, size = 0;
   uint64_t seed = 0;
   bool force = false;
@@ -53,7 +55,7 @@ class Evaluation {
   Evaluation(const Options& options, const Context& context)
       : options_(options),
         model_(load_model(find_model(options.model))),
-        backend_(make_cpu_backend(options.threads)),
+        backend_(make_cpu_backend(options.threads, products_of(options.products, model_))),
         kv_dtype_(parse_dtype(options.kv_dtype)),
         enabled_(!context.quiet) {}
 
@@ -243,6 +245,7 @@ void add_eval(CLI::App& app, Context& context) {
   command->add_option("--batch", options->batch, "sequences decoded together; changes no result")
       ->capture_default_str();
   command->add_option("--kv-dtype", options->kv_dtype, "fp32, fp16 or bf16")->capture_default_str();
+  add_products_option(*command, options->products);
   command->add_option("-j,--threads", options->threads, "threads (default: all)");
   command->add_option("-o,--output", options->out, "results file (*.kvr) that takes the rows");
   command->add_flag("--force", options->force, "replace an existing results file");

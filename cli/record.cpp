@@ -8,6 +8,7 @@
 #include "cli/command.h"
 #include "cli/interrupt.h"
 #include "cli/model_path.h"
+#include "cli/products.h"
 #include "cli/progress.h"
 #include "core/base/error.h"
 #include "core/engine/decode_session.h"
@@ -26,6 +27,7 @@ constexpr int kDefaultMaxTokens = 4096;  // for a prompt of unknown length of an
 struct Options {
   std::string model, prompt, prompt_file, task, policy = "full", budget, device = "cpu", tier = "qkv", layers;
   std::string kv_dtype = "fp32", counters = "none", teacher, out;
+  std::string products = kDefaultProducts;
   int max_tokens = 0, batch = 1, top_k = 0, threads = 0, counter_steps = 16;
   double temperature = 0, top_p = 1;
   uint64_t seed = 0;
@@ -144,7 +146,8 @@ class Recording {
       : options_(options),
         context_(context),
         model_(load_model(find_model(options.model))),
-        backend_(make_backend(options.device, options.threads)),
+        products_(options.device == "cpu" ? products_of(options.products, model_) : MatmulMode::exact),
+        backend_(make_backend(options.device, options.threads, products_)),
         policy_(make_policy(options.policy)),
         counters_(parse_counters(options.counters)),
         requests_(make_requests(options, model_)) {
@@ -222,6 +225,7 @@ class Recording {
                    {"ignore_eos", options_.ignore_eos ? "1" : "0"},
                    {"teacher", options_.teacher.empty() ? "0" : "1"},
                    {"max_tokens", fmt::format("{}", session_options_.max_tokens)},
+                   {"products", products_name(products_)},
                    {"counters", options_.counters}};
     return header;
   }
@@ -346,6 +350,7 @@ class Recording {
   const Options& options_;
   Context& context_;
   Model model_;
+  MatmulMode products_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Policy> policy_;
   GpuCounters counters_;
@@ -388,6 +393,7 @@ void add_record(CLI::App& app, Context& context) {
                       "layers whose q, k, v or sketches are recorded, A:B (default: all)");
   command->add_option("--kv-dtype", o->kv_dtype, "dtype of the K/V cache: fp32, fp16, bf16 or fp8")
       ->capture_default_str();
+  add_products_option(*command, o->products);
   command->add_option("--counters", o->counters, "GPU counters: none, activity, dram or kernels")
       ->capture_default_str();
   command

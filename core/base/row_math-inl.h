@@ -75,17 +75,59 @@ HWY_INLINE void dot_group(const T* const* row, const float* const* x, size_t dim
     for (int j = 0; j < X; ++j) folded[j][first + r] = fold(acc[r][j]);
 }
 
+#if HWY_TARGET == HWY_AVX2
+// The same for dim a multiple of 16, first lanes 0 to 7, then lanes 8 to 15: half the accumulators of a tile
+// at a time leave room for twice the rows, so that loads do not bound it.
+template <int R, int X, typename T>
+HWY_INLINE void dot_group_by_halves(const T* const* row, const float* const* x, size_t dim, Vec8 (*folded)[8],
+                                    int first) {
+#pragma GCC unroll 2
+  for (size_t half = 0; half < 2; ++half) {
+    Vec8 acc[R][X];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < X; ++j) acc[r][j] = hn::Zero(Tag());
+    for (size_t i = half * kLanes; i < dim; i += kVirtualLanes) {
+      Vec8 b[X];
+#pragma GCC unroll 4
+      for (int j = 0; j < X; ++j) b[j] = load(x[j] + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec8 a = load(row[r] + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < X; ++j) acc[r][j] = hn::MulAdd(a, b[j], acc[r][j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < X; ++j)
+        folded[j][first + r] = half == 0 ? acc[r][j] : hn::Add(folded[j][first + r], acc[r][j]);
+  }
+}
+#endif
+
 // Eight rows (pointers may repeat), X vectors; the first `valid` results of each are stored.
 template <int X, bool kTail, typename T>
 HWY_INLINE void dot_tile(const T* const (&row)[8], size_t valid, const float* x, size_t x_stride, size_t dim,
                          float factor, float* out, size_t out_stride) {
-  constexpr int kRows = X == 1 || kVecs == 1 ? 4 : 2;
+  constexpr bool kByHalves = X > 1 && !kTail && std::is_same_v<T, float>;  // where a vector has 8 lanes
+  constexpr int kRows = X == 1 || kVecs == 1 || kByHalves ? 4 : 2;
   const float* vectors[X];
 #pragma GCC unroll 4
   for (int j = 0; j < X; ++j) vectors[j] = x + j * x_stride;
   Vec8 folded[X][8];
 #pragma GCC unroll 4
-  for (int r = 0; r < 8; r += kRows) dot_group<kRows, X, kTail>(row + r, vectors, dim, folded, r);
+  for (int r = 0; r < 8; r += kRows) {
+#if HWY_TARGET == HWY_AVX2
+    if constexpr (kByHalves) {
+      dot_group_by_halves<kRows, X>(row + r, vectors, dim, folded, r);
+      continue;
+    }
+#endif
+    dot_group<kRows, X, kTail>(row + r, vectors, dim, folded, r);
+  }
   const Tag8 d;
 #pragma GCC unroll 4
   for (int j = 0; j < X; ++j) {

@@ -38,7 +38,7 @@ struct BatchRow {
   bool prompt = false;  // all rows of a step alike
 };
 
-// How generated tokens are multiplied with quantised matrices; everything else is exact fp32 in either mode.
+// How activations are multiplied with quantised matrices; everything else is exact fp32 in either mode.
 enum class MatmulMode : uint8_t {
   exact,  // dequantised weights times fp32 activations
   int16,  // activations rounded to 16-bit integers per block of 32, products summed in integers within a

@@ -14,9 +14,9 @@ int parse_device(const std::string& text) {
   return std::stoi(digits);
 }
 
-std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads) {
+std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads, MatmulMode mode) {
   const int index = parse_device(device);
-  return index < 0 ? make_cpu_backend(n_threads) : make_cuda_backend(index);
+  return index < 0 ? make_cpu_backend(n_threads, mode) : make_cuda_backend(index);
 }
 
 }  // namespace kvlapse

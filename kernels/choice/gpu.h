@@ -17,8 +17,9 @@ int parse_device(const std::string& text);
 // Backend on GPU `index`, with the CPU's results bit for bit. Throws Error: built without CUDA, no driver, no
 // such GPU.
 std::unique_ptr<Backend> make_cuda_backend(int index);
-// On `device` as parse_device reads it; n_threads is the CPU's.
-std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads);
+// On `device` as parse_device reads it; n_threads and mode are the CPU's, a GPU is always exact.
+std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads,
+                                      MatmulMode mode = MatmulMode::exact);
 
 // One row: a step of the fast decoder (bf16 weights and K/V, one CUDA graph) against the time in which its
 // weights and K/V can be read, at the read ceiling that the same run measures first. The policy is `full`, or

@@ -3,12 +3,14 @@
 #include <algorithm>
 
 #include "core/base/vector_math.h"
+#include "kernels/cpu/activations.h"
 
 namespace kvlapse {
 namespace {
 
 constexpr int kChunk = static_cast<int>(kValueChunk);
-constexpr int kBlockRows = 4;  // queries of a prefill block that pass over K together
+constexpr int kBlockRows = 8;     // queries of a prefill block that pass over K and V together
+constexpr size_t kKeyStrip = 64;  // slots whose keys they share while these are in the first-level cache
 
 int chunks_of(int n_slots) {
   return (n_slots + kChunk - 1) / kChunk;
@@ -99,19 +101,31 @@ void CpuAttention::block_tile(const CpuKvStore& store, int row, int n_rows, int 
   const auto dim = static_cast<size_t>(g.head_dim), group = static_cast<size_t>(g.group());
   const size_t q_head = static_cast<size_t>(kv_head) * group;
   const size_t fewest = static_cast<size_t>(first_slots + row) + 1, most = fewest + n_rows - 1;
-  const size_t stride = (most + 15) / 16 * 16, n_vectors = group * n_rows;
-  // Queries of the tile side by side, their weights, their partial and total sums.
-  scratch.resize(std::max(scratch.size(), n_vectors * (stride + 3 * dim)));
+  // The odd 16 keep the vectors' weights of one slot out of one cache set.
+  const size_t stride = (most + 31) / 32 * 32 + 16, n_vectors = group * n_rows;
+  // Queries of the tile side by side, their weights, their partial and total sums, and widened rows.
+  const size_t widened_floats = g.dtype == DType::f32 ? 0 : kValueChunk * dim;
+  scratch.resize(std::max(scratch.size(), n_vectors * (stride + 3 * dim) + widened_floats));
   float* queries = scratch.data();
   float* weights = queries + n_vectors * dim;
   float* partials = weights + n_vectors * stride;
   float* totals = partials + n_vectors * dim;
+  float* widened = totals + n_vectors * dim;
+  // Rows are widened once for all vectors of the tile.
+  auto wide_rows = [&](RowView rows, size_t n) {
+    if (rows.type == DType::f32) return rows;
+    widen(rows.type, rows.data, n * dim, widened);
+    return RowView{widened, DType::f32, dim, nullptr};
+  };
   for (int r = 0; r < n_rows; ++r)
     std::copy_n(q + (row + r) * q_stride + q_head * dim, group * dim, queries + r * group * dim);
 
   // Slots that a query may not see are computed and left alone.
-  dot_rows(store.key_rows(kv_head), most, dim, queries, dim, n_vectors, attention_scale(g.head_dim), weights,
-           stride);
+  for (size_t first = 0; first < most; first += kKeyStrip) {
+    const size_t n = std::min(kKeyStrip, most - first);
+    const RowView keys = wide_rows(store.key_rows(kv_head, static_cast<int>(first)), n);
+    dot_rows(keys, n, dim, queries, dim, n_vectors, attention_scale(g.head_dim), weights + first, stride);
+  }
   for (int r = 0; r < n_rows; ++r)
     for (size_t k = 0; k < group; ++k) {
       const std::span<float> row_weights(weights + (r * group + k) * stride, fewest + r);
@@ -120,7 +134,8 @@ void CpuAttention::block_tile(const CpuKvStore& store, int row, int n_rows, int 
 
   std::fill_n(totals, n_vectors * dim, 0.0f);
   for (size_t first = 0; first < most; first += kValueChunk) {
-    const RowView rows = store.value_rows(kv_head, static_cast<int>(first));
+    const RowView rows =
+        wide_rows(store.value_rows(kv_head, static_cast<int>(first)), std::min(kValueChunk, most - first));
     if (first + kValueChunk <= fewest) {
       weighted_rows(rows, kValueChunk, dim, weights + first, stride, n_vectors, partials, dim);
     } else {

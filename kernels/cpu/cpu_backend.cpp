@@ -8,7 +8,8 @@
 #include "core/base/error.h"
 #include "kernels/cpu/activations.h"
 #include "kernels/cpu/cpu_attention.h"
-#include "kernels/cpu/integer_dot.h"
+#include "kernels/cpu/host_array.h"
+#include "kernels/cpu/integer_matmul.h"
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/sampler.h"
 #include "kernels/cpu/thread_team.h"
@@ -33,6 +34,7 @@ class CpuBackend final : public Backend {
   void prepare(const TransformerWeights& weights, int n_rows, DType kv_dtype) override {
     if (kv_dtype == DType::f8e4m3) fail("kv dtype: expected fp32, fp16 or bf16 on the cpu, found fp8");
     w_ = &weights;
+    pack(weights);
     kv_dtype_ = kv_dtype;
     q_width_ = static_cast<size_t>(weights.n_q_heads) * weights.head_dim;
     kv_width_ = static_cast<size_t>(weights.n_kv_heads) * weights.head_dim;
@@ -66,7 +68,6 @@ class CpuBackend final : public Backend {
 
   OpBytes embed(std::span<const BatchRow> rows) override {
     n_rows_ = rows.size();
-    integers_ = mode_ == MatmulMode::int16 && !rows[0].prompt;
     for (size_t r = 0; r < n_rows_; ++r) {
       matrix_row(w_->embedding, rows[r].token, x_.data() + r * w_->width);
       w_->rope.angles(rows[r].pos, std::span(cos_).subspan(r * half_dim_, half_dim_),
@@ -77,6 +78,7 @@ class CpuBackend final : public Backend {
 
   OpBytes project_qkv(int layer) override {
     const LayerWeights& l = w_->layers[layer];
+    const PackedLayer& packed = packed_[layer];
     const auto width = static_cast<size_t>(w_->width), dim = static_cast<size_t>(w_->head_dim);
     const int n_heads = w_->n_q_heads + 2 * w_->n_kv_heads;
     team_.run([&](int thread) {
@@ -84,7 +86,7 @@ class CpuBackend final : public Backend {
       team_.barrier();
       ThreadScratch& scratch = thread_scratch_[thread];
       scratch.input = {normed_.data(), width, n_rows_, width};
-      take_integers(scratch, {&l.q, &l.k, &l.v});
+      take_integers(scratch, {&packed.q, &packed.k, &packed.v});
       // Whole heads, so that each is finished by the thread that computed it.
       const Share mine = share_of(n_heads, thread, team_.size());
       for (int64_t head = mine.begin; head < mine.end; ++head) {
@@ -93,12 +95,13 @@ class CpuBackend final : public Backend {
                               : is_k ? head - w_->n_q_heads
                                      : head - w_->n_q_heads - w_->n_kv_heads;
         const Matrix& matrix = is_q ? l.q : is_k ? l.k : l.v;
+        const PackedMatrix& packed_matrix = is_q ? packed.q : is_k ? packed.k : packed.v;
         const std::vector<float>& bias = is_q ? l.q_bias : is_k ? l.k_bias : l.v_bias;
         const std::vector<float>& norm = is_q ? l.q_norm : l.k_norm;
         std::vector<float>& out = is_q ? q_ : is_k ? k_ : v_;
         const size_t stride = is_q ? q_width_ : kv_width_, first = static_cast<size_t>(index) * dim;
-        multiply(matrix, {static_cast<int64_t>(first), static_cast<int64_t>(first + dim)}, scratch,
-                 out.data(), stride);
+        multiply(matrix, packed_matrix, {static_cast<int64_t>(first), static_cast<int64_t>(first + dim)},
+                 scratch, out.data(), stride);
         for (size_t r = 0; r < n_rows_; ++r) {
           const std::span<float> row(out.data() + r * stride + first, dim);
           if (!bias.empty()) add({bias.data() + first, dim}, row.data());
@@ -141,20 +144,21 @@ class CpuBackend final : public Backend {
 
   OpBytes output_and_ffn(int layer) override {
     const LayerWeights& l = w_->layers[layer];
+    const PackedLayer& packed = packed_[layer];
     const auto width = static_cast<size_t>(w_->width), ffn = static_cast<size_t>(w_->ffn_width);
     team_.run([&](int thread) {
       ThreadScratch& scratch = thread_scratch_[thread];
       const Share outputs = share_of(w_->width, thread, team_.size(), kRowUnit);
       const Share hidden = share_of(w_->ffn_width, thread, team_.size(), kRowUnit);
-      project_onto_x(l.o, attended_, q_width_, outputs, scratch);
+      project_onto_x(l.o, packed.o, attended_, q_width_, outputs, scratch);
       team_.barrier();
       norm_rows(l.ffn_norm, thread);
       team_.barrier();
       if (hidden.begin < hidden.end) {
         scratch.input = {normed_.data(), width, n_rows_, width};
-        take_integers(scratch, {&l.gate, &l.up});
-        multiply(l.gate, hidden, scratch, gate_.data(), ffn);
-        multiply(l.up, hidden, scratch, up_.data(), ffn);
+        take_integers(scratch, {&packed.gate, &packed.up});
+        multiply(l.gate, packed.gate, hidden, scratch, gate_.data(), ffn);
+        multiply(l.up, packed.up, hidden, scratch, up_.data(), ffn);
         const auto n = static_cast<size_t>(hidden.end - hidden.begin);
         for (size_t r = 0; r < n_rows_; ++r) {
           const size_t at = r * ffn + hidden.begin;
@@ -162,7 +166,7 @@ class CpuBackend final : public Backend {
         }
       }
       team_.barrier();
-      project_onto_x(l.down, gate_, ffn, outputs, scratch);
+      project_onto_x(l.down, packed.down, gate_, ffn, outputs, scratch);
     });
     return {l.o.bytes() + l.gate.bytes() + l.up.bytes() + l.down.bytes() +
                 n_rows_ * (q_width_ + 2 * width + ffn) * kFloat,
@@ -182,8 +186,8 @@ class CpuBackend final : public Backend {
       if (vocabulary.begin == vocabulary.end) return;
       ThreadScratch& scratch = thread_scratch_[thread];
       scratch.input = {normed_.data(), width, rows.size(), width};
-      take_integers(scratch, {&w_->head});
-      multiply(w_->head, vocabulary, scratch, logits_.data(), vocab);
+      take_integers(scratch, {&packed_head_});
+      multiply(w_->head, packed_head_, vocabulary, scratch, logits_.data(), vocab);
     });
     return {w_->head.bytes() + rows.size() * width * kFloat, rows.size() * vocab * kFloat};
   }
@@ -232,38 +236,86 @@ class CpuBackend final : public Backend {
   };
   struct ThreadScratch {
     Input input;
-    bool has_integers = false;
     IntegerActivations integers;  // of the input
     std::vector<float> panel;
   };
 
-  // Rounds the thread's input once for the matrices that it is about to be multiplied with, when the mode
-  // asks for it.
-  void take_integers(ThreadScratch& scratch, std::initializer_list<const Matrix*> matrices) const {
-    scratch.has_integers = integers_ && std::any_of(matrices.begin(), matrices.end(),
-                                                    [](const Matrix* m) { return has_integer_dot(m->type); });
+  // Matrices as integer products read them; not packed in exact mode or where the type or shape has no such
+  // kernel.
+  struct PackedLayer {
+    PackedMatrix q, k, v, o, gate, up, down;
+  };
+
+  // Packs what the mode multiplies in integers.
+  void pack(const TransformerWeights& weights) {
+    packed_.assign(weights.layers.size(), {});
+    packed_head_ = {};
+    if (mode_ == MatmulMode::exact) return;
+
+    struct Job {
+      const Matrix* from;
+      PackedMatrix* to;
+      size_t offset;
+    };
+    std::vector<Job> jobs;
+    size_t bytes = 0;
+    auto add_job = [&](const Matrix& from, PackedMatrix& to) {
+      if (!can_be_packed(from.type)) return;
+      to = {from.type, from.rows, from.columns, nullptr};
+      jobs.push_back({&from, &to, bytes});
+      bytes += (packed_group_bytes(from.type, from.columns) * to.n_groups() + 63) / 64 * 64;
+    };
+    const bool whole_heads = weights.head_dim % PackedMatrix::kRows == 0;
+    for (size_t i = 0; i < packed_.size(); ++i) {
+      const LayerWeights& l = weights.layers[i];
+      PackedLayer& p = packed_[i];
+      if (whole_heads) {
+        add_job(l.q, p.q);
+        add_job(l.k, p.k);
+        add_job(l.v, p.v);
+      }
+      add_job(l.o, p.o);
+      add_job(l.gate, p.gate);
+      add_job(l.up, p.up);
+      add_job(l.down, p.down);
+    }
+    add_job(weights.head, packed_head_);
+    packed_bytes_ = HostArray<std::byte>(bytes);
+    team_.run([&](int thread) {
+      for (const Job& job : jobs) {
+        const Share mine = share_of(job.to->n_groups(), thread, team_.size());
+        pack_groups(*job.from, mine.begin, mine.end, packed_bytes_.data() + job.offset);
+      }
+    });
+    for (const Job& job : jobs) job.to->data = packed_bytes_.data() + job.offset;
+  }
+
+  // Rounds the thread's input once for the matrices that it is about to be multiplied with, when one of them
+  // is packed.
+  static void take_integers(ThreadScratch& scratch, std::initializer_list<const PackedMatrix*> matrices) {
     const Input& in = scratch.input;
-    if (scratch.has_integers) scratch.integers.assign(in.x, in.stride, in.n_rows, in.columns);
+    if (std::any_of(matrices.begin(), matrices.end(), [](const PackedMatrix* m) { return m->data; }))
+      scratch.integers.assign(in.x, in.stride, in.n_rows, in.columns);
   }
 
   // y = W input, rows [mine.begin, mine.end).
-  static void multiply(const Matrix& w, Share mine, ThreadScratch& scratch, float* y, size_t y_stride) {
+  static void multiply(const Matrix& w, const PackedMatrix& packed, Share mine, ThreadScratch& scratch,
+                       float* y, size_t y_stride) {
     const Input& in = scratch.input;
-    if (scratch.has_integers && has_integer_dot(w.type))
-      integer_rows(w.type, w.row(mine.begin), w.row_bytes(), static_cast<size_t>(mine.end - mine.begin),
-                   scratch.integers, y + mine.begin, y_stride);
+    if (packed.data)
+      integer_matmul(packed, mine.begin, mine.end, scratch.integers, y, y_stride);
     else
       matmul_rows(w, mine.begin, mine.end, in.x, in.stride, in.n_rows, y, y_stride, scratch.panel.data());
   }
 
   // x += W in, for the output rows of one thread.
-  void project_onto_x(const Matrix& w, const std::vector<float>& in, size_t in_stride, Share mine,
-                      ThreadScratch& scratch) {
+  void project_onto_x(const Matrix& w, const PackedMatrix& packed, const std::vector<float>& in,
+                      size_t in_stride, Share mine, ThreadScratch& scratch) {
     if (mine.begin == mine.end) return;
     const auto width = static_cast<size_t>(w_->width);
     scratch.input = {in.data(), in_stride, n_rows_, in_stride};
-    take_integers(scratch, {&w});
-    multiply(w, mine, scratch, projected_.data(), width);
+    take_integers(scratch, {&packed});
+    multiply(w, packed, mine, scratch, projected_.data(), width);
     for (size_t r = 0; r < n_rows_; ++r) {
       const size_t at = r * width + mine.begin;
       add({projected_.data() + at, static_cast<size_t>(mine.end - mine.begin)}, x_.data() + at);
@@ -273,7 +325,9 @@ class CpuBackend final : public Backend {
   ThreadTeam team_;
   CpuAttention attention_;
   MatmulMode mode_;
-  bool integers_ = false;  // the step in progress multiplies in integers
+  std::vector<PackedLayer> packed_;
+  PackedMatrix packed_head_;
+  HostArray<std::byte> packed_bytes_;
   const TransformerWeights* w_ = nullptr;
   DType kv_dtype_ = DType::f32;
   size_t n_rows_ = 0, q_width_ = 0, kv_width_ = 0, half_dim_ = 0;
@@ -293,6 +347,14 @@ std::unique_ptr<Backend> make_cpu_backend(int n_threads, MatmulMode mode) {
   if (n_threads == 0) n_threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   if (n_threads < 1 || n_threads > 1024) fail("threads: expected 1 to 1024, found {}", n_threads);
   return std::make_unique<CpuBackend>(n_threads, mode);
+}
+
+bool has_integer_products(const TransformerWeights& weights) {
+  if (can_be_packed(weights.head.type)) return true;
+  for (const LayerWeights& l : weights.layers)
+    for (const Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down})
+      if (can_be_packed(m->type)) return true;
+  return false;
 }
 
 }  // namespace kvlapse

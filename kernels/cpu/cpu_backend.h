@@ -11,4 +11,7 @@ namespace kvlapse {
 // n_threads 0: one per available core.
 std::unique_ptr<Backend> make_cpu_backend(int n_threads = 0, MatmulMode mode = MatmulMode::exact);
 
+// Some matrix is of a type that MatmulMode::int16 multiplies in integers.
+bool has_integer_products(const TransformerWeights& weights);
+
 }  // namespace kvlapse

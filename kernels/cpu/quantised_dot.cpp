@@ -75,8 +75,9 @@ struct Q4_1 {
   static constexpr size_t kBytes = 20;
   static HWY_INLINE void expand(const std::byte* block, Vec (&out)[kBlockVecs]) {
     const Scales s = scales_at(block);
+    // d * q is exact in fp32: one rounding, as in the definition.
     expand_nibbles(reinterpret_cast<const uint8_t*>(block + 4), out,
-                   [&](Vec q) HWY_ATTR { return hn::Add(hn::Mul(s.d, q), s.m); });
+                   [&](Vec q) HWY_ATTR { return hn::MulAdd(s.d, q, s.m); });
   }
 };
 

@@ -6,6 +6,8 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "tests/support/smollm2.h"
+
 namespace kvlapse {
 namespace {
 
@@ -28,9 +30,9 @@ const std::string kGolden = KVLAPSE_TEST_DATA "/smollm2/";
 class SmolLm2Conformance : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (!std::filesystem::exists(model_)) GTEST_SKIP() << "needs the model that `make models` fetches";
+    KVLAPSE_NEEDS_SMOLLM2();
   }
-  std::string model_ = KVLAPSE_MODELS "/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+  std::string model_ = kSmolLm2.string();
 };
 
 TEST_F(SmolLm2Conformance, EngineAndTokenizerAreExact) {

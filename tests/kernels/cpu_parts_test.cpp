@@ -17,7 +17,7 @@
 #include "kernels/cpu/activations.h"
 #include "kernels/cpu/bench/bench.h"
 #include "kernels/cpu/cpu_attention.h"
-#include "kernels/cpu/integer_dot.h"
+#include "kernels/cpu/integer_matmul.h"
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/sampler.h"
 #include "kernels/cpu/thread_team.h"
@@ -148,13 +148,18 @@ TEST(Matmul, IntegerRowsEqualTheirDefinitionAndAreClose) {
       }
     const Matrix w{type, rows, columns, blocks.data()};
     std::vector<float> row(columns);
-    for (size_t n_x : {1, 2, 3, 6}) {
+    std::vector<std::byte> bytes(packed_group_bytes(type, columns) * 3);
+    pack_groups(w, 0, 3, bytes.data());
+    const PackedMatrix packed{type, rows, columns, bytes.data()};
+    for (size_t n_x : {1, 2, 3, 6, 8, 17}) {
       std::vector<float> x = random_values(rng, n_x * columns);
-      std::fill_n(x.begin() + 32, 32, 0.0f);  // a block of zeros
+      std::fill_n(x.begin() + 32, 32, 0.0f);    // a block of zeros
+      std::fill_n(x.begin() + 64, 32, 1e-40f);  // and one whose scale has no inverse
       IntegerActivations integers;
       integers.assign(x.data(), columns, n_x, columns);
       std::vector<float> y(n_x * rows);
-      integer_rows(type, blocks.data(), w.row_bytes(), rows, integers, y.data(), rows);
+      integer_matmul(packed, 0, 8, integers, y.data(), rows);
+      integer_matmul(packed, 8, rows, integers, y.data(), rows);
       for (int64_t r = 0; r < rows; ++r) {
         dequantize(type, w.row(r), columns, row.data());
         for (size_t j = 0; j < n_x; ++j) {

@@ -8,6 +8,7 @@
 #include "core/model/model.h"
 #include "core/model/prompt.h"
 #include "tests/support/error_text.h"
+#include "tests/support/smollm2.h"
 
 namespace kvlapse {
 namespace {
@@ -88,9 +89,8 @@ TEST(ChatTemplate, UnknownOnesAreRefusedWithAdvice) {
 }
 
 TEST(ChatTemplate, SmolLm2GivesTheGoldenPrompt) {
-  std::filesystem::path path = KVLAPSE_MODELS "/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
-  if (!std::filesystem::exists(path)) GTEST_SKIP() << "needs the model that `make models` fetches";
-  ModelFiles model = open_model_files(path);
+  KVLAPSE_NEEDS_SMOLLM2();
+  ModelFiles model = open_model_files(kSmolLm2);
   auto golden = open_safetensors(KVLAPSE_TEST_DATA "/smollm2/math.safetensors");
   std::string question;
   for (const auto& [key, value] : golden->metadata())

@@ -9,6 +9,7 @@
 #include "core/base/sha256.h"
 #include "tests/support/error_text.h"
 #include "tests/support/gguf_builder.h"
+#include "tests/support/smollm2.h"
 
 namespace kvlapse {
 namespace {
@@ -68,9 +69,8 @@ TEST(GgufFile, EveryTypeGivesTheValuesOfTheReference) {
 }
 
 TEST(GgufFile, SmolLm2TensorsHaveTheKnownHashes) {
-  std::filesystem::path path = KVLAPSE_MODELS "/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
-  if (!std::filesystem::exists(path)) GTEST_SKIP() << "needs the model that `make models` fetches";
-  GgufFile gguf(path);
+  KVLAPSE_NEEDS_SMOLLM2();
+  GgufFile gguf(kSmolLm2);
   auto expected = nlohmann::json::parse(std::ifstream(KVLAPSE_TEST_DATA "/smollm2/tensors.json"));
   ASSERT_EQ(gguf.tensors().size(), expected.size());
   for (size_t i = 0; i < expected.size(); ++i) {

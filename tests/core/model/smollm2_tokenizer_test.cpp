@@ -6,6 +6,7 @@
 
 #include "core/model/gguf_file.h"
 #include "core/model/tokenizer.h"
+#include "tests/support/smollm2.h"
 
 namespace kvlapse {
 namespace {
@@ -28,9 +29,8 @@ std::vector<T> ragged(const TensorFile& file, const std::string& name, size_t i)
 class SmolLm2Tokenizer : public ::testing::Test {
  protected:
   void SetUp() override {
-    std::filesystem::path path = KVLAPSE_MODELS "/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
-    if (!std::filesystem::exists(path)) GTEST_SKIP() << "needs the model that `make models` fetches";
-    file_ = std::make_unique<GgufFile>(path);
+    KVLAPSE_NEEDS_SMOLLM2();
+    file_ = std::make_unique<GgufFile>(kSmolLm2);
     tokenizer_ = gguf_tokenizer(*file_);
   }
   std::unique_ptr<GgufFile> file_;
