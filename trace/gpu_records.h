@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/ops/launch_log.h"
@@ -17,7 +18,7 @@ struct GpuKernel {
   uint32_t device = 0, context = 0, stream = 0, correlation = 0, graph = 0;
   uint64_t graph_node = 0;  // 0: not of a graph
   int64_t grid_id = 0;
-  std::string mangled_name;
+  std::string_view mangled_name;  // lives as long as the program (intern_name)
   int32_t grid[3] = {}, block[3] = {};
   uint32_t cluster[3] = {};
   uint32_t registers = 0, local_bytes_per_thread = 0, max_cluster = 0, max_active_clusters = 0;
@@ -78,6 +79,9 @@ struct GpuDevice {
   int64_t memory_bytes = 0, l2_bytes = 0;
   int multiprocessors = 0, compute_major = 0, compute_minor = 0;
 };
+
+// A copy of `name` that lives as long as the program; there are few kernels. Any thread.
+std::string_view intern_name(std::string_view name);
 
 // What was gathered since the last batch; appended to the trace as it is.
 struct GpuBatch {

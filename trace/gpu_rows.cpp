@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <mutex>
+#include <set>
 
 namespace kvlapse {
 namespace {
@@ -40,6 +42,14 @@ std::string short_name(std::string full) {
 }
 
 }  // namespace
+
+std::string_view intern_name(std::string_view name) {
+  static std::mutex mutex;
+  static std::set<std::string, std::less<>> names;
+  std::lock_guard lock(mutex);
+  const auto found = names.find(name);
+  return found != names.end() ? *found : *names.emplace(name).first;
+}
 
 struct GpuRows::Impl {
   explicit Impl(Database& db)
@@ -97,11 +107,11 @@ struct GpuRows::Impl {
   struct Names {
     int64_t demangled, shortened, mangled;
   };
-  Names names_of(const std::string& mangled) {
+  Names names_of(std::string_view mangled) {
     auto found = names.find(mangled);
     if (found == names.end()) {
-      const std::string full = demangled(mangled);
-      found = names.emplace(mangled, Names{id_of(full), id_of(short_name(full)), id_of(mangled)}).first;
+      const std::string name(mangled), full = demangled(name);
+      found = names.emplace(name, Names{id_of(full), id_of(short_name(full)), id_of(name)}).first;
     }
     return found->second;
   }
@@ -161,7 +171,7 @@ struct GpuRows::Impl {
   Database& database;
   Statement string, kernel, launch, copy, fill, range, dram, counter, clock, source, device, start;
   std::map<std::string, int64_t> strings;
-  std::map<std::string, Names> names;  // by mangled name
+  std::map<std::string, Names, std::less<>> names;  // by mangled name
   int64_t next_kernel, next_range;
 };
 

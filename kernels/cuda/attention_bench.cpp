@@ -212,27 +212,19 @@ std::vector<Work> sweep_work() {
     work.push_back({{batch, slots, DType::bf16}, v});
   };
   // Two blocks a multiprocessor: a launch's first loads overlap the end of the one before.
-  for (auto [batch, slots] : {std::pair{1, 1024},
-                              {1, 3276},
-                              {1, 16384},
-                              {8, 1024},
-                              {8, 3276},
-                              {8, 16384},
-                              {16, 3276},
-                              {32, 1024},
-                              {32, 3276},
-                              {64, 1024},
-                              {128, 1024},
-                              {128, 3276}})
-    for (int splits : {0, 1, 2, 4, 8}) {
-      if (splits == 0 || batch * splits <= 32)
-        add(batch, slots, {.splits = splits, .blocks_per_multiprocessor = 2});
-      if (splits > 0 && batch * splits <= 32) add(batch, slots, {.splits = splits});
+  for (int blocks : {1, 2}) {
+    for (int splits : {4, 5, 6, 7, 8, 9})
+      add(1, 1024, {.splits = splits, .blocks_per_multiprocessor = blocks});
+    for (int splits : {6, 7, 8, 9, 10}) add(1, 3276, {.splits = splits, .blocks_per_multiprocessor = blocks});
+    for (int splits : {1, 2, 3}) {
+      add(8, 1024, {.splits = splits, .blocks_per_multiprocessor = blocks});
+      add(8, 3276, {.splits = splits, .blocks_per_multiprocessor = blocks});
     }
-  for (int splits : {9, 10, 12, 13, 14, 16}) {
-    for (int slots : {1024, 3276, 16384}) add(1, slots, {.splits = splits});
-    add(1, 3276, {.splits = splits, .blocks_per_multiprocessor = 2});
+    for (int batch : {16, 32, 64, 128}) add(batch, 1024, {.splits = 1, .blocks_per_multiprocessor = blocks});
+    for (int batch : {16, 32, 128}) add(batch, 3276, {.splits = blocks, .blocks_per_multiprocessor = blocks});
   }
+  for (int splits : {6, 7, 8, 9}) add(1, 16384, {.splits = splits});
+  for (int splits : {2, 3, 4}) add(8, 16384, {.splits = splits});
   return work;
 }
 

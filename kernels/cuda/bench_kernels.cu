@@ -20,7 +20,7 @@ __global__ void fill_random_kernel(FillArgs args) {
     const uint64_t bits = mix64(args.seed ^ mix64(i));
     const float sum = static_cast<float>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) +
                                          (bits >> 48));
-    const float value = (sum / 65536.0f - 2.0f) * 1.7320508f;
+    const float value = (sum / 65536.0f - 2.0f) * 1.7320508f + args.low;
     if (args.bf16)
       static_cast<__nv_bfloat16*>(args.data)[i] = __float2bfloat16(value);
     else
@@ -69,9 +69,9 @@ LaunchShape blocks_of(int n_blocks, int n_threads) {
 
 }  // namespace
 
-void launch_fill_random(cudaStream_t stream, void* data, uint64_t n, DType dtype, uint64_t seed) {
+void launch_fill_random(cudaStream_t stream, void* data, uint64_t n, DType dtype, uint64_t seed, float mean) {
   launch_kernel(stream, {"fill_random", n * 2, nullptr}, blocks_of(2048, 256), fill_random_kernel,
-                FillArgs{data, n, seed, 0, 0, dtype == DType::bf16});
+                FillArgs{data, n, seed, mean, 0, dtype == DType::bf16});
 }
 void launch_fill_uniform(cudaStream_t stream, float* data, uint64_t n, float low, float high, uint64_t seed) {
   launch_kernel(stream, {"fill_uniform", n * 4, nullptr}, blocks_of(2048, 256), fill_uniform_kernel,

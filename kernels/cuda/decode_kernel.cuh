@@ -164,7 +164,7 @@ class DecodeCta {
     const uint32_t fills = Traits::kBulk ? 1 : 32;
     for (int i = 0; i < args_.n_stages; ++i) {
       mbarrier_init(bar(small_.full[i]), fills);
-      mbarrier_init(bar(small_.empty[i]), kGroupWarps);
+      mbarrier_init(bar(small_.empty[i]), kGroupWarps * kReleases);
     }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(bar(small_.info_full[i]), 1);
@@ -185,13 +185,21 @@ class DecodeCta {
     const uint64_t policy = Traits::kBulk ? evict_first_policy() : 0;
     RingCursor ring;
     int turn = 0;
+    ItemState state;
+    read_position(first_item_, state);
+    read_state(first_item_, state);
     KVLAPSE_NO_UNROLL
     for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
-      const ItemInfo info = read_item(item);
+      const ItemInfo info = resolve(state);
       if (lane_ == 0) publish(info, turn);
       const Tiles tiles = tiles_of(info.n);
+      // The next item's state is on its way while this one streams.
       KVLAPSE_NO_UNROLL
       for (int plane = 0; plane < 2; ++plane) {
+        if (plane == 0)
+          read_position(item + item_stride_, state);
+        else
+          read_state(item + item_stride_, state);
         KVLAPSE_NO_UNROLL
         for (int tile = tiles.begin; tile < tiles.end; ++tile) {
           load_tile(plane, item, tile, info.n, ring, policy);
@@ -203,28 +211,38 @@ class DecodeCta {
     if (clustered()) cluster_wait();
   }
 
-  // All lanes; the state of an item before this step. Nobody writes it before every split has read it.
-  KVLAPSE_DEVICE ItemInfo read_item(int item) const {
-    const int b = item / args_.n_kv_heads;
-    const int key_item = args_.shared ? b * args_.n_kv_heads : item;
-    const int pos = args_.step_pos[b];
-    if (pos < 0) return {0, -1, -1, pos};
+  // An item's state before this step, as it is read: nobody writes it before every split has read it.
+  struct ItemState {
+    int pos = -1, held = 0, oldest = -1;
+    uint64_t key = ~uint64_t{0};  // of this lane
+  };
+  KVLAPSE_DEVICE void read_position(int item, ItemState& state) const {
+    if (item < args_.n_items) state.pos = args_.step_pos[item / args_.n_kv_heads];
+  }
+  KVLAPSE_DEVICE void read_state(int item, ItemState& state) const {
+    if (item >= args_.n_items || state.pos < 0) return;
+    const int key_item = args_.shared ? item / args_.n_kv_heads * args_.n_kv_heads : item;
     const bool appends = args_.k_new != nullptr;
-    uint64_t key = ~uint64_t{0};
-    if (appends && lane_ < args_.n_splits) key = args_.victim_keys[key_item * kMaxDecodeSplits + lane_];
-    const int held = args_.count != nullptr ? args_.count[item] : (pos < args_.budget ? pos : args_.budget);
-    const bool leaves = appends && args_.recent > 0 && pos - args_.recent >= args_.pinned;
-    int oldest = -1;
-    if (leaves) oldest = args_.recent_slots[static_cast<int64_t>(item) * args_.recent + pos % args_.recent];
-    key = warp_min(key);
-    if (!appends) return {held, -1, -1, pos};
-    if (held < args_.budget) return {held + 1, held, oldest, pos};
+    state.key = ~uint64_t{0};
+    if (appends && lane_ < args_.n_splits) state.key = args_.victim_keys[key_item * kMaxDecodeSplits + lane_];
+    state.held =
+        args_.count != nullptr ? args_.count[item] : (state.pos < args_.budget ? state.pos : args_.budget);
+    state.oldest = -1;
+    if (appends && args_.recent > 0 && state.pos - args_.recent >= args_.pinned)
+      state.oldest = args_.recent_slots[static_cast<int64_t>(item) * args_.recent + state.pos % args_.recent];
+  }
+  // All lanes.
+  KVLAPSE_DEVICE ItemInfo resolve(const ItemState& state) const {
+    if (state.pos < 0) return {0, -1, -1, state.pos};
+    const uint64_t key = warp_min(state.key);
+    if (args_.k_new == nullptr) return {state.held, -1, -1, state.pos};
+    if (state.held < args_.budget) return {state.held + 1, state.held, state.oldest, state.pos};
     int slot = static_cast<int>(static_cast<uint32_t>(key));
-    if (key == ~uint64_t{0} || slot >= held) {
-      slot = oldest >= 0 ? oldest : 0;
+    if (key == ~uint64_t{0} || slot >= state.held) {
+      slot = state.oldest >= 0 ? state.oldest : 0;
       if (lane_ == 0) *args_.flags = kFlagNoCandidate;
     }
-    return {held, slot, oldest, pos};
+    return {state.held, slot, state.oldest, state.pos};
   }
 
   KVLAPSE_DEVICE void publish(const ItemInfo& info, int turn) {
@@ -271,22 +289,27 @@ class DecodeCta {
 
   // ---- consumers ----
   KVLAPSE_DEVICE void consume() {
-    wait_for_previous_kernel();
-    allow_next_kernel();
-    if (clustered()) cluster_wait();
     const int group = warp_ / kGroupWarps;
     RingCursor ring;
     int turn = 0;
     KVLAPSE_NO_UNROLL
     for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
-      const ItemInfo info = take_info(turn);
+      const ItemInfo info = take_info(turn);  // behind the kernel in front, unless state may be read early
       const Tiles tiles = tiles_of(info.n);
       Softmax softmax{{kNoMax, kNoMax}, {0, 0}};
-      const SlotSide side =
-          load_side(item, info.n, tiles.begin + group);  // early: its latency is hidden by K
+      // Early: their latency is hidden by K, and by the kernel in front.
+      const SlotSide side = load_side(item, info.n, tiles.begin + group);
+      if (turn == 0) {
+        for (int tile = tiles.begin + group; lane_ == 0 && tile < tiles.end; tile += args_.n_groups)
+          prefetch_side(item, info.n, tile, tile < tiles.begin + args_.n_groups);
+        wait_for_previous_kernel();
+        allow_next_kernel();
+        if (clustered()) cluster_wait();
+      }
+      const NewRows rows = load_new_rows(item, info, tiles);
       RingCursor at = ring;
       at.advance(group, args_.n_stages);
-      attend_keys(item, info, tiles, at, softmax);
+      attend_keys(item, turn, info, tiles, at, rows, softmax);
       combine_softmax(item, turn, softmax);
 
       float output[Traits::kSteps][4];
@@ -295,7 +318,7 @@ class DecodeCta {
         for (int j = 0; j < 4; ++j) output[i][j] = 0;
       at = ring;
       at.advance(tiles.count() + group, args_.n_stages);
-      const uint64_t key = attend_values(item, info, tiles, at, softmax, side, output);
+      const uint64_t key = attend_values(item, info, tiles, at, rows, softmax, side, output);
       finish(item, turn, info, tiles, key, output);
       ring.advance(2 * tiles.count(), args_.n_stages);
     }
@@ -311,10 +334,13 @@ class DecodeCta {
     return info;
   }
 
+  // Who arrives when a warp has read a stage. Every lane where threads write the next tile: race detectors do
+  // not follow a lane that speaks for its warp.
+  static constexpr int kReleases = Traits::kBulk ? 1 : 32;
   KVLAPSE_DEVICE void release(const RingCursor& at, bool wrote) {
     if (wrote) fence_proxy_async();
     warp_sync();
-    if (lane_ == 0) mbarrier_arrive(bar(small_.empty[at.stage]));
+    if (lane_ < kReleases) mbarrier_arrive(bar(small_.empty[at.stage]));
   }
 
   // Where this lane keeps (slot g: heads 2t, 2t+1; slot g+8: the same) of a 16-slot group.
@@ -324,19 +350,33 @@ class DecodeCta {
            static_cast<uint32_t>((local_group16 * 8 * lanes + (lane_ / 4) * lanes + lane_ % 4) * 16);
   }
 
+  // The new token's rows, 16 bytes a lane; only in the warp that holds its slot.
+  struct NewRows {
+    Float4 k, v;
+  };
+  KVLAPSE_DEVICE NewRows load_new_rows(int item, const ItemInfo& info, const Tiles& tiles) const {
+    NewRows rows{};
+    const int tile = info.slot / kTileSlots;
+    if (info.slot < 0 || tile < tiles.begin || tile >= tiles.end || lane_ >= Traits::kRowChunks ||
+        (tile - tiles.begin) % args_.n_groups != warp_ / kGroupWarps ||
+        info.slot % kTileSlots / 16 != warp_ % kGroupWarps)
+      return rows;
+    const int64_t at = static_cast<int64_t>(item) * Traits::kRowChunks + lane_;
+    rows.k = static_cast<const Float4*>(args_.k_new)[at];
+    rows.v = static_cast<const Float4*>(args_.v_new)[at];
+    return rows;
+  }
   // Puts the new token's row over what the copy brought, and into the cache for the steps to come.
-  KVLAPSE_DEVICE void write_row(SmemAddress tile, int slot, int item, const void* rows, void* plane) {
+  KVLAPSE_DEVICE void write_row(SmemAddress tile, int slot, int item, const Float4& row, void* plane) {
     if (lane_ < Traits::kRowChunks) {
-      const Float4 v =
-          static_cast<const Float4*>(rows)[static_cast<int64_t>(item) * Traits::kRowChunks + lane_];
-      smem_store4(tile + chunk_offset(slot % kTileSlots, lane_), v);
-      reinterpret_cast<Float4*>(const_cast<unsigned char*>(row_of(plane, item, slot)))[lane_] = v;
+      smem_store4(tile + chunk_offset(slot % kTileSlots, lane_), row);
+      reinterpret_cast<Float4*>(const_cast<unsigned char*>(row_of(plane, item, slot)))[lane_] = row;
     }
     warp_sync();
   }
 
-  KVLAPSE_DEVICE void attend_keys(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
-                                  Softmax& softmax) {
+  KVLAPSE_DEVICE void attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles, RingCursor at,
+                                  const NewRows& rows, Softmax& softmax) {
     const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, g = lane_ / 4, t = lane_ % 4;
     // Q^T as the second operand: lane (g, t) holds head g, d = 16 i + 2t, +1, +8, +9.
     uint32_t query[Traits::kSteps][2];
@@ -355,8 +395,9 @@ class DecodeCta {
       const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
       const int first = tile * kTileSlots + part * 16;  // first slot of this warp
+      if (lane_ == 0 && turn > 0) prefetch_side(item, info.n, tile, tile < tiles.begin + args_.n_groups);
       const bool writes = info.slot >= first && info.slot < first + 16;
-      if (writes) write_row(data, info.slot, item, args_.k_new, args_.k);
+      if (writes) write_row(data, info.slot, item, rows.k, args_.k);
       float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
       KVLAPSE_UNROLL
       for (int i = 0; i < Traits::kSteps; ++i) {
@@ -464,8 +505,19 @@ class DecodeCta {
     return side;
   }
 
+  // Into L2 while K streams, so that load_side does not wait for DRAM while V does. A line of protection bits
+  // serves 1024 slots.
+  KVLAPSE_DEVICE void prefetch_side(int item, int n, int tile, bool begins) const {
+    const int first = tile * kTileSlots + warp_ % kGroupWarps * 16;
+    if (first >= n) return;
+    if (args_.score == FusedScore::none) return;
+    if (score_uses_norm(args_.score)) prefetch_l2(args_.value_l1 + slot_index(item, first));
+    if (score_accumulates(args_.score)) prefetch_l2(args_.accumulated + slot_index(item, first));
+    if (begins || first % 1024 < kTileSlots) prefetch_l2(args_.protect + protect_index(item, first / 16));
+  }
+
   KVLAPSE_DEVICE uint64_t attend_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
-                                        const Softmax& softmax, SlotSide side,
+                                        const NewRows& rows, const Softmax& softmax, SlotSide side,
                                         float (&output)[Traits::kSteps][4]) {
     const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, t = lane_ % 4;
     const int row = part * 16 + (lane_ & 7) + (lane_ >> 4) * 8;
@@ -490,7 +542,7 @@ class DecodeCta {
       const bool writes = info.slot >= first && info.slot < first + 16;
       const bool tail = first + 16 > info.n;
       if (writes) {
-        write_row(data, info.slot, item, args_.v_new, args_.v);
+        write_row(data, info.slot, item, rows.v, args_.v);
         note_new_token(data, info, item, side);
       }
       if (tail) clear_rows(data, part, info.n - first);
@@ -720,13 +772,45 @@ class DecodeCta {
     const int first_item = item / args_.n_kv_heads * args_.n_kv_heads;
     const int end = tiles.end * kTileSlots < info.n ? tiles.end * kTileSlots : info.n;
     uint64_t best = ~uint64_t{0};
-    for (int slot = tiles.begin * kTileSlots + thread_index(); slot < end; slot += n_threads_) {
-      const uint32_t bits = args_.protect[protect_index(item, slot / 16)];
-      float score = 0;
-      for (int h = 0; h < args_.n_kv_heads; ++h)
-        score += load_shared_by_device(args_.importance + slot_index(first_item + h, slot));
-      if ((bits >> (slot % 16)) & 1u) continue;
+    const auto protection = [&](int slot) -> uint32_t {
+      return static_cast<uint32_t>(args_.protect[protect_index(item, slot / 16)]) >> (slot % 16);
+    };
+    const auto consider = [&](int slot, float score, uint32_t bits) {
+      if (slot >= end || (bits & 1u)) return;
       best = min_key(best, (static_cast<uint64_t>(float_bits(score)) << 32) | static_cast<uint32_t>(slot));
+    };
+    const auto consider4 = [&](int slot, const Float4& score, uint32_t bits) {
+      consider(slot, score.x, bits);
+      consider(slot + 1, score.y, bits >> 1);
+      consider(slot + 2, score.z, bits >> 2);
+      consider(slot + 3, score.w, bits >> 3);
+    };
+    const auto scores4 = [&](int h, int slot) {
+      return load_shared_by_device(
+          reinterpret_cast<const Float4*>(args_.importance + slot_index(first_item + h, slot)));
+    };
+    const int begin = tiles.begin * kTileSlots, step = n_threads_ * 4;
+    if (args_.n_slots % 4 ==
+        0) {  // rows are aligned: two times four slots at once, all loads in flight together
+      for (int slot = begin + thread_index() * 4; slot < end; slot += 2 * step) {
+        const bool two = slot + step < end;
+        const uint32_t bits = protection(slot), more_bits = two ? protection(slot + step) : 0;
+        Float4 score{0, 0, 0, 0}, more{0, 0, 0, 0};
+        KVLAPSE_UNROLL_8
+        for (int h = 0; h < args_.n_kv_heads; ++h) {
+          add(score, scores4(h, slot));
+          if (two) add(more, scores4(h, slot + step));
+        }
+        consider4(slot, score, bits);
+        if (two) consider4(slot + step, more, more_bits);
+      }
+    } else {
+      for (int slot = begin + thread_index(); slot < end; slot += n_threads_) {
+        float score = 0;
+        for (int h = 0; h < args_.n_kv_heads; ++h)
+          score += load_shared_by_device(args_.importance + slot_index(first_item + h, slot));
+        consider(slot, score, protection(slot));
+      }
     }
     best = warp_min(best);
     if (lane_ == 0) small_.keys[warp_] = best;

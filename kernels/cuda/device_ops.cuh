@@ -12,6 +12,7 @@
 
 #define KVLAPSE_DEVICE __device__ __forceinline__
 #define KVLAPSE_UNROLL _Pragma("unroll")
+#define KVLAPSE_UNROLL_8 _Pragma("unroll 8")
 #define KVLAPSE_NO_UNROLL _Pragma("unroll 1")
 
 namespace kvlapse::device {
@@ -150,6 +151,10 @@ KVLAPSE_DEVICE void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 #endif
 }
+// Brings the line at `p` into L2.
+KVLAPSE_DEVICE void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
 // 16 bytes, or zeros when !valid.
 KVLAPSE_DEVICE void copy_async16(SmemAddress to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
@@ -235,7 +240,27 @@ KVLAPSE_DEVICE uint32_t float_bits(float v) {
   return __float_as_uint(v);
 }
 
+KVLAPSE_DEVICE float bits_float(uint32_t v) {
+  return __uint_as_float(v);
+}
+KVLAPSE_DEVICE float exponential(float x) {
+  return expf(x);
+}
+KVLAPSE_DEVICE float square_root(float x) {
+  return sqrtf(x);
+}
+// Set bits of the lowest n.
+KVLAPSE_DEVICE int bits_below(uint32_t bits, int n) {
+  return __popc(n < 32 ? bits & ((1u << n) - 1) : bits);
+}
+
 // ---- warp and block ----
+KVLAPSE_DEVICE uint32_t warp_ballot(bool v) {
+  return __ballot_sync(0xffffffffu, v);
+}
+KVLAPSE_DEVICE void shared_add(uint64_t* to, uint64_t v) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(v));
+}
 template <class T>
 KVLAPSE_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);

@@ -53,7 +53,7 @@ struct DecodeTuning {
   int splits = 0;
   int stages = 0;
   int ctas = 0;
-  int blocks_per_multiprocessor = 0;  // 1, or 2: half the shared memory, one consumer group
+  int blocks_per_multiprocessor = 0;  // 1, or 2: half the shared memory, one consumer group each
 };
 
 // Throws Error when the shape is not supported or does not fit.

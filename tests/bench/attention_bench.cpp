@@ -1,11 +1,13 @@
-// Rows of `bench attention` as lines of JSON, on the current GPU.
-// Usage: attention_bench OUTPUT.jsonl [MIN_BATCH MAX_BATCH | sweep | one BATCH SLOTS]
+// Rows of `bench attention` and `bench rkv` as lines of JSON, on the current GPU.
+// Usage: attention_bench OUTPUT.jsonl [MIN_BATCH MAX_BATCH | sweep | one BATCH SLOTS | rkv]
 #include "kernels/cuda/attention_bench.h"
 
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <string_view>
+
+#include "kernels/cuda/rkv_bench.h"
 
 int main(int argc, char** argv) {
   std::FILE* out = argc > 1 ? std::fopen(argv[1], "a") : stdout;
@@ -19,10 +21,16 @@ int main(int argc, char** argv) {
   else if (argc > 3)
     options.min_batch = std::atoi(argv[2]), options.max_batch = std::atoi(argv[3]);
   try {
-    kvlapse::bench_attention(options, [&](const kvlapse::AttentionBenchRow& row) {
-      std::fprintf(out, "%s\n", kvlapse::attention_bench_json(row).c_str());
-      std::fflush(out);
-    });
+    if (mode == "rkv")
+      kvlapse::bench_rkv({}, 0, [&](const kvlapse::RkvBenchRow& row) {
+        std::fprintf(out, "%s\n", kvlapse::rkv_bench_json(row).c_str());
+        std::fflush(out);
+      });
+    else
+      kvlapse::bench_attention(options, [&](const kvlapse::AttentionBenchRow& row) {
+        std::fprintf(out, "%s\n", kvlapse::attention_bench_json(row).c_str());
+        std::fflush(out);
+      });
   } catch (const std::exception& e) {
     std::fprintf(stderr, "attention_bench: %s\n", e.what());
     return 2;

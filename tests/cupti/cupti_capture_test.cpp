@@ -49,6 +49,7 @@ TEST(CuptiCapture, KernelsOfAGraphGetTheirStepLayerAndBytes) {
     if (step == 2) cupti.copy(t + 500, 4096);
     capture->end_step({foreign(1000, 0), ours("decode_step", 5000, 0), foreign(2000, 1)});
     if (step == 3) cupti.deliver();
+    cupti.now_ns += 60'000'000;  // records are only looked at now and then
     GpuBatch batch = capture->take();
     all.kernels.insert(all.kernels.end(), batch.kernels.begin(), batch.kernels.end());
     all.steps.insert(all.steps.end(), batch.steps.begin(), batch.steps.end());
@@ -144,13 +145,13 @@ TEST(CuptiCapture, KernelsAreCountedOnSampledStepsOnly) {
     capture->end_step({ours("decode_step", 4000, 7), ours("other", 5, 7)});
   }
   const GpuBatch batch = capture->finish();
-  EXPECT_EQ(counted, (std::vector<int64_t>{4, 20}));
+  EXPECT_EQ(counted, (std::vector<int64_t>{2, 3}));
   ASSERT_EQ(batch.counters.size(), 4u);
-  EXPECT_EQ(batch.counters[2].step, 20);
+  EXPECT_EQ(batch.counters[2].step, 3);
   EXPECT_EQ(batch.counters[2].dram_read_bytes, 3900);
   ASSERT_TRUE(batch.counters[2].launch);
   EXPECT_EQ(batch.counters[2].launch->layer, 7);
-  EXPECT_EQ(batch.kernels.size(), 98u);  // activity rests while kernels are counted
+  EXPECT_EQ(batch.kernels.size(), 96u);  // activity begins when the counting is over
   EXPECT_EQ(source(batch.sources, "kernels")->records, 4);
 }
 
@@ -239,7 +240,7 @@ TEST(CuptiCapture, AnErrorAtAnyCallEndsTheSourceAndNotTheRecording) {
         for (const GpuSource& s : last.sources) {
           told |= !s.reason.empty();
           EXPECT_EQ(s.reason.empty(), s.state() == "recorded") << call;
-          if (!s.reason.empty()) {
+          if (!s.reason.empty() && s.reason.find("counted no kernels") == std::string::npos) {
             EXPECT_NE(s.reason.find("error 999"), std::string::npos) << call << ": " << s.reason;
           }
         }

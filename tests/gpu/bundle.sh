@@ -15,5 +15,7 @@ for binary in kvlapse tests/gpu_tests tests/attention_bench; do
   ldd "$build/$binary" | awk '$3 ~ /^\// { print $3 }' |
     grep -v -E '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*)\.so' | xargs -r -I{} cp -Lf {} "$out/lib/"
 done
-cp "$source/tests/gpu/run.sh" "$source/tests/gpu/engine.sh" "$source/tests/bench/peers.py" "$source/tests/bench/attention_table.py" "$out/"
+cp "$source"/tests/data/gold_public_*.safetensors "$out/"
+cp "$source/tests/gpu/run.sh" "$source/tests/gpu/engine.sh" "$source/tests/bench/peers.py" "$source/tests/bench/rkv_peer.py" \
+  "$source/tests/bench/attention_table.py" "$out/"
 du -sh "$out"

@@ -19,7 +19,7 @@ stage() {
 ours() {
   seconds=$1
   shift
-  timeout -k 5 "$seconds" env LD_LIBRARY_PATH="$libraries" "$@"
+  timeout -k 5 "$seconds" env LD_LIBRARY_PATH="$libraries" KVLAPSE_GPU_TEST_DATA="$here" "$@"
 }
 
 stage machine 1
@@ -40,10 +40,18 @@ for test in EveryCase TunedPlans ThousandSteps Graph Overlapping Victims; do
     grep -v '^Running\|^Note' "$out/test.log" | tail -n 12
   done
 done
+# The profiler's tests in processes of their own: it has one state a process.
+for test in GpuRkv. CuptiOnGpu.EveryKernel CuptiOnGpu.Dram CuptiOnGpu.Counted CuptiOnGpu.Graphs CuptiOnGpu.Cost; do
+  stage "test $test" 10 || continue
+  ours 40 "$here/gpu_tests" --gtest_brief=1 --gtest_filter="$test*" >"$out/test.log" 2>&1 || status=1
+  cat "$out/test.log" >>"$out/tests.log"
+  grep -v '^Running\|^Note' "$out/test.log" | tail -n 14
+done
 rm -f "$out/test.log"
 stage bench 15 && { ours 40 "$here/attention_bench" "$out/attention.jsonl" 16 999 2>&1 || status=1; }
 stage "bench small batches" 15 && { ours 40 "$here/attention_bench" "$out/attention.jsonl" 1 15 2>&1 || status=1; }
 stage peers 30 && { timeout 80 python3 "$here/peers.py" "$out/peers.jsonl" >"$out/peers.log" 2>&1 || status=1; tail -n 3 "$out/peers.log"; }
+stage rkv 15 && { ours 40 "$here/attention_bench" "$out/rkv.jsonl" rkv 2>&1 || status=1; timeout 40 python3 "$here/rkv_peer.py" "$out/rkv_peer.jsonl" 2>&1 || status=1; }
 stage sweep 20 && { ours 45 "$here/attention_bench" "$out/sweep.jsonl" sweep 2>&1 || status=1; }
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
@@ -53,6 +61,10 @@ if command -v compute-sanitizer >/dev/null; then
         --gtest_filter="*SmallCases*/$path" >"$out/$tool.$path.log" 2>&1 || { echo "exit status $?"; status=1; }
       tail -n 4 "$out/$tool.$path.log"
     done
+    stage "$tool rkv" 15 || continue
+    ours 40 compute-sanitizer --tool $tool --error-exitcode 9 "$here/gpu_tests" --gtest_brief=1 \
+      --gtest_filter='GpuRkv.Small*' >"$out/$tool.rkv.log" 2>&1 || { echo "exit status $?"; status=1; }
+    tail -n 4 "$out/$tool.rkv.log"
   done
 fi
 if command -v ncu >/dev/null; then

@@ -9,7 +9,7 @@ namespace kvlapse {
 namespace {
 
 constexpr size_t kBufferBytes = size_t{1} << 20;
-constexpr int64_t kFlushInterval_ns = 200'000'000;
+constexpr int64_t kFlushInterval_ns = 200'000'000, kTakeInterval_ns = 50'000'000;
 // Kernels of a step are whole when those of a later step came: buffers arrive in the order of completion, and
 // two steps of slack cover the seam between two buffers.
 constexpr int64_t kStepSlack = 2;
@@ -85,19 +85,6 @@ ActivitySource::~ActivitySource() {
 
 void ActivitySource::disable(size_t n_enabled) {
   for (size_t i = 0; i < n_enabled; ++i) api_.cuptiActivityDisable(kKinds[i]);
-}
-
-void ActivitySource::pause() {
-  const Cost cost(session_ns_, overhead_ns_);
-  disable(std::size(kKinds));
-}
-void ActivitySource::resume() {
-  const Cost cost(session_ns_, overhead_ns_);
-  try {
-    for (CUpti_ActivityKind kind : kKinds) KVLAPSE_CUPTI(api_, cuptiActivityEnable, kind);
-  } catch (const CuptiFailure& failure) {
-    note(failure.problem);
-  }
 }
 
 void ActivitySource::note(const CuptiProblem& problem) {
@@ -190,6 +177,14 @@ void ActivitySource::read_buffer(CUcontext context, uint32_t stream, uint8_t* bu
     dropped_ += static_cast<int64_t>(dropped);
 }
 
+// CUPTI hands out one address a kernel function.
+std::string_view ActivitySource::name_of(const char* name) {
+  if (name == nullptr) return "?";
+  auto [found, added] = names_.try_emplace(name);
+  if (added) found->second = intern_name(name);
+  return found->second;
+}
+
 // Times stay the profiler's until they are taken.
 void ActivitySource::read_record(const CUpti_Activity& record) {
   switch (record.kind) {
@@ -201,7 +196,7 @@ void ActivitySource::read_record(const CUpti_Activity& record) {
       k.device = r.deviceId, k.context = r.contextId, k.stream = r.streamId;
       k.correlation = r.correlationId, k.graph = r.graphId, k.graph_node = r.graphNodeId;
       k.grid_id = r.gridId;
-      k.mangled_name = r.name != nullptr ? r.name : "?";
+      k.mangled_name = name_of(r.name);
       k.grid[0] = r.gridX, k.grid[1] = r.gridY, k.grid[2] = r.gridZ;
       k.block[0] = r.blockX, k.block[1] = r.blockY, k.block[2] = r.blockZ;
       k.cluster[0] = r.clusterX, k.cluster[1] = r.clusterY, k.cluster[2] = r.clusterZ;
@@ -239,6 +234,9 @@ void ActivitySource::read_record(const CUpti_Activity& record) {
 }
 
 void ActivitySource::take(GpuBatch& batch, bool all) {
+  const int64_t now_ns = session_ns_();
+  if (!all && now_ns - last_take_ns_ < kTakeInterval_ns) return;
+  last_take_ns_ = now_ns;
   const Cost cost(session_ns_, overhead_ns_);
   try {
     align_clock();

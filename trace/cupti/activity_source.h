@@ -25,10 +25,9 @@ class ActivitySource {
   void begin_step(int64_t step);
   // `launches` in order; empty when the backend does not say.
   void end_step(std::vector<LaunchRecord> launches);
-  // Records off and on again, for steps whose counters are taken.
-  void pause();
-  void resume();
-  // What is whole. `all`: everything that the profiler still holds, with no hope for what is missing.
+  bool in_step() const { return running_ >= 0; }
+  // What is whole; nothing when it was asked a moment ago. `all`: everything that the profiler still holds,
+  // with no hope for what is missing.
   void take(GpuBatch& batch, bool all);
   GpuSource summary() const;
 
@@ -45,6 +44,7 @@ class ActivitySource {
   void disable(size_t n_enabled);
   void read_buffer(CUcontext context, uint32_t stream, uint8_t* buffer, size_t valid_bytes);
   void read_record(const CUpti_Activity& record);
+  std::string_view name_of(const char* name);
   void flush(uint32_t flags);
   void align_clock();
   void forget_calls();
@@ -57,13 +57,14 @@ class ActivitySource {
   std::vector<ClockPair> clocks_;
   size_t clocks_taken_ = 0;
   int64_t running_ = -1;  // step
-  int64_t last_flush_ns_ = 0;
+  int64_t last_flush_ns_ = 0, last_take_ns_ = 0;
   int64_t overhead_ns_ = 0;
 
   mutable std::mutex mutex_;  // what CUPTI's threads fill
   std::vector<GpuKernel> kernels_;
   std::vector<GpuCopy> copies_;
   std::vector<GpuFill> fills_;
+  std::unordered_map<const char*, std::string_view> names_;
   std::unordered_map<uint32_t, int64_t> step_of_call_;  // by correlation
   int64_t records_ = 0, dropped_ = 0;
   CuptiProblem problem_;

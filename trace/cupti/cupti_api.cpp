@@ -87,6 +87,8 @@ bool load_cupti(CuptiApi& api, CuptiProblem& problem) {
   if (api.name == nullptr) missing = #name;
   KVLAPSE_CUPTI_FUNCTIONS(KVLAPSE_CUPTI_LOAD)
 #undef KVLAPSE_CUPTI_LOAD
+  if (void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL); driver != nullptr)
+    api.cuCtxGetCurrent = reinterpret_cast<decltype(api.cuCtxGetCurrent)>(dlsym(driver, "cuCtxGetCurrent"));
   uint32_t version = 0;
   if (api.cuptiGetVersion != nullptr) api.cuptiGetVersion(&version);
   if (missing == nullptr && version >= kOldestVersion) return true;

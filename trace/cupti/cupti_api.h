@@ -62,6 +62,7 @@ struct CuptiApi {
 #define KVLAPSE_CUPTI_MEMBER(name) decltype(&::name) name = nullptr;
   KVLAPSE_CUPTI_FUNCTIONS(KVLAPSE_CUPTI_MEMBER)
 #undef KVLAPSE_CUPTI_MEMBER
+  decltype(&::cuCtxGetCurrent) cuCtxGetCurrent = nullptr;  // of the driver; null without one
 };
 
 // Why something of the profiler is missing, in words, and what to do.

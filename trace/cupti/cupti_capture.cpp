@@ -9,32 +9,35 @@
 namespace kvlapse {
 namespace {
 
-// Counted steps: the first one after the caches are warm, then one in so many, as long as some are left.
-constexpr int64_t kFirstCounted = 4, kCountedEvery = 16;
+// The first decode steps, behind the prompt and the step that makes the graphs.
+constexpr int64_t kFirstCounted = 2;
 
 class CuptiCapture final : public GpuCapture {
  public:
   CuptiCapture(const CuptiApi* api, const CuptiProblem& problem, const GpuCaptureOptions& options)
       : api_(api), options_(options), counted_left_(options.counter_steps) {
     if (options.counters == GpuCounters::none) return;
-    start("activity", "measured", problem,
-          [&] { activity_ = std::make_unique<ActivitySource>(*api_, options_.session_ns); });
-    if (options.counters == GpuCounters::dram)
-      start("dram", "sampled", problem,
-            [&] { dram_ = std::make_unique<DramSampler>(*api_, options_.device, options_.session_ns); });
+    problem_ = problem;
+    // Counters before activity: the two do not run together, and graphs that are to be counted must be made
+    // after the range profiler was enabled.
     if (options.counters == GpuCounters::kernels)
-      start("kernels", "measured", problem, [&] {
-        kernels_ =
-            std::make_unique<KernelCounterSource>(*api_, options_.device, nullptr, options_.session_ns);
+      start("kernels", "measured", [&] {
+        kernels_ = std::make_unique<KernelCounterSource>(*api_, options_.device, options_.session_ns);
       });
+    if (!kernels_) start_activity();
+    if (options.counters == GpuCounters::dram)
+      start("dram", "sampled",
+            [&] { dram_ = std::make_unique<DramSampler>(*api_, options_.device, options_.session_ns); });
   }
 
   bool begin_step(int64_t step) override {
-    counted_ =
-        kernels_ && counted_left_ > 0 && step >= kFirstCounted && step % kCountedEvery == kFirstCounted;
+    if (kernels_ && !activity_ && step >= kFirstCounted && (counted_left_ == 0 || kernels_->ended())) {
+      kernels_->disable();
+      if (!activity_refused_) start_activity();
+    }
+    counted_ = kernels_ && counted_left_ > 0 && step >= kFirstCounted && !kernels_->ended();
     if (counted_) {
       --counted_left_;
-      if (activity_) activity_->pause();
       kernels_->begin_step(step);
     } else if (activity_) {
       activity_->begin_step(step);
@@ -43,12 +46,10 @@ class CuptiCapture final : public GpuCapture {
   }
 
   void end_step(std::vector<LaunchRecord> launches) override {
-    if (counted_) {
+    if (counted_)
       kernels_->end_step(launches);
-      if (activity_) activity_->resume();
-    } else if (activity_) {
+    else if (activity_ && activity_->in_step())
       activity_->end_step(std::move(launches));
-    }
   }
 
   GpuBatch take() override {
@@ -80,7 +81,8 @@ class CuptiCapture final : public GpuCapture {
 
  private:
   template <class Make>
-  void start(const char* name, const char* provenance, CuptiProblem problem, Make make) {
+  void start(const char* name, const char* provenance, Make make) {
+    CuptiProblem problem = problem_;
     if (api_ != nullptr) {
       try {
         return make();
@@ -91,6 +93,12 @@ class CuptiCapture final : public GpuCapture {
     missing_.push_back({name, provenance, problem.reason, problem.advice, 0, 0, 0});
   }
 
+  void start_activity() {
+    start("activity", "measured",
+          [&] { activity_ = std::make_unique<ActivitySource>(*api_, options_.session_ns); });
+    activity_refused_ = activity_ == nullptr;
+  }
+
   void collect(GpuBatch& batch, bool all) {
     if (activity_) activity_->take(batch, all);
     if (dram_) dram_->take(batch);
@@ -99,11 +107,13 @@ class CuptiCapture final : public GpuCapture {
 
   const CuptiApi* api_;
   const GpuCaptureOptions options_;
+  CuptiProblem problem_;  // why there is no table
   std::vector<GpuSource> missing_;
   std::unique_ptr<ActivitySource> activity_;
   std::unique_ptr<DramSampler> dram_;
   std::unique_ptr<KernelCounterSource> kernels_;
   int counted_left_;
+  bool activity_refused_ = false;
   bool counted_ = false;
 };
 

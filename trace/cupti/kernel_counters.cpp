@@ -11,17 +11,24 @@ constexpr const char* kMetrics[] = {"gpu__time_duration.sum",
                                     "sm__warps_active.avg.pct_of_peak_sustained_active"};
 constexpr size_t kMaxKernels = 2048;  // of one step
 
+// Null would be taken, and count nothing.
+CUcontext current_context(const CuptiApi& api) {
+  CUcontext context = nullptr;
+  if (api.cuCtxGetCurrent == nullptr || api.cuCtxGetCurrent(&context) != CUDA_SUCCESS || context == nullptr)
+    throw CuptiFailure{{"no CUDA context is current", "record with --device cuda"}};
+  return context;
+}
+
 }  // namespace
 
-KernelCounterSource::KernelCounterSource(const CuptiApi& api, int device, CUcontext context,
-                                         std::function<int64_t()> session_ns)
+KernelCounterSource::KernelCounterSource(const CuptiApi& api, int device, std::function<int64_t()> session_ns)
     : api_(api), session_ns_(std::move(session_ns)) {
   auto init = cupti_params<CUpti_Profiler_Initialize_Params>(CUpti_Profiler_Initialize_Params_STRUCT_SIZE);
   KVLAPSE_CUPTI(api_, cuptiProfilerInitialize, &init);
   const std::string chip = chip_name(api_, device);
   auto enable =
       cupti_params<CUpti_RangeProfiler_Enable_Params>(CUpti_RangeProfiler_Enable_Params_STRUCT_SIZE);
-  enable.ctx = context;
+  enable.ctx = current_context(api_);
   KVLAPSE_CUPTI(api_, cuptiRangeProfilerEnable, &enable);
   object_ = enable.pRangeProfilerObject;
   try {
@@ -113,6 +120,9 @@ void KernelCounterSource::end_step(std::span<const LaunchRecord> launches) {
       if (info.numTotalRanges == launches.size()) rows_.back().launch = launches[i];
     }
     n_rows_ += static_cast<int64_t>(info.numTotalRanges);
+    if (info.numTotalRanges == 0)
+      throw CuptiFailure{
+          {"the range profiler counted no kernels in a step", "use --counters activity or dram"}};
   } catch (const CuptiFailure& failure) {
     problem_ = failure.problem;
   }

@@ -3,8 +3,6 @@
 // context is current.
 #pragma once
 
-#include <cuda.h>
-
 #include <functional>
 #include <memory>
 #include <span>
@@ -17,9 +15,8 @@ namespace kvlapse {
 
 class KernelCounterSource {
  public:
-  // Throws CuptiFailure. `context`: null takes the current one.
-  KernelCounterSource(const CuptiApi& api, int device, CUcontext context,
-                      std::function<int64_t()> session_ns);
+  // Throws CuptiFailure.
+  KernelCounterSource(const CuptiApi& api, int device, std::function<int64_t()> session_ns);
   ~KernelCounterSource();
   KernelCounterSource(const KernelCounterSource&) = delete;
   KernelCounterSource& operator=(const KernelCounterSource&) = delete;
@@ -27,12 +24,12 @@ class KernelCounterSource {
   // A problem ends the source: both do nothing afterwards.
   void begin_step(int64_t step);
   void end_step(std::span<const LaunchRecord> launches);
+  bool ended() const { return !problem_.reason.empty(); }
+  void disable();  // no step may follow
   void take(GpuBatch& batch);
   GpuSource summary() const;
 
  private:
-  void disable();
-
   const CuptiApi& api_;
   const std::function<int64_t()> session_ns_;
   std::unique_ptr<MetricConfig> config_;

@@ -88,6 +88,38 @@ TEST(DecodePlan, AStageBelongsToOneGroup) {
         }
 }
 
+// What was fastest on an H100, with the clusters that it holds.
+TEST(DecodePlan, ShapesThatWereMeasured) {
+  const auto plan = [](int batch, int slots) {
+    DecodeLimits h100;
+    h100.max_splits = 16;
+    h100.resident_clusters = [](int n, int n_threads, int) {
+      const int at_once[] = {0, 132, 66, 44, 31, 26, 22, 18, 15, 13, 5, 5, 4, 4, 4, 4, 4};
+      return at_once[n] * (n_threads <= 160 ? 2 : 1);
+    };
+    return plan_decode({batch, 32, 8, 128, slots, DType::bf16}, h100);
+  };
+  struct Row {
+    int batch, slots, splits, groups;
+  };
+  for (const Row& row : {Row{1, 1024, 8, 1},
+                         {1, 3276, 7, 2},
+                         {1, 16384, 9, 2},
+                         {8, 1024, 3, 1},
+                         {8, 3276, 2, 2},
+                         {8, 16384, 2, 2},
+                         {16, 1024, 1, 2},
+                         {16, 3276, 1, 2},
+                         {32, 1024, 1, 1},
+                         {32, 3276, 1, 2},
+                         {64, 1024, 1, 1},
+                         {128, 1024, 1, 2},
+                         {128, 3276, 1, 2}}) {
+    EXPECT_EQ(plan(row.batch, row.slots).n_splits, row.splits) << row.batch << " " << row.slots;
+    EXPECT_EQ(plan(row.batch, row.slots).n_groups, row.groups) << row.batch << " " << row.slots;
+  }
+}
+
 // Every state that a step leaves is what the next one needs.
 TEST_P(EmulatedDecode, ClosedLoopStaysAsDefined) {
   for (bool shared : {false, true}) {

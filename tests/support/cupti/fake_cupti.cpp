@@ -37,6 +37,10 @@ FakeCupti::FakeCupti() {
     *version = 130001;
     return CUPTI_SUCCESS;
   };
+  api.cuCtxGetCurrent = [](CUcontext* context) {
+    *context = reinterpret_cast<CUcontext>(&handle);
+    return CUDA_SUCCESS;
+  };
   api.cuptiGetTimestamp = [](uint64_t* now) {
     RETURN_FAILURE(cuptiGetTimestamp);
     *now = fake->now_ns += 10;

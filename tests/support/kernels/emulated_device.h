@@ -13,6 +13,7 @@
 
 #define KVLAPSE_DEVICE inline
 #define KVLAPSE_UNROLL
+#define KVLAPSE_UNROLL_8
 #define KVLAPSE_NO_UNROLL
 
 namespace kvlapse::device {
@@ -58,6 +59,12 @@ inline void smem_store(SmemAddress at, float v) {
   std::memcpy(smem_pointer(at, 4), &v, 4);
 }
 
+inline float smem_load(SmemAddress at) {
+  float v;
+  std::memcpy(&v, smem_pointer(at, 4), 4);
+  return v;
+}
+
 void mbarrier_init(SmemAddress bar, uint32_t count);
 inline void fence_barrier_init() {}
 void mbarrier_arrive(SmemAddress bar);
@@ -73,6 +80,7 @@ inline uint64_t evict_first_policy() {
 void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar,
                   uint64_t policy);
 inline void prefetch_tensor_map(const TensorMap*) {}
+inline void prefetch_l2(const void*) {}
 void copy_async16(SmemAddress to, const void* from, bool valid);
 void copy_async_arrive(SmemAddress bar);
 
@@ -119,6 +127,29 @@ inline uint32_t float_bits(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, 4);
   return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+inline float exponential(float x) {
+  return std::exp(x);
+}
+inline float square_root(float x) {
+  return std::sqrt(x);
+}
+inline int bits_below(uint32_t bits, int n) {
+  return __builtin_popcount(n < 32 ? bits & ((1u << n) - 1) : bits);
+}
+inline uint32_t warp_ballot(bool v) {
+  const bool* all = warp_exchange("ballot", v);
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
+  return bits;
+}
+inline void shared_add(uint64_t* to, uint64_t v) {
+  *to += v;
 }
 template <class T>
 T shuffle_xor(T v, int mask) {

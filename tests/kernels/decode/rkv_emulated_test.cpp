@@ -1,0 +1,57 @@
+#include <gtest/gtest.h>
+
+#include "core/base/error.h"
+#include "tests/support/kernels/emulated_rkv.h"
+
+namespace kvlapse {
+namespace {
+
+TEST(RkvKernels, KeepWhatTheReferenceKeeps) {
+  for (const char* name : {"gold_public_a", "gold_public_b"}) {
+    uint64_t seed = 1;
+    EXPECT_EQ(run_rkv_golden(std::string(KVLAPSE_TEST_DATA) + "/" + name + ".safetensors", 1,
+                             [&](RkvProblem& p) { run_rkv_emulated(p, seed++); }),
+              "")
+        << name;
+  }
+}
+
+TEST(RkvKernels, EveryTypeAsDefinedAndRepeatable) {
+  for (auto [dtype, head_dim] : {std::pair{DType::f32, 32}, {DType::f16, 64}, {DType::bf16, 128}}) {
+    RkvShape shape{3, 4, 2, head_dim, 230, dtype, 150};
+    // One that must fall by the most, one that stays below the budget, one that is only ranked anew.
+    const RkvProblem before = make_rkv_problem(shape, {230, 149, 150}, 7);
+    RkvProblem after = before, again = before;
+    run_rkv_emulated(after, 1);
+    run_rkv_emulated(again, 2);
+    const RkvCheck check = check_rkv(before, after, true);
+    EXPECT_EQ(check.failure, "") << dtype_name(dtype) << " " << head_dim;
+    EXPECT_LT(check.score_error, 5e-6);
+    EXPECT_EQ(after.order, again.order);
+    EXPECT_EQ(after.k, again.k);
+    EXPECT_EQ(after.scores, again.scores);
+  }
+}
+
+TEST(RkvKernels, WindowsAndGroups) {
+  for (auto [heads, window, kernel] : {std::tuple{2, 1, 1}, {8, 8, 3}, {16, 8, 7}, {6, 4, 5}}) {
+    RkvShape shape{1, heads, 2, 64, 140, DType::bf16, 100};
+    shape.window = window, shape.kernel = kernel, shape.lambda = 0.5f;
+    const RkvProblem before = make_rkv_problem(shape, {140}, 3);
+    RkvProblem after = before;
+    run_rkv_emulated(after, 5);
+    EXPECT_EQ(check_rkv(before, after, true).failure, "") << heads << " " << window;
+  }
+}
+
+TEST(RkvKernels, RefuseWhatDoesNotFit) {
+  RkvArgs args{};
+  EXPECT_THROW(set_rkv_scalars(args, {1, 4, 2, 48, 100, DType::f16, 50}), Error);
+  EXPECT_THROW(set_rkv_scalars(args, {1, 64, 2, 64, 100, DType::f16, 50}), Error);
+  EXPECT_THROW(set_rkv_scalars(args, {1, 4, 2, 64, 100, DType::f8e4m3, 50}), Error);
+  EXPECT_THROW(set_rkv_scalars(args, {1, 4, 2, 64, 100, DType::f16, 8}), Error);
+  EXPECT_THROW(set_rkv_scalars(args, {1, 4, 2, 64, 9000, DType::f16, 8000}), Error);
+}
+
+}  // namespace
+}  // namespace kvlapse
