@@ -26,9 +26,36 @@ struct Options {
   int cache_mib = 256;
   std::string device = "cpu";
   uint64_t seed = 0;
+  bool given_shape = false;  // of attention
 };
 
+// Without a shape of its own: the standard table.
+std::vector<BenchRow> attention_on_gpu(const Options& o) {
+  CudaAttentionBench bench;
+  bench.device = parse_device(o.device);
+  bench.dtype = parse_dtype(o.kv_dtype == "fp32" ? "bf16" : o.kv_dtype);
+  if (o.given_shape) {
+    bench.batch = o.batch, bench.n_slots = o.slots;
+    bench.n_q_heads = o.q_heads, bench.n_kv_heads = o.kv_heads, bench.head_dim = o.head_dim;
+  }
+  return bench_cuda_attention(bench);
+}
+
+std::vector<BenchRow> rkv(const Options& o) {
+  if (o.device == "cpu")
+    fail(
+        "bench rkv: --device: expected cuda[:i], found cpu (on the CPU `bench decode --policy rkv` holds "
+        "it)");
+  CudaRkvBench bench;
+  bench.device = parse_device(o.device);
+  bench.batch = o.batch;
+  if (o.budget > 0) bench.budget = o.budget;
+  bench.dtype = parse_dtype(o.kv_dtype == "fp32" ? "bf16" : o.kv_dtype);
+  return bench_cuda_rkv(bench);
+}
+
 std::vector<BenchRow> attention(const Options& o) {
+  if (o.device != "cpu") return attention_on_gpu(o);
   AttentionBench bench;
   bench.n_threads = o.threads;
   bench.n_slots = o.slots;
@@ -87,7 +114,7 @@ struct Bench {
   const char* name;
   std::vector<BenchRow> (*run)(const Options&);
 };
-constexpr Bench kBenches[] = {{"attention", attention}, {"decode", decode}, {"record", record}};
+constexpr Bench kBenches[] = {{"attention", attention}, {"rkv", rkv}, {"decode", decode}, {"record", record}};
 
 Json to_json(const BenchRow& row) {
   Json json = {{"bench", row.bench},
@@ -178,12 +205,22 @@ void add_bench(CLI::App& app, Context& context) {
       ->check(CLI::Range(1, 100000))
       ->capture_default_str();
   command
-      ->add_option("--device", options->device,
-                   "decode: cpu or cuda[:i]; on a GPU weights and K/V are bf16, random when the model folder "
-                   "holds none, and a budget is the context")
+      ->add_option(
+          "--device", options->device,
+          "cpu or cuda[:i]; decode on a GPU: weights and K/V are bf16, random when the model folder holds "
+          "none, "
+          "and a budget is the context; attention on a GPU: the standard table unless --slots is given")
       ->capture_default_str();
   command->add_option("--seed", options->seed, "decode on a GPU: of random weights")->capture_default_str();
-  command->callback([options, &context] { run(*options, context); });
+  command->callback([options, command, &context] {
+    options->given_shape = command->count("--slots") > 0;
+    if (options->device != "cpu") {  // the shape of an 8B model, where none is given
+      if (command->count("--q-heads") == 0) options->q_heads = 32;
+      if (command->count("--kv-heads") == 0) options->kv_heads = 8;
+      if (command->count("--head-dim") == 0) options->head_dim = 128;
+    }
+    run(*options, context);
+  });
 }
 
 }  // namespace kvlapse::cli

@@ -34,6 +34,26 @@ struct CudaDecodeBench {
 std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const ModelSpec& spec,
                                         const TransformerWeights* weights, const Policy& policy);
 
+// The fused decode step (append, attention, LongFlow's score, next victim), per kv head and shared, and
+// attention alone, against the time in which its K/V can be read at the ceiling that the same run measures
+// first.
+struct CudaAttentionBench {
+  int device = 0;
+  int batch = 0, n_slots = 0;  // 0: the standard table
+  int n_q_heads = 32, n_kv_heads = 8, head_dim = 128;
+  DType dtype = DType::bf16;  // or f16
+};
+std::vector<BenchRow> bench_cuda_attention(const CudaAttentionBench& bench);
+
+// An R-KV compaction of one layer (32 query heads, 8 kv heads of 128), with keys of which none are alike and
+// with keys that are all alike, against the time of reading all keys once.
+struct CudaRkvBench {
+  int device = 0;
+  int batch = 1, budget = 1024, buffer = 128;
+  DType dtype = DType::bf16;  // or f16
+};
+std::vector<BenchRow> bench_cuda_rkv(const CudaRkvBench& bench);
+
 struct GpuReport {
   bool built_in = false;  // this program has CUDA
   std::string

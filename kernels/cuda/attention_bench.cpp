@@ -237,7 +237,10 @@ void bench_attention(const AttentionBenchOptions& options,
   // Variant by variant: a table with a column missing is worth more than one with rows missing.
   else
     for (const Variant& variant : kVariants)
-      for (const AttentionBenchCase& c : options.cases.empty() ? standard_cases(options) : options.cases)
+      for (const AttentionBenchCase& c : !variant.overlapped && options.overlapped_only
+                                             ? std::vector<AttentionBenchCase>()
+                                         : options.cases.empty() ? standard_cases(options)
+                                                                 : options.cases)
         work.push_back({c, variant});
 
   AttentionBenchRow row;

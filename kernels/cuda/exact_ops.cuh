@@ -8,9 +8,6 @@
 
 namespace kvlapse::device {
 
-KVLAPSE_DEVICE float bits_float(uint32_t bits) {
-  return __uint_as_float(bits);
-}
 KVLAPSE_DEVICE float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }

@@ -17,6 +17,16 @@ std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const Mode
   return {};
 }
 
+std::vector<BenchRow> bench_cuda_attention(const CudaAttentionBench& bench) {
+  make_cuda_backend(bench.device);
+  return {};
+}
+
+std::vector<BenchRow> bench_cuda_rkv(const CudaRkvBench& bench) {
+  make_cuda_backend(bench.device);
+  return {};
+}
+
 GpuReport report_gpu() {
   return {};
 }

@@ -16,6 +16,6 @@ for binary in kvlapse tests/gpu_tests tests/attention_bench; do
     grep -v -E '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*)\.so' | xargs -r -I{} cp -Lf {} "$out/lib/"
 done
 cp "$source"/tests/data/gold_public_*.safetensors "$out/"
-cp "$source/tests/gpu/run.sh" "$source/tests/gpu/engine.sh" "$source/tests/bench/peers.py" "$source/tests/bench/rkv_peer.py" \
+cp "$source/tests/gpu/run.sh" "$source/tests/gpu/engine.sh" "$source/tests/gpu/counters.sh" "$source/tests/bench/peers.py" "$source/tests/bench/rkv_peer.py" \
   "$source/tests/bench/attention_table.py" "$out/"
 du -sh "$out"

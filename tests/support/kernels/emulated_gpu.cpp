@@ -1,6 +1,5 @@
 #include "tests/support/kernels/emulated_gpu.h"
 
-#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <set>
@@ -13,9 +12,6 @@
 
 namespace kvlapse::device {
 
-inline float bits_float(uint32_t bits) {
-  return std::bit_cast<float>(bits);
-}
 inline float half_to_float(uint16_t bits) {
   return f16_to_f32(bits);
 }
