@@ -161,7 +161,7 @@ std::unique_ptr<Policy> make_policy(const PolicySpec& spec) {
   const PolicyEntry& entry = find_entry(spec, info);
   for (const auto& [key, value] : spec.options) {
     auto parameter = std::find_if(info.parameters.begin(), info.parameters.end(),
-                                  [&](const ParameterInfo& p) { return p.name == key; });
+                                  [&key = key](const ParameterInfo& p) { return p.name == key; });
     if (parameter != info.parameters.end()) {
       if (parameter->choices.empty())
         parameter->value = number(info.name, key, value, parameter->min, parameter->max);
