@@ -89,6 +89,10 @@ HWY_INLINE void dot_group_by_halves(const T* const* row, const float* const* x, 
 #pragma GCC unroll 4
       for (int j = 0; j < X; ++j) acc[r][j] = hn::Zero(Tag());
     for (size_t i = half * kLanes; i < dim; i += kVirtualLanes) {
+      if (sizeof(T) == 2 && half == 0) {  // measured: helps short rows, costs long ones
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) prefetch_ahead(row[r] + i);
+      }
       Vec8 b[X];
 #pragma GCC unroll 4
       for (int j = 0; j < X; ++j) b[j] = load(x[j] + i);
@@ -112,7 +116,7 @@ HWY_INLINE void dot_group_by_halves(const T* const* row, const float* const* x, 
 template <int X, bool kTail, typename T>
 HWY_INLINE void dot_tile(const T* const (&row)[8], size_t valid, const float* x, size_t x_stride, size_t dim,
                          float factor, float* out, size_t out_stride) {
-  constexpr bool kByHalves = X > 1 && !kTail && std::is_same_v<T, float>;  // where a vector has 8 lanes
+  constexpr bool kByHalves = X > 1 && !kTail;  // where a vector has 8 lanes
   constexpr int kRows = X == 1 || kVecs == 1 || kByHalves ? 4 : 2;
   const float* vectors[X];
 #pragma GCC unroll 4
