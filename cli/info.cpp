@@ -6,6 +6,7 @@
 #include "cli/model_info.h"
 #include "cli/model_path.h"
 #include "cli/progress.h"
+#include "replay/results_file.h"
 #include "trace/trace_reader.h"
 
 namespace kvlapse::cli {
@@ -121,22 +122,87 @@ void print_trace(const Json& info) {
                                              : ", answer wrong"));
 }
 
+Json results_info(const Results& results) {
+  Json traces = Json::array(), cells = Json::array(), evals = Json::array();
+  for (const ResultTrace& t : results.traces)
+    traces.push_back({{"content_hash", t.hash},
+                      {"name", t.name},
+                      {"model", t.model},
+                      {"policy", t.policy},
+                      {"kv_dtype", t.kv_dtype},
+                      {"layers", t.n_layers},
+                      {"q_heads", t.n_q_heads},
+                      {"kv_heads", t.n_kv_heads},
+                      {"head_dim", t.head_dim},
+                      {"sequences", t.n_sequences},
+                      {"tokens", t.n_tokens}});
+  for (const ResultCell& c : results.cells)
+    cells.push_back({{"id", c.id},
+                     {"trace", c.trace},
+                     {"policy", c.policy},
+                     {"budget", c.budget},
+                     {"budget_slots", c.budget_slots},
+                     {"match", c.match},
+                     {"layers", {c.layer_begin, c.layer_end}},
+                     {"open_loop", c.open_loop}});
+  for (const EvalRow& e : results.evals)
+    evals.push_back({{"model", e.model},
+                     {"task", e.task},
+                     {"policy", e.policy},
+                     {"budget", e.budget},
+                     {"budget_slots", e.budget_slots},
+                     {"seed", e.seed},
+                     {"n", e.n},
+                     {"correct", e.correct}});
+  return {{"kind", "results"},
+          {"complete", results.complete},
+          {"traces", std::move(traces)},
+          {"cells", std::move(cells)},
+          {"evals", std::move(evals)}};
+}
+
+void print_results(const Json& info) {
+  fmt::print("  {:<14}{}\n", "state",
+             info["complete"].get<bool>() ? "complete" : "unfinished: `kvlapse replay --resume` goes on");
+  for (const Json& t : info["traces"])
+    fmt::print("  {:<14}{}: {}, {}, {} tokens in {} sequence{}, {} layers, {} kv heads of {}\n", "trace",
+               t["name"].get<std::string>(), t["model"].get<std::string>(), t["kv_dtype"].get<std::string>(),
+               t["tokens"].get<int64_t>(), t["sequences"].get<int>(),
+               t["sequences"].get<int>() == 1 ? "" : "s", t["layers"].get<int>(), t["kv_heads"].get<int>(),
+               t["head_dim"].get<int>());
+  for (const Json& c : info["cells"])
+    fmt::print("  {:<14}{} at {} = {} slots, {}\n", "replay", c["policy"].get<std::string>(),
+               c["budget"].get<std::string>(), c["budget_slots"].get<int>(),
+               c["open_loop"].get<bool>() ? "open loop" : "closed loop");
+  for (const Json& e : info["evals"])
+    fmt::print("  {:<14}{}, {} at {}: {} of {} right, closed loop\n", "evaluation",
+               e["task"].get<std::string>(), e["policy"].get<std::string>(), e["budget"].get<std::string>(),
+               e["correct"].get<int>(), e["n"].get<int>());
+}
+
 }  // namespace
 
 void add_info(CLI::App& app, Context& context) {
-  CLI::App* command = add_command(app, context, "info", "what is in a trace or a model",
+  CLI::App* command = add_command(app, context, "info", "what is in a trace, a results file or a model",
                                   "  kvlapse info run.kvl\n"
+                                  "  kvlapse info compare.kvr\n"
                                   "  kvlapse info models/smollm2 --tokens 2048,8192 --json");
   auto file = std::make_shared<std::string>();
   auto kv_dtype = std::make_shared<std::string>("fp16");
   auto lengths = std::make_shared<std::vector<int64_t>>();
-  command->add_option("file", *file, "trace; model file, folder or name")->required();
+  command->add_option("file", *file, "trace; results; model file, folder or name")->required();
   command->add_option("--kv-dtype", *kv_dtype, "of a model's cache: fp32, fp16, bf16 or fp8")
       ->capture_default_str();
   command->add_option("--tokens", *lengths, "lengths to give a model's cache bytes for")
       ->delimiter(',')
       ->check(CLI::PositiveNumber);
   command->callback([=, &context] {
+    if (is_results_file(*file)) {
+      const Json info = results_info(read_results(*file));
+      if (context.json) return print_json(info);
+      fmt::print("{}\n", *file);
+      return print_results(info);
+    }
     const bool is_trace = std::filesystem::is_regular_file(*file) && !is_model_path(*file);
     Json info = is_trace ? trace_info(TraceReader(*file))
                          : model_info(find_model(*file), parse_dtype(*kv_dtype), *lengths);

@@ -1,6 +1,7 @@
 #include "trace/sketch.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 
@@ -15,34 +16,57 @@ namespace kvlapse {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// One pass over what attention left: mean[i] = mean over the group, zero from n to the end of the last block;
+// G heads of a group over whole vectors of slots: mean (+)= weight * scale; dots[g] = sum of weights[g] *
+// logits[g].
+template <int G>
+void add_heads(const std::span<const float>* weights, const std::span<const float>* logits, size_t whole,
+               float scale, bool first, float* mean, float* dots) {
+  const hn::CappedTag<float, 8> d;
+  using V = hn::VFromD<decltype(d)>;
+  const size_t lanes = hn::Lanes(d);
+  const V factor = hn::Set(d, scale);
+  const float *p[G], *l[G];
+  V sum[G];
+  for (int g = 0; g < G; ++g) {
+    p[g] = weights[g].data();
+    l[g] = logits[g].data();
+    sum[g] = hn::Zero(d);
+  }
+  for (size_t i = 0; i < whole; i += lanes) {
+    V total = first ? hn::Zero(d) : hn::LoadU(d, mean + i);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      const V weight = hn::LoadU(d, p[g] + i);
+      sum[g] = hn::MulAdd(weight, hn::LoadU(d, l[g] + i), sum[g]);
+      total = hn::MulAdd(weight, factor, total);
+    }
+    hn::StoreU(total, d, mean + i);
+  }
+  for (int g = 0; g < G; ++g) dots[g] = hn::GetLane(hn::SumOfLanes(d, sum[g]));
+}
+
+// What attention left of a group: mean[i] = mean over its heads, zero from n to the end of the last block;
 // block_max[b] = largest of each `block` slots, a multiple of 8; dots[g] = sum of weights[g] * logits[g].
 void reduce(const std::span<const float>* weights, const std::span<const float>* logits, size_t group,
             size_t n, size_t block, float* mean, float* block_max, float* dots) {
   const hn::CappedTag<float, 8> d;
-  const size_t lanes = hn::Lanes(d);
-  const auto scale = hn::Set(d, 1.0f / static_cast<float>(group));
-  std::fill(dots, dots + group, 0.0f);
-  for (size_t begin = 0; begin < n; begin += block) {
-    const size_t end = begin + block, whole = std::min(end, n / lanes * lanes);
-    for (size_t i = begin; i < end; i += lanes) hn::StoreU(hn::Zero(d), d, mean + i);
-    for (size_t g = 0; g < group; ++g) {
-      const float *p = weights[g].data(), *l = logits[g].data();
-      auto sum = hn::Zero(d);
-      size_t i = begin;
-      for (; i < whole; i += lanes) {
-        const auto weight = hn::LoadU(d, p + i);
-        sum = hn::MulAdd(weight, hn::LoadU(d, l + i), sum);
-        hn::StoreU(hn::MulAdd(weight, scale, hn::LoadU(d, mean + i)), d, mean + i);
-      }
-      dots[g] += hn::GetLane(hn::SumOfLanes(d, sum));
-      for (; i < std::min(end, n); ++i) {
-        dots[g] += p[i] * l[i];
-        mean[i] += p[i] / static_cast<float>(group);
-      }
+  const size_t lanes = hn::Lanes(d), whole = n / lanes * lanes, padded = (n + block - 1) / block * block;
+  const float scale = 1.0f / static_cast<float>(group);
+  std::fill(mean + whole, mean + padded, 0.0f);
+  for (size_t g = 0; g < group;) {
+    const size_t left = group - g;
+    const auto add = left >= 4 ? add_heads<4> : left >= 2 ? add_heads<2> : add_heads<1>;
+    add(weights + g, logits + g, whole, scale, g == 0, mean, dots + g);
+    g += left >= 4 ? 4 : left >= 2 ? 2 : 1;
+  }
+  for (size_t g = 0; g < group; ++g)
+    for (size_t i = whole; i < n; ++i) {
+      dots[g] += weights[g][i] * logits[g][i];
+      mean[i] += weights[g][i] * scale;
     }
+  for (size_t begin = 0; begin < n; begin += block) {
     auto most = hn::Zero(d);
-    for (size_t i = begin; i < end; i += lanes) most = hn::Max(most, hn::LoadU(d, mean + i));
+    for (size_t i = begin; i < begin + block; i += lanes) most = hn::Max(most, hn::LoadU(d, mean + i));
     block_max[begin / block] = hn::GetLane(hn::MaxOfLanes(d, most));
   }
 }
@@ -80,7 +104,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace kvlapse {
 namespace {
-constexpr size_t kMostBlocks = 128;
+constexpr size_t kMostBlocks = 256;
 
 HWY_EXPORT(reduce);
 HWY_EXPORT(bound);
@@ -121,10 +145,15 @@ void Sketcher::sketch(std::span<const std::span<const float>> weights,
   float floor = 0;
   if (n_blocks > kSketchTop)
     floor = HWY_DYNAMIC_DISPATCH(bound)(block_max_.data(), n_blocks, kSketchTop, kSketchTop + 4);
-  size_t found = 0;
+  std::array<size_t, kMostBlocks + 1> reaching;
+  size_t n_reaching = 0, found = 0;
   for (size_t b = 0; b < n_blocks; ++b) {
-    if (block_max_[b] < floor) continue;
-    for (size_t i = b * block; i < std::min(n, (b + 1) * block); ++i) {
+    reaching[n_reaching] = b * block;
+    n_reaching += block_max_[b] >= floor;
+  }
+  for (size_t k = 0; k < n_reaching; ++k) {
+    const size_t end = std::min(n, reaching[k] + block);
+    for (size_t i = reaching[k]; i < end; ++i) {
       weights_[found] = mean_[i];
       slots_[found] = static_cast<int32_t>(i);
       found += mean_[i] >= floor;
@@ -133,17 +162,23 @@ void Sketcher::sketch(std::span<const std::span<const float>> weights,
   std::fill_n(weights_.begin() + static_cast<ptrdiff_t>(found), 8, 0.0f);
   const size_t top = std::min<size_t>(kSketchTop, found);
   const float least = found > top ? HWY_DYNAMIC_DISPATCH(bound)(weights_.data(), found, top, top) : 0;
-  size_t taken = 0, largest = 0;
-  const auto take = [&](size_t i) {
-    out.pos[taken] = raw(positions[slots_[i]]);
-    out.weight[taken] = weights_[i];
+  // Fewer than `top` exceed the bound unless exactly `top` reach it. No branch here depends on the weights
+  // either.
+  std::array<size_t, kSketchTop + 1> chosen;
+  size_t taken = 0;
+  for (size_t i = 0; i < found; ++i) {
+    chosen[taken] = i;
+    taken += weights_[i] > least;
+  }
+  for (size_t i = 0; i < found && taken < top; ++i)
+    if (weights_[i] == least) chosen[taken++] = i;
+  size_t largest = 0;
+  for (size_t k = 0; k < taken; ++k) {
+    const size_t i = chosen[k];
+    out.pos[k] = raw(positions[slots_[i]]);
+    out.weight[k] = weights_[i];
     largest = weights_[i] > weights_[largest] ? i : largest;
-    ++taken;
-  };
-  for (size_t i = 0; i < found && taken < top; ++i)
-    if (weights_[i] > least) take(i);
-  for (size_t i = 0; i < found && taken < top; ++i)
-    if (weights_[i] == least) take(i);
+  }
   for (size_t g = 0; g < group; ++g)
     out.entropy += head_entropy(weights[g], logits[g], dots_[g], static_cast<size_t>(slots_[largest]));
   out.entropy /= static_cast<float>(group);

@@ -88,6 +88,12 @@ TEST_F(ReplayCli, SweepRowsHaveTheirKeysAndShardsMergeToTheSameBytes) {
   ASSERT_EQ(run_program(with({"--resume", "-o", path("one.kvr")})).exit_code, 0);
   EXPECT_EQ(bytes(path("merged.kvr")), bytes(path("one.kvr")));
 
+  const Json info = json_of({"info", path("one.kvr"), "--json"});
+  EXPECT_EQ(info["kind"], "results");
+  EXPECT_EQ(info["complete"], true);
+  EXPECT_EQ(info["cells"].size(), 5u);
+  EXPECT_EQ(info["traces"][0]["kv_heads"], 4);
+
   const Json choice = json_of({"choose", path("one.kvr"), "--max", "output_error=1000", "--json"});
   EXPECT_EQ(choice["rows"].size(), 2u);
   for (const Json& row : choice["rows"]) EXPECT_GT(row["budget_slots"], 0);

@@ -72,6 +72,22 @@ TEST(SelfReplay, EveryLivePolicyEvictsTheSameVictims) {
   }
 }
 
+// Long enough for every cadence, window and table to wrap many times; the sequences of a batch differ in seed
+// and length.
+TEST(SelfReplay, EveryLivePolicyOverTwoThousandTokensOfTwoSeeds) {
+  TemporaryFolder folder;
+  for (const std::string& policy : live_policies()) {
+    RecordedRun run = tiny_run(policy, "300");
+    run.model = KVLAPSE_MODELS "/reasoner-6m";
+    run.prompts = {some_prompt(30, 3), some_prompt(47, 4)};
+    run.max_tokens = 2000;
+    test::record_run(folder / "run.kvl", run);
+    const SelfReplayReport report = self_replay(TraceReader(folder / "run.kvl"));
+    EXPECT_EQ(report.mismatches, 0) << policy;
+    EXPECT_GT(report.decisions, 2 * 6 * 1600) << policy;
+  }
+}
+
 TEST(SelfReplay, PromptLongerThanTheBudgetAndRaggedBatches) {
   TemporaryFolder folder;
   RecordedRun run = tiny_run("longflow", "40");
