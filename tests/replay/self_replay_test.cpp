@@ -3,6 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <cctype>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
 #include "core/policy/registry.h"
 #include "tests/support/replay/recorded_run.h"
 #include "tests/support/trace/synthetic_trace.h"
@@ -72,21 +76,40 @@ TEST(SelfReplay, EveryLivePolicyEvictsTheSameVictims) {
   }
 }
 
+// The tiny model with room for two thousand tokens.
+std::string long_tiny_model(const std::filesystem::path& folder) {
+  const std::filesystem::path from = KVLAPSE_TEST_DATA "/tiny_qwen3", to = folder / "tiny_long";
+  std::filesystem::create_directory(to);
+  std::filesystem::copy_file(from / "model.safetensors", to / "model.safetensors");
+  nlohmann::json config = nlohmann::json::parse(std::ifstream(from / "config.json"));
+  config["max_position_embeddings"] = 2304;
+  std::ofstream(to / "config.json") << config;
+  return to.string();
+}
+
 // Long enough for every cadence, window and table to wrap many times; the sequences of a batch differ in seed
 // and length.
-TEST(SelfReplay, EveryLivePolicyOverTwoThousandTokensOfTwoSeeds) {
+class LongSelfReplay : public testing::TestWithParam<std::string> {};
+
+TEST_P(LongSelfReplay, TwoThousandTokensOfThreeSeeds) {
   TemporaryFolder folder;
-  for (const std::string& policy : live_policies()) {
-    RecordedRun run = tiny_run(policy, "300");
-    run.model = KVLAPSE_MODELS "/reasoner-6m";
-    run.prompts = {some_prompt(30, 3), some_prompt(47, 4)};
-    run.max_tokens = 2000;
-    test::record_run(folder / "run.kvl", run);
-    const SelfReplayReport report = self_replay(TraceReader(folder / "run.kvl"));
-    EXPECT_EQ(report.mismatches, 0) << policy;
-    EXPECT_GT(report.decisions, 2 * 6 * 1600) << policy;
-  }
+  RecordedRun run = tiny_run(GetParam(), "300");
+  run.model = long_tiny_model(folder.path());
+  run.prompts = {some_prompt(30, 3), some_prompt(47, 4), some_prompt(90, 5)};
+  run.max_tokens = 2000;
+  test::record_run(folder / "run.kvl", run);
+  const SelfReplayReport report = self_replay(TraceReader(folder / "run.kvl"));
+  EXPECT_EQ(report.mismatches, 0);
+  EXPECT_GT(report.decisions, 3 * 2 * 1600);  // sequences, layers, tokens beyond the budget
 }
+
+INSTANTIATE_TEST_SUITE_P(EveryPolicy, LongSelfReplay, testing::ValuesIn(live_policies()),
+                         [](const auto& policy) {
+                           std::string name = policy.param;
+                           for (char& c : name)
+                             if (std::isalnum(static_cast<unsigned char>(c)) == 0) c = '_';
+                           return name;
+                         });
 
 TEST(SelfReplay, PromptLongerThanTheBudgetAndRaggedBatches) {
   TemporaryFolder folder;
