@@ -141,6 +141,37 @@ TEST(RowMath, EqualsTheScalarDefinitionBitForBit) {
         }
 }
 
+TEST(RowMath, DotsFromColumnsAreDotsOfRowsBitForBit) {
+  std::mt19937 rng(5);
+  for (DType type : {DType::f32, DType::f16, DType::bf16})
+    for (size_t dim : {1, 7, 8, 16, 24, 64, 80, 100, 128})
+      for (size_t n : {0, 1, 7, 8, 9, 31, 32, 33, 63, 64})
+        for (size_t n_x : {1, 2, 3, 4, 5, 8, 12}) {
+          const size_t stride = dim + 3, room = kColumnRows + 2;
+          std::vector<float> plain = random_values(rng, (n + 1) * stride, 1.0f);
+          std::vector<uint16_t> half(plain.size());
+          for (size_t i = 0; i < plain.size(); ++i)
+            half[i] = type == DType::f16 ? f32_to_f16(plain[i]) : f32_to_bf16(plain[i]);
+          std::vector<int32_t> reversed(n);
+          for (size_t i = 0; i < n; ++i) reversed[i] = static_cast<int32_t>(n - 1 - i);
+          const RowView rows{type == DType::f32 ? static_cast<const void*>(plain.data()) : half.data(), type,
+                             stride, n % 2 ? reversed.data() : nullptr};
+          const std::vector<float> x = random_values(rng, n_x * dim, 1.0f);
+          // One element more than may be written, so that a store past the end shows.
+          std::vector<float> columns(dim * kColumnRows + 1, 5.0f), a(n_x * room, 5.0f), b = a;
+          to_columns(rows, n, dim, columns.data());
+          EXPECT_EQ(columns.back(), 5.0f);
+          dot_columns(columns.data(), n, dim, x.data(), dim, n_x, 0.37f, a.data(), room);
+          scalar::dot_rows(rows, n, dim, x.data(), dim, n_x, 0.37f, b.data(), room);
+          const size_t written = (n + 31) / 32 * 32;
+          for (size_t j = 0; j < n_x; ++j) {
+            expect_same_bits(std::span(a).subspan(j * room, n), std::span(b).subspan(j * room, n),
+                             "dot_columns", n);
+            for (size_t i = written; i < room; ++i) EXPECT_EQ(a[j * room + i], 5.0f);
+          }
+        }
+}
+
 TEST(RowMath, DotOfARowIsTheVectorDot) {
   std::mt19937 rng(3);
   std::vector<float> rows = random_values(rng, 9 * 72, 1.0f), x = random_values(rng, 72, 1.0f), out(9);
