@@ -11,6 +11,7 @@
 
 #include "core/base/row_math.h"
 #include "core/base/scalar_math.h"
+#include "tests/support/core/every_target.h"
 
 namespace kvlapse {
 namespace {
@@ -39,7 +40,12 @@ std::vector<size_t> sizes() {
   return n;
 }
 
-TEST(VectorMath, EqualsTheScalarDefinitionBitForBit) {
+class VectorMath : public EveryTarget {};
+class RowMath : public EveryTarget {};
+INSTANTIATE_TEST_SUITE_P(Simd, VectorMath, simd_targets(), simd_target_name);
+INSTANTIATE_TEST_SUITE_P(Simd, RowMath, simd_targets(), simd_target_name);
+
+TEST_P(VectorMath, EqualsTheScalarDefinitionBitForBit) {
   std::mt19937 rng(1);
   for (size_t n : sizes())
     for (float scale : {1.0f, 1e-22f, 30.0f}) {
@@ -73,7 +79,7 @@ TEST(VectorMath, EqualsTheScalarDefinitionBitForBit) {
     }
 }
 
-TEST(VectorMath, SpecialValues) {
+TEST_P(VectorMath, SpecialValues) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::vector<float> odd = {0.0f,   -0.0f,  kInf,   -kInf,   nan,   88.36f, 88.38f,
                             -87.2f, -87.4f, 1e-40f, -1e-40f, 88.4f, 1.0f};
@@ -100,7 +106,7 @@ TEST(VectorMath, SpecialValues) {
   EXPECT_EQ(sum(nothing), 0.0f);
 }
 
-TEST(VectorMath, ExpIsAccurate) {
+TEST_P(VectorMath, ExpIsAccurate) {
   std::vector<float> x, y;
   for (float v = -87.2f; v < 88.3f; v += 0.01237f) x.push_back(v);
   y.resize(x.size());
@@ -111,7 +117,7 @@ TEST(VectorMath, ExpIsAccurate) {
   }
 }
 
-TEST(RowMath, EqualsTheScalarDefinitionBitForBit) {
+TEST_P(RowMath, EqualsTheScalarDefinitionBitForBit) {
   std::mt19937 rng(2);
   for (DType type : {DType::f32, DType::f16, DType::bf16})
     for (size_t dim : {1, 7, 16, 24, 64, 80, 100, 128})
@@ -141,7 +147,7 @@ TEST(RowMath, EqualsTheScalarDefinitionBitForBit) {
         }
 }
 
-TEST(RowMath, DotsFromColumnsAreDotsOfRowsBitForBit) {
+TEST_P(RowMath, DotsFromColumnsAreDotsOfRowsBitForBit) {
   std::mt19937 rng(5);
   for (DType type : {DType::f32, DType::f16, DType::bf16})
     for (size_t dim : {1, 7, 8, 16, 24, 64, 80, 100, 128})
@@ -172,14 +178,14 @@ TEST(RowMath, DotsFromColumnsAreDotsOfRowsBitForBit) {
         }
 }
 
-TEST(RowMath, DotOfARowIsTheVectorDot) {
+TEST_P(RowMath, DotOfARowIsTheVectorDot) {
   std::mt19937 rng(3);
   std::vector<float> rows = random_values(rng, 9 * 72, 1.0f), x = random_values(rng, 72, 1.0f), out(9);
   dot_rows({rows.data(), DType::f32, 72, nullptr}, 9, 72, x.data(), 72, 1, 1.0f, out.data(), 9);
   for (size_t i = 0; i < 9; ++i) EXPECT_EQ(out[i], dot(rows.data() + i * 72, x.data(), 72));
 }
 
-TEST(RowMath, AttentionOutputAddsChunksInOrder) {
+TEST_P(RowMath, AttentionOutputAddsChunksInOrder) {
   std::mt19937 rng(4);
   const size_t n = 2 * kValueChunk + 17, dim = 40, n_x = 5;
   std::vector<float> rows = random_values(rng, n * dim, 1.0f), weights = random_values(rng, n_x * n, 1.0f);
