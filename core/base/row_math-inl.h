@@ -19,6 +19,21 @@ namespace kvlapse::HWY_NAMESPACE {
 
 #if KVLAPSE_SIMD
 
+// Register tile of dots with columns: vectors by vectors of rows.
+#if HWY_TARGET == HWY_AVX2
+inline constexpr int kColumnX = 3, kColumnVecs = 2;
+#else
+inline constexpr int kColumnX = 4, kColumnVecs = 1;
+#endif
+
+// With 32 registers: keeps the compiler from reading a vector from memory again for each
+// use.
+HWY_INLINE void stay_in_register([[maybe_unused]] Vec& v) {
+#if HWY_TARGET != HWY_AVX2
+  asm("" : "+v"(v.raw));
+#endif
+}
+
 // Folded dots of R rows with X vectors. `folded` is [X][8]; rows fill columns first, first + 1, ... kTail:
 // dim is no multiple of 16.
 template <int R, int X, bool kTail, typename T>
@@ -252,6 +267,107 @@ HWY_INLINE void weighted_rows_of(const T* data, size_t stride, const int32_t* in
       weighted_columns<4>(data, stride, index, n, dim, w, weight_stride, to, out_stride);
     j += taken;
   }
+}
+
+HWY_INLINE Vec8 load8(const float* p) {
+  return hn::LoadU(Tag8(), p);
+}
+template <typename T>
+HWY_INLINE Vec8 load8(const T* p) {
+  return hn::PromoteTo(Tag8(), hn::LoadU(hn::Rebind<T, Tag8>(), p));
+}
+
+// Lane r of the i-th vector stored is lane i of row[r].
+HWY_INLINE void transpose8(const Vec8 (&row)[8], float* out, size_t out_stride) {
+  const Tag8 d;
+  const hn::Repartition<uint64_t, Tag8> d64;
+  Vec8 pairs[8], fours[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {  // in each half: [a0 b0 a1 b1], [a2 b2 a3 b3]
+    pairs[i] = hn::InterleaveLower(d, row[i], row[i + 1]);
+    pairs[i + 1] = hn::InterleaveUpper(d, row[i], row[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)  // [a0 b0 c0 d0], [a1 ...], [a2 ...], [a3 ...]
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const auto a = hn::BitCast(d64, pairs[i + j]), b = hn::BitCast(d64, pairs[i + 2 + j]);
+      fours[i + 2 * j] = hn::BitCast(d, hn::InterleaveLower(d64, a, b));
+      fours[i + 2 * j + 1] = hn::BitCast(d, hn::InterleaveUpper(d64, a, b));
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    hn::StoreU(hn::ConcatLowerLower(d, fours[i + 4], fours[i]), d, out + i * out_stride);
+    hn::StoreU(hn::ConcatUpperUpper(d, fours[i + 4], fours[i]), d, out + (i + 4) * out_stride);
+  }
+}
+
+// The sums of virtual lanes kLane, kLane + kStep, ... of the dots of X vectors with the K * kLanes rows whose
+// columns start at `columns`, added as the tree wants them.
+template <int kLane, int kStep, int X, int K, size_t kDim>
+HWY_INLINE void column_sums(const float* columns, size_t any_dim, const float* const* x, Vec (&sum)[X][K]) {
+  if constexpr (kStep == kVirtualLanes) {
+    const size_t dim = kDim ? kDim : any_dim;
+#pragma GCC unroll 4
+    for (int j = 0; j < X; ++j)
+#pragma GCC unroll 2
+      for (int k = 0; k < K; ++k) sum[j][k] = hn::Zero(Tag());
+#pragma GCC unroll 8
+    for (size_t i = kLane; i < dim; i += kVirtualLanes) {
+      Vec a[K];
+#pragma GCC unroll 2
+      for (int k = 0; k < K; ++k) {
+        a[k] = load(columns + i * kColumnRows + k * kLanes);
+        stay_in_register(a[k]);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < X; ++j) {
+        const Vec b = hn::Set(Tag(), x[j][i]);
+#pragma GCC unroll 2
+        for (int k = 0; k < K; ++k) sum[j][k] = hn::MulAdd(a[k], b, sum[j][k]);
+      }
+    }
+  } else {
+    Vec other[X][K];
+    column_sums<kLane, 2 * kStep, X, K, kDim>(columns, any_dim, x, sum);
+    column_sums<kLane + kStep, 2 * kStep, X, K, kDim>(columns, any_dim, x, other);
+#pragma GCC unroll 4
+    for (int j = 0; j < X; ++j)
+#pragma GCC unroll 2
+      for (int k = 0; k < K; ++k) sum[j][k] = hn::Add(sum[j][k], other[j][k]);
+  }
+}
+
+// X vectors by all rows of the columns, K vectors of rows at a time.
+template <int X, size_t kDim>
+HWY_INLINE void columns_tile(const float* columns, size_t n, size_t dim, const float* x, size_t x_stride,
+                             float factor, float* out, size_t out_stride) {
+  constexpr int K = kColumnVecs;
+  const float* vectors[X];
+#pragma GCC unroll 4
+  for (int j = 0; j < X; ++j) vectors[j] = x + j * x_stride;
+  for (size_t i = 0; i < n; i += K * kLanes) {
+    Vec sum[X][K];
+    column_sums<0, 1, X, K, kDim>(columns + i, dim, vectors, sum);
+#pragma GCC unroll 4
+    for (int j = 0; j < X; ++j)
+#pragma GCC unroll 2
+      for (int k = 0; k < K; ++k)
+        hn::StoreU(hn::Mul(sum[j][k], hn::Set(Tag(), factor)), Tag(), out + j * out_stride + i + k * kLanes);
+  }
+}
+
+template <size_t kDim>
+HWY_INLINE void dot_columns_of(const float* columns, size_t n, size_t dim, const float* x, size_t x_stride,
+                               size_t n_x, float factor, float* out, size_t out_stride) {
+  constexpr size_t X = kColumnX;
+  size_t j = 0;
+  for (; j + X <= n_x; j += X)
+    columns_tile<X, kDim>(columns, n, dim, x + j * x_stride, x_stride, factor, out + j * out_stride,
+                          out_stride);
+  for (; j < n_x; ++j)
+    columns_tile<1, kDim>(columns, n, dim, x + j * x_stride, x_stride, factor, out + j * out_stride,
+                          out_stride);
 }
 
 #endif  // KVLAPSE_SIMD

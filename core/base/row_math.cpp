@@ -32,6 +32,49 @@ void DotRows(const RowView& rows, size_t n, size_t dim, const float* x, size_t x
 #endif
 }
 
+void ToColumns(const RowView& rows, size_t n, size_t dim, float* columns) {
+  size_t i = 0;
+#if KVLAPSE_SIMD
+  auto run = [&](const auto* data) HWY_ATTR {
+    for (; i + 8 <= n; i += 8) {
+      const std::remove_reference_t<decltype(*data)>* row[8];
+      for (size_t r = 0; r < 8; ++r)
+        row[r] = data + (rows.index ? static_cast<size_t>(rows.index[i + r]) : i + r) * rows.stride;
+      size_t d = 0;
+      for (; d + 8 <= dim; d += 8) {
+        Vec8 block[8];
+        for (int r = 0; r < 8; ++r) block[r] = load8(row[r] + d);
+        transpose8(block, columns + d * kColumnRows + i, kColumnRows);
+      }
+      for (; d < dim; ++d)
+        for (size_t r = 0; r < 8; ++r) columns[d * kColumnRows + i + r] = widen(row[r][d]);
+    }
+  };
+  switch (rows.type) {
+    case DType::f16: run(static_cast<const hwy::float16_t*>(rows.data)); break;
+    case DType::bf16: run(static_cast<const hwy::bfloat16_t*>(rows.data)); break;
+    default: run(static_cast<const float*>(rows.data));
+  }
+#endif
+  for (; i < n; ++i)
+    for (size_t d = 0; d < dim; ++d) columns[d * kColumnRows + i] = scalar::element(rows, i, d);
+  for (; i % 32 != 0; ++i)
+    for (size_t d = 0; d < dim; ++d) columns[d * kColumnRows + i] = 0;
+}
+
+void DotColumns(const float* columns, size_t n, size_t dim, const float* x, size_t x_stride, size_t n_x,
+                float factor, float* out, size_t out_stride) {
+#if KVLAPSE_SIMD
+  switch (dim) {
+    case 64: return dot_columns_of<64>(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
+    case 128: return dot_columns_of<128>(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
+    default: return dot_columns_of<0>(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
+  }
+#else
+  scalar::dot_columns(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
+#endif
+}
+
 void WeightedRows(const RowView& rows, size_t n, size_t dim, const float* weights, size_t weight_stride,
                   size_t n_x, float* out, size_t out_stride) {
 #if KVLAPSE_SIMD
@@ -55,6 +98,8 @@ HWY_AFTER_NAMESPACE();
 namespace kvlapse {
 
 HWY_EXPORT(DotRows);
+HWY_EXPORT(ToColumns);
+HWY_EXPORT(DotColumns);
 HWY_EXPORT(WeightedRows);
 
 float attention_scale(int head_dim) {
@@ -65,6 +110,16 @@ void dot_rows(const RowView& rows, size_t n, size_t dim, const float* x, size_t 
               float factor, float* out, size_t out_stride) {
   assert(rows.type != DType::f8e4m3);
   HWY_DYNAMIC_DISPATCH(DotRows)(rows, n, dim, x, x_stride, n_x, factor, out, out_stride);
+}
+
+void to_columns(const RowView& rows, size_t n, size_t dim, float* columns) {
+  assert(n <= kColumnRows && rows.type != DType::f8e4m3);
+  HWY_DYNAMIC_DISPATCH(ToColumns)(rows, n, dim, columns);
+}
+
+void dot_columns(const float* columns, size_t n, size_t dim, const float* x, size_t x_stride, size_t n_x,
+                 float factor, float* out, size_t out_stride) {
+  HWY_DYNAMIC_DISPATCH(DotColumns)(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
 }
 
 void weighted_rows(const RowView& rows, size_t n, size_t dim, const float* weights, size_t weight_stride,

@@ -27,6 +27,18 @@ float attention_scale(int head_dim);
 void dot_rows(const RowView& rows, size_t n, size_t dim, const float* x, size_t x_stride, size_t n_x,
               float factor, float* out, size_t out_stride);
 
+// Rows that are laid out as columns together.
+inline constexpr size_t kColumnRows = 64;
+
+// columns[d * kColumnRows + i] = row i [d], widened, for n <= kColumnRows rows; zero from n to the next
+// multiple of 32. `columns` has dim * kColumnRows elements.
+void to_columns(const RowView& rows, size_t n, size_t dim, float* columns);
+
+// dot_rows's numbers from columns: faster where several vectors share them. May write results up to the
+// next multiple of 32 for each vector: those past n mean nothing.
+void dot_columns(const float* columns, size_t n, size_t dim, const float* x, size_t x_stride, size_t n_x,
+                 float factor, float* out, size_t out_stride);
+
 // Slots whose values are summed into one partial sum.
 inline constexpr size_t kValueChunk = 256;
 

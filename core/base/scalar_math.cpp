@@ -17,6 +17,8 @@ float tree(float (&lanes)[kLanes]) {
   return lanes[0];
 }
 
+}  // namespace
+
 float element(const RowView& rows, size_t row, size_t d) {
   size_t at = (rows.index ? static_cast<size_t>(rows.index[row]) : row) * rows.stride + d;
   switch (rows.type) {
@@ -25,8 +27,6 @@ float element(const RowView& rows, size_t row, size_t d) {
     default: return static_cast<const float*>(rows.data)[at];
   }
 }
-
-}  // namespace
 
 float exp_one(float x) {
   if (!(x > -87.3f)) return x != x ? x : 0.0f;
@@ -104,6 +104,17 @@ void dot_rows(const RowView& rows, size_t n, size_t dim, const float* x, size_t 
       float lanes[kLanes] = {};
       for (size_t d = 0; d < dim; ++d)
         lanes[d % kLanes] = std::fma(element(rows, i, d), x[j * x_stride + d], lanes[d % kLanes]);
+      out[j * out_stride + i] = tree(lanes) * factor;
+    }
+}
+
+void dot_columns(const float* columns, size_t n, size_t dim, const float* x, size_t x_stride, size_t n_x,
+                 float factor, float* out, size_t out_stride) {
+  for (size_t j = 0; j < n_x; ++j)
+    for (size_t i = 0; i < n; ++i) {
+      float lanes[kLanes] = {};
+      for (size_t d = 0; d < dim; ++d)
+        lanes[d % kLanes] = std::fma(columns[d * kColumnRows + i], x[j * x_stride + d], lanes[d % kLanes]);
       out[j * out_stride + i] = tree(lanes) * factor;
     }
 }

@@ -19,8 +19,11 @@ float softmax(std::span<const float> logits, std::span<float> out);
 void multiply_add(std::span<const float> a, std::span<const float> b, std::span<float> out);
 void add_scaled(float scale, std::span<const float> values, std::span<float> out);
 void scale(float factor, std::span<float> values);
+float element(const RowView& rows, size_t row, size_t d);  // widened
 void dot_rows(const RowView& rows, size_t n, size_t dim, const float* x, size_t x_stride, size_t n_x,
               float factor, float* out, size_t out_stride);
+void dot_columns(const float* columns, size_t n, size_t dim, const float* x, size_t x_stride, size_t n_x,
+                 float factor, float* out, size_t out_stride);
 void weighted_rows(const RowView& rows, size_t n, size_t dim, const float* weights, size_t weight_stride,
                    size_t n_x, float* out, size_t out_stride);
 

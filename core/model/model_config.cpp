@@ -191,6 +191,9 @@ ModelSpec read_model_config(const std::filesystem::path& folder) {
   config.only("mlp_bias", false);
   config.only("partial_rotary_factor", 1.0);
   config.absent("quantization_config");
+  // Latent attention and mixtures of experts, whatever the architecture's name.
+  for (const char* field : {"kv_lora_rank", "num_experts", "num_local_experts", "n_routed_experts"})
+    config.absent(field);
   if (config.has("layer_types"))
     for (const json& kind : config.raw("layer_types"))
       if (kind != "full_attention")

@@ -9,8 +9,7 @@ namespace kvlapse {
 namespace {
 
 constexpr int kChunk = static_cast<int>(kValueChunk);
-constexpr int kBlockRows = 8;     // queries of a prefill block that pass over K and V together
-constexpr size_t kKeyStrip = 64;  // slots whose keys they share while these are in the first-level cache
+constexpr int kBlockRows = 8;  // queries of a prefill block that pass over K and V together
 
 int chunks_of(int n_slots) {
   return (n_slots + kChunk - 1) / kChunk;
@@ -104,7 +103,7 @@ void CpuAttention::block_tile(const CpuKvStore& store, int row, int n_rows, int 
   // The odd 16 keep the vectors' weights of one slot out of one cache set.
   const size_t stride = (most + 31) / 32 * 32 + 16, n_vectors = group * n_rows;
   // Queries of the tile side by side, their weights, their partial and total sums, and widened rows.
-  const size_t widened_floats = g.dtype == DType::f32 ? 0 : kValueChunk * dim;
+  const size_t widened_floats = std::max(g.dtype == DType::f32 ? 0 : kValueChunk, kColumnRows) * dim;
   scratch.resize(std::max(scratch.size(), n_vectors * (stride + 3 * dim) + widened_floats));
   float* queries = scratch.data();
   float* weights = queries + n_vectors * dim;
@@ -121,10 +120,11 @@ void CpuAttention::block_tile(const CpuKvStore& store, int row, int n_rows, int 
     std::copy_n(q + (row + r) * q_stride + q_head * dim, group * dim, queries + r * group * dim);
 
   // Slots that a query may not see are computed and left alone.
-  for (size_t first = 0; first < most; first += kKeyStrip) {
-    const size_t n = std::min(kKeyStrip, most - first);
-    const RowView keys = wide_rows(store.key_rows(kv_head, static_cast<int>(first)), n);
-    dot_rows(keys, n, dim, queries, dim, n_vectors, attention_scale(g.head_dim), weights + first, stride);
+  for (size_t first = 0; first < most; first += kColumnRows) {
+    const size_t n = std::min(kColumnRows, most - first);
+    to_columns(store.key_rows(kv_head, static_cast<int>(first)), n, dim, widened);
+    dot_columns(widened, n, dim, queries, dim, n_vectors, attention_scale(g.head_dim), weights + first,
+                stride);
   }
   for (int r = 0; r < n_rows; ++r)
     for (size_t k = 0; k < group; ++k) {

@@ -26,8 +26,10 @@ class CpuBackend final : public Backend {
       : team_(n_threads), attention_(team_), mode_(mode), thread_scratch_(n_threads) {}
 
   std::string describe() const override {
-    return fmt::format("cpu {}, {} {}{}", hwy::TargetName(hwy::SupportedTargets() & -hwy::SupportedTargets()),
-                       team_.size(), team_.size() == 1 ? "thread" : "threads",
+    // Of the targets that most of the kernels are compiled for.
+    const int64_t targets = (hwy::SupportedTargets() & HWY_TARGETS) | HWY_STATIC_TARGET;
+    return fmt::format("cpu {}, {} {}{}", hwy::TargetName(targets & -targets), team_.size(),
+                       team_.size() == 1 ? "thread" : "threads",
                        mode_ == MatmulMode::int16 ? ", int16 products" : "");
   }
 

@@ -2,11 +2,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <tuple>
 
 #include "core/base/error.h"
 #include "core/base/rng.h"
@@ -21,6 +23,7 @@
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/sampler.h"
 #include "kernels/cpu/thread_team.h"
+#include "tests/support/core/every_target.h"
 
 namespace kvlapse {
 namespace {
@@ -31,6 +34,13 @@ std::vector<float> random_values(std::mt19937& rng, size_t n) {
   for (float& v : values) v = normal(rng);
   return values;
 }
+
+class Matmul : public EveryTarget {};
+class Activations : public EveryTarget {};
+class Attention : public EveryTarget {};
+INSTANTIATE_TEST_SUITE_P(Simd, Matmul, simd_targets(), simd_target_name);
+INSTANTIATE_TEST_SUITE_P(Simd, Activations, simd_targets(), simd_target_name);
+INSTANTIATE_TEST_SUITE_P(Simd, Attention, simd_targets(), simd_target_name);
 
 TEST(ThreadTeam, EveryThreadRunsAndBarriersHold) {
   for (int n : {1, 2, 5}) {
@@ -75,7 +85,7 @@ TEST(ThreadTeam, SharesCoverEverythingOnce) {
       }
 }
 
-TEST(Matmul, EveryOutputIsTheRowsDot) {
+TEST_P(Matmul, EveryOutputIsTheRowsDot) {
   std::mt19937 rng(1);
   const int64_t rows = 29, columns = 96;
   std::vector<float> plain = random_values(rng, rows * columns);
@@ -101,7 +111,7 @@ TEST(Matmul, EveryOutputIsTheRowsDot) {
   }
 }
 
-TEST(Matmul, QuantisedRowsAreThoseOfTheDequantisedMatrix) {
+TEST_P(Matmul, QuantisedRowsAreThoseOfTheDequantisedMatrix) {
   std::mt19937 rng(6);
   const int64_t rows = 21, columns = 256;
   for (TensorType type :
@@ -134,7 +144,7 @@ TEST(Matmul, QuantisedRowsAreThoseOfTheDequantisedMatrix) {
   }
 }
 
-TEST(Matmul, IntegerRowsEqualTheirDefinitionAndAreClose) {
+TEST_P(Matmul, IntegerRowsEqualTheirDefinitionAndAreClose) {
   std::mt19937 rng(8);
   const int64_t rows = 19, columns = 320;
   for (TensorType type : {TensorType::q8_0, TensorType::q4_0, TensorType::q4_1}) {
@@ -178,7 +188,7 @@ TEST(Matmul, IntegerRowsEqualTheirDefinitionAndAreClose) {
   }
 }
 
-TEST(Activations, RoundingIsTheScalarRounding) {
+TEST_P(Activations, RoundingIsTheScalarRounding) {
   std::mt19937 rng(2);
   std::vector<float> values = random_values(rng, 1000);
   for (float& v : values) v *= std::exp2(static_cast<float>(static_cast<int>(rng() % 40) - 30));
@@ -194,7 +204,7 @@ TEST(Activations, RoundingIsTheScalarRounding) {
   }
 }
 
-TEST(Activations, SiluNormAndRotation) {
+TEST_P(Activations, SiluNormAndRotation) {
   std::mt19937 rng(3);
   const std::vector<float> x = random_values(rng, 50), up = random_values(rng, 50),
                            weight = random_values(rng, 50);
@@ -254,7 +264,7 @@ TEST(Sampler, ReportsLogprobAndLead) {
   EXPECT_EQ(sample_token(logits, forced, scratch).margin, -1);
 }
 
-TEST(CpuAttention, AgreesWithTheDefinition) {
+TEST_P(Attention, AgreesWithTheDefinition) {
   std::mt19937 rng(4);
   for (DType type : {DType::f32, DType::bf16})
     for (int n_slots : {1, 255, 256, 700}) {
@@ -292,6 +302,52 @@ TEST(CpuAttention, AgreesWithTheDefinition) {
         for (int s = 0; s < n_slots; ++s) plain += static_cast<double>(weights[s]) * values[s * 24 + 5];
         EXPECT_NEAR(expected[5], plain, 1e-5);
       }
+    }
+}
+
+// The reference shares nothing with the blocks: the definition in plain C++, for each query over what it may
+// see.
+TEST_P(Attention, BlocksOfAPromptGiveTheBitsOfTheDefinition) {
+  std::mt19937 rng(9);
+  for (DType type : {DType::f32, DType::f16, DType::bf16})
+    for (const auto& [first, n_rows, dim] :
+         {std::tuple{0, 1, 24}, {0, 13, 64}, {63, 9, 64}, {250, 21, 64}, {300, 8, 100}, {190, 3, 128}}) {
+      const int n_slots = first + n_rows;
+      const size_t q_width = 6 * static_cast<size_t>(dim), kv_width = 2 * static_cast<size_t>(dim);
+      const CacheGeometry g{1, 6, 2, dim, n_slots, type};
+      CpuKvStore store(g, 0);
+      SlotTable table(g.n_kv_heads, n_slots);
+      const std::vector<float> q = random_values(rng, n_rows * q_width);
+      for (int p = 0; p < n_slots; ++p) {
+        std::vector<float> k = random_values(rng, kv_width), v = random_values(rng, kv_width);
+        for (auto* row : {&k, &v}) round_to(type, *row);
+        store.store(table, q.data(), k.data(), v.data());
+        table.append(Pos{p});
+      }
+      ThreadTeam team(2);
+      CpuAttention attention(team);
+      std::vector<float> out(n_rows * q_width);
+      attention.block(store, n_rows, first, q.data(), q_width, out.data(), q_width);
+      for (int r = 0; r < n_rows; ++r)
+        for (int head = 0; head < 6; ++head) {
+          const size_t seen = static_cast<size_t>(first) + r + 1, d = dim, at = r * q_width + head * d;
+          const int h = g.kv_head_of(head);
+          const RowView keys{store.keys(h, n_slots).data(), DType::f32, d, nullptr};
+          std::vector<float> weights(seen), partial(d), expected(d, 0.0f);
+          scalar::dot_rows(keys, seen, d, q.data() + at, d, 1, attention_scale(dim), weights.data(), seen);
+          scalar::softmax(weights, weights);
+          const float* values = store.values(h, n_slots).data();
+          for (size_t begin = 0; begin < seen; begin += kValueChunk) {
+            scalar::weighted_rows({values + begin * d, DType::f32, d, nullptr},
+                                  std::min(kValueChunk, seen - begin), d, weights.data() + begin, seen, 1,
+                                  partial.data(), d);
+            for (size_t i = 0; i < d; ++i) expected[i] += partial[i];
+          }
+          for (size_t i = 0; i < d; ++i)
+            ASSERT_EQ(std::bit_cast<uint32_t>(out[at + i]), std::bit_cast<uint32_t>(expected[i]))
+                << "row " << r << " of " << n_rows << " after " << first << ", head " << head << ", column "
+                << i;
+        }
     }
 }
 

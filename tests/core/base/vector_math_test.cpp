@@ -11,6 +11,7 @@
 
 #include "core/base/row_math.h"
 #include "core/base/scalar_math.h"
+#include "tests/support/core/every_target.h"
 
 namespace kvlapse {
 namespace {
@@ -39,7 +40,12 @@ std::vector<size_t> sizes() {
   return n;
 }
 
-TEST(VectorMath, EqualsTheScalarDefinitionBitForBit) {
+class VectorMath : public EveryTarget {};
+class RowMath : public EveryTarget {};
+INSTANTIATE_TEST_SUITE_P(Simd, VectorMath, simd_targets(), simd_target_name);
+INSTANTIATE_TEST_SUITE_P(Simd, RowMath, simd_targets(), simd_target_name);
+
+TEST_P(VectorMath, EqualsTheScalarDefinitionBitForBit) {
   std::mt19937 rng(1);
   for (size_t n : sizes())
     for (float scale : {1.0f, 1e-22f, 30.0f}) {
@@ -73,7 +79,7 @@ TEST(VectorMath, EqualsTheScalarDefinitionBitForBit) {
     }
 }
 
-TEST(VectorMath, SpecialValues) {
+TEST_P(VectorMath, SpecialValues) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::vector<float> odd = {0.0f,   -0.0f,  kInf,   -kInf,   nan,   88.36f, 88.38f,
                             -87.2f, -87.4f, 1e-40f, -1e-40f, 88.4f, 1.0f};
@@ -100,7 +106,7 @@ TEST(VectorMath, SpecialValues) {
   EXPECT_EQ(sum(nothing), 0.0f);
 }
 
-TEST(VectorMath, ExpIsAccurate) {
+TEST_P(VectorMath, ExpIsAccurate) {
   std::vector<float> x, y;
   for (float v = -87.2f; v < 88.3f; v += 0.01237f) x.push_back(v);
   y.resize(x.size());
@@ -111,7 +117,7 @@ TEST(VectorMath, ExpIsAccurate) {
   }
 }
 
-TEST(RowMath, EqualsTheScalarDefinitionBitForBit) {
+TEST_P(RowMath, EqualsTheScalarDefinitionBitForBit) {
   std::mt19937 rng(2);
   for (DType type : {DType::f32, DType::f16, DType::bf16})
     for (size_t dim : {1, 7, 16, 24, 64, 80, 100, 128})
@@ -141,14 +147,45 @@ TEST(RowMath, EqualsTheScalarDefinitionBitForBit) {
         }
 }
 
-TEST(RowMath, DotOfARowIsTheVectorDot) {
+TEST_P(RowMath, DotsFromColumnsAreDotsOfRowsBitForBit) {
+  std::mt19937 rng(5);
+  for (DType type : {DType::f32, DType::f16, DType::bf16})
+    for (size_t dim : {1, 7, 8, 16, 24, 64, 80, 100, 128})
+      for (size_t n : {0, 1, 7, 8, 9, 31, 32, 33, 63, 64})
+        for (size_t n_x : {1, 2, 3, 4, 5, 8, 12}) {
+          const size_t stride = dim + 3, room = kColumnRows + 2;
+          std::vector<float> plain = random_values(rng, (n + 1) * stride, 1.0f);
+          std::vector<uint16_t> half(plain.size());
+          for (size_t i = 0; i < plain.size(); ++i)
+            half[i] = type == DType::f16 ? f32_to_f16(plain[i]) : f32_to_bf16(plain[i]);
+          std::vector<int32_t> reversed(n);
+          for (size_t i = 0; i < n; ++i) reversed[i] = static_cast<int32_t>(n - 1 - i);
+          const RowView rows{type == DType::f32 ? static_cast<const void*>(plain.data()) : half.data(), type,
+                             stride, n % 2 ? reversed.data() : nullptr};
+          const std::vector<float> x = random_values(rng, n_x * dim, 1.0f);
+          // One element more than may be written, so that a store past the end shows.
+          std::vector<float> columns(dim * kColumnRows + 1, 5.0f), a(n_x * room, 5.0f), b = a;
+          to_columns(rows, n, dim, columns.data());
+          EXPECT_EQ(columns.back(), 5.0f);
+          dot_columns(columns.data(), n, dim, x.data(), dim, n_x, 0.37f, a.data(), room);
+          scalar::dot_rows(rows, n, dim, x.data(), dim, n_x, 0.37f, b.data(), room);
+          const size_t written = (n + 31) / 32 * 32;
+          for (size_t j = 0; j < n_x; ++j) {
+            expect_same_bits(std::span(a).subspan(j * room, n), std::span(b).subspan(j * room, n),
+                             "dot_columns", n);
+            for (size_t i = written; i < room; ++i) EXPECT_EQ(a[j * room + i], 5.0f);
+          }
+        }
+}
+
+TEST_P(RowMath, DotOfARowIsTheVectorDot) {
   std::mt19937 rng(3);
   std::vector<float> rows = random_values(rng, 9 * 72, 1.0f), x = random_values(rng, 72, 1.0f), out(9);
   dot_rows({rows.data(), DType::f32, 72, nullptr}, 9, 72, x.data(), 72, 1, 1.0f, out.data(), 9);
   for (size_t i = 0; i < 9; ++i) EXPECT_EQ(out[i], dot(rows.data() + i * 72, x.data(), 72));
 }
 
-TEST(RowMath, AttentionOutputAddsChunksInOrder) {
+TEST_P(RowMath, AttentionOutputAddsChunksInOrder) {
   std::mt19937 rng(4);
   const size_t n = 2 * kValueChunk + 17, dim = 40, n_x = 5;
   std::vector<float> rows = random_values(rng, n * dim, 1.0f), weights = random_values(rng, n_x * n, 1.0f);

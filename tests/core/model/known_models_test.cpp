@@ -78,6 +78,9 @@ TEST_F(RefusedModels, OtherLayersByFieldAndValue) {
               AllOf(HasSubstr("layer_types"), HasSubstr("linear_attention")));
   EXPECT_THAT(with("layer_types", {"sliding_attention"}), HasSubstr("sliding_attention"));
   EXPECT_THAT(with("use_sliding_window", true), HasSubstr("use_sliding_window"));
+  EXPECT_THAT(with("kv_lora_rank", 512), AllOf(HasSubstr("kv_lora_rank"), HasSubstr("512")));
+  for (const char* experts : {"num_experts", "num_local_experts", "n_routed_experts"})
+    EXPECT_THAT(with(experts, 128), AllOf(HasSubstr(experts), HasSubstr("128")));
   EXPECT_THAT(with("attention_bias", true), HasSubstr("attention_bias"));
   EXPECT_THAT(with("hidden_act", "gelu"), AllOf(HasSubstr("hidden_act"), HasSubstr("gelu")));
   EXPECT_THAT(with("quantization_config", {{"quant_method", "gptq"}}), HasSubstr("quantization_config"));
