@@ -74,7 +74,9 @@ SharedLayerNeeds shared_needs(const std::vector<ReplayConfig>& configs, bool met
     const PolicyInfo& info = config.policy->info();
     needs.window = std::max(needs.window, std::min(info.query_window, kMostWindowRows));
     needs.all_queries |= info.query_window > kMostWindowRows;
-    needs.keys |= contains(info.signals, Signal::keys) || info.query_window > kMostWindowRows;
+    needs.alike_above = std::max(needs.alike_above, info.alike_above);  // one value in the catalogue
+    needs.keys |=
+        contains(info.signals, Signal::keys) || info.query_window > kMostWindowRows || info.cache_positions;
   }
   return needs;
 }

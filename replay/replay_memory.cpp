@@ -134,6 +134,13 @@ std::span<const float> ReplayMemory::values(int kv_head) {
   return {values_.data(), count(kv_head) * dim};
 }
 
+bool ReplayMemory::last_alike(int kv_head, float threshold, std::span<int32_t> out) {
+  const AlikeKeys* alike = shared_.alike();
+  if (alike == nullptr || alike->threshold() != threshold) return false;
+  alike->last_alike(kv_head, table_->positions(kv_head), out);
+  return true;
+}
+
 std::span<const float> ReplayMemory::window_queries(int w) {
   const CacheGeometry& g = shared_.geometry();
   const int rows = std::min(w, step_ + 1);

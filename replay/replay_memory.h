@@ -51,6 +51,7 @@ class ReplayMemory final : public LayerMemory {
   std::span<const float> value_row(int kv_head, Slot slot, int head_dim) override {
     return {shared_.value(kv_head, index(kv_head)[raw(slot)]), static_cast<size_t>(head_dim)};
   }
+  bool last_alike(int kv_head, float threshold, std::span<int32_t> out) override;
   std::span<const float> window_queries(int w) override;
   std::span<const float> window_logits(int q_head, int w) override;
 

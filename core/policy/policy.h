@@ -80,6 +80,7 @@ struct PolicyInfo {
   int state_columns = 0;                      // SlotState columns
   int workspace_floats_per_slot = 0;          // beyond state columns, for memory accounting
   bool pairwise_similarity = false;           // the reference builds a slots x slots matrix per kv head
+  float alike_above = 0;                      // cosine that last_alike() is asked for; 0: not asked
   std::vector<std::string_view> score_parts;  // named parts of the score, at most 2
   FusedScore fused = FusedScore::none;        // what a device may compute in the policy's stead
   bool evicts = true;                         // false: full, and policies that select
