@@ -85,6 +85,8 @@ MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& r
   static_assert(kMetricSteps <= 32, "a step of a block is a bit");
   const CacheGeometry& g = shared.geometry();
   const int n_tokens = shared.sequence().n_tokens;
+  metrics_.scope = {std::max(0, scope.head_begin), std::min(g.n_kv_heads, scope.head_end),
+                    std::max(0, scope.step_begin), std::min(n_tokens, scope.step_end)};
   metrics_.q_heads.resize(g.n_q_heads);
   metrics_.kv_heads.resize(g.n_kv_heads);
   metrics_.held_by_step.resize(n_tokens);
@@ -120,42 +122,46 @@ TokenClass MetricsCollector::class_of(int pos, int step) const {
 void MetricsCollector::on_attended(const SlotTable& table, int step) {
   const int group = shared_.geometry().group();
   const size_t bin = series_bin(step);
-  for (int h = 0; h < table.n_kv_heads(); ++h) {
+  const bool measured = metrics_.scope.has_step(step);
+  for (int h = metrics_.scope.head_begin; h < metrics_.scope.head_end; ++h) {
     KvHeadMetrics& m = metrics_.kv_heads[h];
-    const int held = table.count(h);
+    const int held = table.count(h), before = previous_held_[h], drops = previous_drops_[h];
+    previous_held_[h] = held;
+    previous_drops_[h] = 0;
+    if (!measured) continue;
     const double retained = static_cast<double>(held) / (step + 1);
     ++m.steps;
     m.retained += retained;
     m.held_sum += held;
     m.held_peak = std::max(m.held_peak, held);
     metrics_.held_by_step[step] += held;
-    if (previous_held_[h] >= 0) {
-      const int both = previous_held_[h] - previous_drops_[h], either = held + previous_drops_[h];
+    if (before >= 0) {
+      const int both = before - drops, either = held + drops;
       m.churn += 1.0 - static_cast<double>(both) / either;
     }
-    previous_held_[h] = held;
-    previous_drops_[h] = 0;
     for (int q = h * group; q < (h + 1) * group; ++q) add_series(SeriesKind::retained, q, bin, retained);
   }
 }
 
 void MetricsCollector::on_evicted(const EvictionPlan& plan) {
   const int n_heads = shared_.geometry().n_kv_heads, step = raw(plan.step);
+  const bool measured = metrics_.scope.has_step(step);
   for (const Drop& drop : plan.drops) {
     const int first = drop.kv_head == kWholeLayer ? 0 : drop.kv_head;
     const int end = drop.kv_head == kWholeLayer ? n_heads : drop.kv_head + 1;
     const int pos = raw(drop.pos);
     const auto c = static_cast<size_t>(class_of(pos, step));
     for (int h = first; h < end; ++h) {
+      losses_[h].fresh.push_back(pos);
+      ++previous_drops_[h];
+      if (!measured || !metrics_.scope.has_head(h)) continue;
       KvHeadMetrics& m = metrics_.kv_heads[h];
       ++m.evictions;
       if (plan.reason == EvictionReason::prompt_over_budget) ++m.prompt_evictions;
       ++m.evicted_by_class[c];
       m.lifetime_by_class[c] += step - pos;
       m.lifetime_sketch.add(static_cast<float>(step - pos));
-      ++previous_drops_[h];
       losses_[h].victims.push_back(pos);
-      losses_[h].fresh.push_back(pos);
       set_bit(losses_[h].decisions, step);
     }
   }
@@ -163,7 +169,8 @@ void MetricsCollector::on_evicted(const EvictionPlan& plan) {
 
 void MetricsCollector::on_selected(const SlotTable& table, int step,
                                    const std::vector<std::vector<Slot>>& slots) {
-  for (int h = 0; h < table.n_kv_heads(); ++h) {
+  if (!metrics_.scope.has_step(step)) return;
+  for (int h = metrics_.scope.head_begin; h < metrics_.scope.head_end; ++h) {
     std::vector<uint32_t>& mask = selected_[h][step / kMetricSteps];
     mask.resize(shared_.sequence().n_tokens, 0u);
     std::span<const Pos> positions = table.positions(h);
@@ -180,18 +187,20 @@ bool MetricsCollector::reads(int h, int pos, int step) const {
 // Recomputes one row over the held tokens against their own maximum.
 void MetricsCollector::exact_row(int q_head, int step, float* output) const {
   const int h = shared_.geometry().kv_head_of(q_head), dim = shared_.geometry().head_dim;
+  const int g = q_head % shared_.geometry().group();
   const float* logits = shared_.logits(q_head, step);
-  float most = -std::numeric_limits<float>::infinity();
+  const AttentionRow& row = shared_.row(q_head, step);
+  std::vector<double> own(static_cast<size_t>(step) + 1, -std::numeric_limits<double>::infinity());
   for (int i = 0; i <= step; ++i)
     if (reads(h, i, step)) most = std::max(most, logits[i]);
   double total = 0;
   std::vector<double> sum(dim);
   for (int i = 0; i <= step; ++i) {
-    if (!reads(h, i, step)) continue;
-    const double weight = std::exp(static_cast<double>(logits[i]) - most);
-    total += weight;
-    const float* row = shared_.value(h, i);
-    for (int d = 0; d < dim; ++d) sum[d] += weight * row[d];
+    own[i] = std::exp(own[i] - most);
+    total += own[i];
+    if (i < kSinkTokens) continue;
+    total_rest += own[i];
+    rest += std::exp(static_cast<double>(logits[i]) - row.max);
   }
   for (int d = 0; d < dim; ++d) output[d] = static_cast<float>(sum[d] / total);
 }
@@ -199,8 +208,10 @@ void MetricsCollector::exact_row(int q_head, int step, float* output) const {
 void MetricsCollector::on_probe(std::span<const double> correlations,
                                 const Evictor::Sensitivity& sensitivity) {
   ProbeMetrics& m = metrics_.probe;
-  for (double correlation : correlations) {
-    if (std::isnan(correlation)) continue;
+  for (size_t row = 0; row < correlations.size(); ++row) {
+    const double correlation = correlations[row];
+    const bool measured = correlations.size() == 1 || metrics_.scope.has_head(static_cast<int>(row));
+    if (std::isnan(correlation) || !measured) continue;
     ++m.correlations;
     m.correlation += correlation;
   }
@@ -363,6 +374,11 @@ void MetricsCollector::close_rows(int h, const ValueTile& tile) {
       if (outside > 1e-6 * row.total)
         missing_no_sinks = std::clamp(
             (missing * row.total - (static_cast<double>(row.sinks) - held_sinks)) / outside, 0.0, 1.0);
+      if (shared) {
+        recall = std::clamp(shared->recall, 0.0, 1.0);
+        missing = 1.0 - recall;
+        missing_no_sinks = 1.0 - std::clamp(shared->recall_no_sinks, 0.0, 1.0);
+      }
       int top_held = 0;
       for (int i = 0; i < row.n_top; ++i) top_held += reads(h, row.top[i], t);
 
@@ -418,7 +434,7 @@ void MetricsCollector::future(int h) {
         for (uint32_t left = decided; left != 0; left &= left - 1)
           m.future_mass += 1.0 - row.newest[static_cast<size_t>(kFutureHorizon - std::countr_zero(left))];
       for (int32_t i : row.hot)
-        if (last[i] < t && !losses.revived[i]) {
+        if (last[i] < t && last[i] >= metrics_.scope.step_begin && !losses.revived[i]) {
           losses.revived[i] = 1;
           ++m.revived;
         }
@@ -429,7 +445,7 @@ void MetricsCollector::future(int h) {
 
 LayerMetrics MetricsCollector::finish() {
   const RowSequence& sequence = shared_.sequence();
-  for (int h = 0; h < shared_.geometry().n_kv_heads; ++h) {
+  for (int h = metrics_.scope.head_begin; h < metrics_.scope.head_end; ++h) {
     KvHeadMetrics& m = metrics_.kv_heads[h];
     m.prompt_tokens = sequence.n_prompt;
     for (int i = 0; i < sequence.n_prompt; ++i) m.prompt_kept += retention_.last(h)[i] == Retention::kHeld;

@@ -73,12 +73,22 @@ struct ProbeMetrics {
   void merge(const ProbeMetrics& other);
 };
 
+// Which part of a layer is measured; every head and every step still decides. Steps are positions.
+struct MetricScope {
+  int head_begin = 0, head_end = INT32_MAX;  // kv heads, with their query heads
+  int step_begin = 0, step_end = INT32_MAX;
+  bool has_head(int kv_head) const { return kv_head >= head_begin && kv_head < head_end; }
+  bool has_step(int step) const { return step >= step_begin && step < step_end; }
+};
+
 struct LayerMetrics {
+  MetricScope scope;  // within the layer's heads and steps
   ProbeMetrics probe;
   std::vector<QHeadMetrics> q_heads;
   std::vector<KvHeadMetrics> kv_heads;
-  std::vector<int32_t>
-      held_by_step;  // [T] sum over kv heads of the tokens that attention saw; 0 in the prompt
+  // [T] sum over the measured kv heads of the tokens that attention saw; 0 in the prompt and where no step is
+  // measured.
+  std::vector<int32_t> held_by_step;
   // [kind][Hq][kSeriesBins] means over the bin's steps; NaN where a bin has none. Step t is in bin t * bins /
   // T.
   std::vector<float> series;
@@ -95,10 +105,10 @@ class MetricsCollector {
   void on_selected(const SlotTable& table, int step, const std::vector<std::vector<Slot>>& slots);
   // A sampled decision: correlations of its score rows, and the evictor's counts so far.
   void on_probe(std::span<const double> correlations, const Evictor::Sensitivity& sensitivity);
-  // Every step of [begin, end), one loaded block, was decided. Heads are independent: one thread each. Per
-  // head, in this order: begin_outputs; add_tile for every tile of [0, end); finish_outputs with the finished
-  // tile. The split lets a driver pass one range of tokens through many configurations while it is in the
-  // cache.
+  // Every step of [begin, end), within one loaded block and the scope, was decided. Heads are independent:
+  // one thread each. Per measured head, in this order: begin_outputs; add_tile for every tile of [0, end);
+  // finish_outputs with the finished tile. The split lets a driver pass one range of tokens through many
+  // configurations while it is in the cache.
   void begin_outputs(int kv_head, int begin, int end);
   void add_tile(int kv_head, const ValueTile& tile);
   void finish_outputs(int kv_head, const ValueTile& tile);

@@ -114,6 +114,7 @@ void SharedLayer::load(int begin, int end) {
   // Isolated: a caller may hold a lock that other work of this arena waits for.
   tbb::this_task_arena::isolate(
       [&] { tbb::parallel_for(0, geometry_.n_kv_heads, [&](int h) { load_head(h, from); }); });
+  n_compared_ = end;
 }
 
 void SharedLayer::load_head(int h, int from) {
@@ -186,7 +187,7 @@ void SharedLayer::summarise(int q, int t, float* e) {
   r.total = sum({e, n});
   if (!(r.total >= 1))
     fail("replay: layer {}, q head {}, step {}: expected finite logits, found NaN", layer_, q, t);
-  if (!needs_.metrics) return;
+  if (!needs_.metrics || t < needs_.measured_from) return;
 
   r.sinks = 0;
   for (size_t i = 0; i < std::min<size_t>(n, kSinkTokens); ++i) r.sinks += e[i];

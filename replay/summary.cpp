@@ -35,24 +35,27 @@ std::vector<NamedValue> summarise(const CacheGeometry& g, const PolicyInfo& poli
     std::vector<int64_t> held(s->n_tokens);
     int head_peak = 0;
     n_heads = 0;
+    int step_begin = 0, step_end = s->n_tokens;
     for (const LayerMetrics& layer : s->layers) {
       for (const QHeadMetrics& head : layer.q_heads) q.merge(head);
       for (const KvHeadMetrics& head : layer.kv_heads) {
         kv.merge(head);
         head_peak = std::max(head_peak, head.held_peak);
       }
-      n_heads += static_cast<int>(layer.kv_heads.size());
+      n_heads += layer.scope.head_end - layer.scope.head_begin;
+      step_begin = layer.scope.step_begin;
+      step_end = layer.scope.step_end;
       probe.merge(layer.probe);
       for (size_t t = 0; t < held.size(); ++t) held[t] += layer.held_by_step[t];
     }
     slots_peak_sum += held.empty() ? 0 : *std::max_element(held.begin(), held.end());
     for (int64_t h : held) slot_steps += h;
-    full_peak_sum += static_cast<int64_t>(s->n_tokens) * n_heads;
-    for (int t = s->n_prompt; t < s->n_tokens; ++t) full_steps += static_cast<int64_t>(t + 1) * n_heads;
-    const double layers = static_cast<double>(s->layers.size());
+    full_peak_sum += static_cast<int64_t>(step_end) * n_heads;
+    for (int t = std::max(s->n_prompt, step_begin); t < step_end; ++t)
+      full_steps += static_cast<int64_t>(t + 1) * n_heads;
     state_bytes += 4.0 * (policy.state_columns + policy.workspace_floats_per_slot) * head_peak * n_heads +
                    static_cast<double>(dtype_bytes(g.dtype)) * std::min(policy.query_window, s->n_tokens) *
-                       g.n_q_heads * g.head_dim * layers;
+                       g.group() * g.head_dim * n_heads;
   }
   const auto row_bytes = static_cast<int64_t>(g.head_token_bytes());
   const auto steps = static_cast<double>(q.steps), kv_steps = static_cast<double>(kv.steps);
@@ -138,7 +141,9 @@ std::vector<HeadSummary> summarise_heads(int layer_begin,
   for (size_t layer = 0; layer < n_layers; ++layer) {
     const size_t n_q = sequences[0]->layers[layer].q_heads.size(),
                  n_kv = sequences[0]->layers[layer].kv_heads.size();
+    const MetricScope& scope = sequences[0]->layers[layer].scope;
     for (size_t h = 0; h < n_q; ++h) {
+      if (!scope.has_head(static_cast<int>(h * n_kv / n_q))) continue;
       QHeadMetrics q;
       KvHeadMetrics kv;
       for (const SequenceResult* s : sequences) {

@@ -13,8 +13,8 @@ namespace kvlapse {
 namespace {
 
 std::string cell_id(const std::string& trace, const Policy& policy, const std::string& budget,
-                    BudgetMatch match, const std::vector<int>& slots, int layer_begin, int layer_end,
-                    int max_tokens) {
+                    BudgetMatch match, const std::vector<int>& slots, const ReplayEngine& engine,
+                    const SweepOptions& options) {
   const PolicyInfo& info = policy.info();
   ContentHash hash;
   hash.add("kvlapse replay").add(kReplayAlgorithm).add(trace).add(canonical_spec(policy)).add(info.version);
@@ -28,7 +28,11 @@ std::string cell_id(const std::string& trace, const Policy& policy, const std::s
     hash.add(v);
   hash.add(budget).add(budget_match_name(match));
   for (int s : slots) hash.add(s);
-  hash.add(layer_begin).add(layer_end).add(max_tokens);
+  hash.add(engine.layer_begin()).add(engine.layer_end()).add(options.max_tokens);
+  if (options.replay.head_begin >= 0 || options.replay.head_end >= 0)
+    hash.add("heads").add(engine.scope().head_begin).add(engine.scope().head_end);
+  if (options.replay.step_begin >= 0 || options.replay.step_end >= 0)
+    hash.add("steps").add(engine.scope().step_begin).add(engine.scope().step_end);
   return hash.hex();
 }
 
@@ -85,6 +89,21 @@ Sweep::Sweep(const std::vector<std::filesystem::path>& traces, const std::vector
 
 Sweep::~Sweep() = default;
 
+std::string Sweep::selection_text(const SweepOptions& options) {
+  std::string text;
+  auto range = [&](std::string_view name, int begin, int end) {
+    if (begin < 0 && end < 0) return;
+    text += fmt::format("{}--{} {}:{}", text.empty() ? "" : " ", name, begin, end);
+  };
+  const ReplayOptions& replay = options.replay;
+  range("layers", replay.layer_begin, replay.layer_end);
+  range("heads", replay.head_begin, replay.head_end);
+  range("steps", replay.step_begin, replay.step_end);
+  if (options.max_tokens > 0)
+    text += fmt::format("{}--max-tokens {}", text.empty() ? "" : " ", options.max_tokens);
+  return text;
+}
+
 void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies,
                       const std::vector<Budget>& budgets) {
   const TraceReader& reader = *traces_[trace].reader;
@@ -105,7 +124,7 @@ void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies,
         cell.budget_slots.push_back(slots);
       }
       cell.id = cell_id(traces_[trace].facts.hash, *policy, cell.budget, options_.match, cell.budget_slots,
-                        engine.layer_begin(), engine.layer_end(), options_.max_tokens);
+                        engine, options_);
       cells_.push_back(std::move(cell));
       if (!has_budget) break;
     }
@@ -165,6 +184,7 @@ void Sweep::run_cells(const std::vector<const SweepCell*>& cells, ResultsFile& r
     result.policy = canonical_spec(*cell.policy);
     result.budget = cell.budget;
     result.match = budget_match_name(options_.match);
+    result.selection = selection_text(options_);
     int most_tokens = 0;
     for (int s = 0; s < n_sequences; ++s) {
       result.budget_slots = std::max(result.budget_slots, cell.budget_slots[s]);

@@ -40,6 +40,8 @@ class Sweep {
         const std::vector<Budget>& budgets, SweepOptions options);
   ~Sweep();
 
+  // What is replayed, as options; "" for everything. Cells of different selections do not share a file.
+  static std::string selection_text(const SweepOptions& options);
   const std::vector<SweepCell>& cells() const { return cells_; }  // of this shard, in order of trace and id
   const ResultTrace& trace(size_t index) const { return traces_[index].facts; }
   // Computes the cells that `results` lacks and adds them. `progress`: cells done and in total (fractions
