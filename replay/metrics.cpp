@@ -5,6 +5,7 @@
 #include <cassert>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "core/base/vector_math.h"
 #include "replay/dense_kernels.h"
@@ -15,6 +16,8 @@ namespace {
 // Below this share of the full mass the held tokens' exponentials may have underflowed: such a row is
 // recomputed against its own maximum.
 constexpr float kTinyMass = 1e-6f;
+// So does a moved key whose logit lies this far above the row's maximum.
+constexpr float kFarAbove = 40.0f;
 
 constexpr int kWord = 64;
 size_t words(int n) {
@@ -80,7 +83,8 @@ void KvHeadMetrics::merge(const KvHeadMetrics& other) {
   prompt_kept += other.prompt_kept;
 }
 
-MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& retention, bool selects)
+MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& retention,
+                                   const MetricScope& scope, bool selects)
     : shared_(shared), retention_(retention), selects_(selects), selected_(shared.geometry().n_kv_heads) {
   static_assert(kMetricSteps <= 32, "a step of a block is a bit");
   const CacheGeometry& g = shared.geometry();
@@ -96,6 +100,7 @@ MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& r
   previous_drops_.assign(g.n_kv_heads, 0);
   blocks_.resize(g.n_kv_heads);
   losses_.resize(g.n_kv_heads);
+  moved_.resize(g.n_kv_heads);
   for (HeadLosses& losses : losses_) {
     losses.gone.resize(words(n_tokens));
     losses.decisions.resize(words(n_tokens));
@@ -184,16 +189,31 @@ bool MetricsCollector::reads(int h, int pos, int step) const {
   return block != selected_[h].end() && ((block->second[pos] >> (step % kMetricSteps)) & 1u) != 0;
 }
 
-// Recomputes one row over the held tokens against their own maximum.
-void MetricsCollector::exact_row(int q_head, int step, float* output) const {
+void MetricsCollector::on_moved(int h, int step, std::span<const MovedKey> moved) {
+  if (!metrics_.scope.has_step(step) || !metrics_.scope.has_head(h)) return;
+  const int group = shared_.geometry().group();
+  const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  MovedBlock& block = moved_[h];
+  for (const MovedKey& key : moved) {
+    block.rows.push_back({step, raw(key.pos), block.logits.size()});
+    for (int q = h * group; q < (h + 1) * group; ++q)
+      block.logits.push_back(dot(shared_.query(step) + static_cast<size_t>(q) * dim, key.turned.data(), dim) *
+                             shared_.scale());
+  }
+}
+
+MetricsCollector::ExactRow MetricsCollector::exact_row(int q_head, int step,
+                                                       std::span<const MovedRow> moved) const {
   const int h = shared_.geometry().kv_head_of(q_head), dim = shared_.geometry().head_dim;
   const int g = q_head % shared_.geometry().group();
   const float* logits = shared_.logits(q_head, step);
   const AttentionRow& row = shared_.row(q_head, step);
   std::vector<double> own(static_cast<size_t>(step) + 1, -std::numeric_limits<double>::infinity());
   for (int i = 0; i <= step; ++i)
-    if (reads(h, i, step)) most = std::max(most, logits[i]);
-  double total = 0;
+    if (reads(h, i, step)) own[i] = logits[i];
+  for (const MovedRow& key : moved) own[key.pos] = moved_[h].logits[key.logits + static_cast<size_t>(g)];
+  const double most = *std::max_element(own.begin(), own.end());
+  double total = 0, total_rest = 0, rest = 0;
   std::vector<double> sum(dim);
   for (int i = 0; i <= step; ++i) {
     own[i] = std::exp(own[i] - most);
@@ -202,7 +222,18 @@ void MetricsCollector::exact_row(int q_head, int step, float* output) const {
     total_rest += own[i];
     rest += std::exp(static_cast<double>(logits[i]) - row.max);
   }
-  for (int d = 0; d < dim; ++d) output[d] = static_cast<float>(sum[d] / total);
+  ExactRow exact;
+  for (int i = 0; i <= step; ++i) {
+    if (own[i] == 0) continue;
+    const float* value = shared_.value(h, i);
+    for (int d = 0; d < dim; ++d) sum[d] += own[i] * value[d];
+    const double weight = std::exp(static_cast<double>(logits[i]) - row.max);
+    exact.recall += std::min(weight / row.total, own[i] / total);
+    if (i >= kSinkTokens && rest > 0) exact.recall_no_sinks += std::min(weight / rest, own[i] / total_rest);
+  }
+  exact.output.resize(dim);
+  for (int d = 0; d < dim; ++d) exact.output[d] = static_cast<float>(sum[d] / total);
+  return exact;
 }
 
 void MetricsCollector::on_probe(std::span<const double> correlations,
@@ -286,8 +317,11 @@ void MetricsCollector::add_tile(int h, const ValueTile& tile) {
 
 void MetricsCollector::finish_outputs(int h, const ValueTile& tile) {
   add_changed(h);
+  add_moved(h);
   close_rows(h, tile);
   future(h);
+  moved_[h].rows.clear();
+  moved_[h].logits.clear();
   selected_[h].erase(blocks_[h].begin / kMetricSteps);
 }
 
@@ -321,6 +355,69 @@ void MetricsCollector::add_changed(int h) {
   dense::sum_rows(b.changed_weights.data(), columns, columns, nullptr, n, b.sums.data() + columns * dim);
 }
 
+// What full attention and the cache's share of one row, `kept` being the mass of the held tokens as they
+// stand now, in units of the full one.
+MetricsCollector::Shared MetricsCollector::shared_mass(
+    int q, int t, double kept, std::span<const MovedRow> moved,
+    const std::array<bool, kSinkTokens>& reads_sink) const {
+  const int h = shared_.geometry().kv_head_of(q), g = q % shared_.geometry().group();
+  const AttentionRow& row = shared_.row(q, t);
+  // Of the held tokens that stand as recorded: their mass, and that without sinks.
+  const double outside = static_cast<double>(row.total) - row.sinks;
+  Shared out;
+  double now = 0, held_sinks = 0, now_rest = 0;
+  for (int i = 0; i < std::min(kSinkTokens, t + 1); ++i)
+    if (reads_sink[i]) held_sinks += shared_.exp_of(q, t, i);
+  double now_sinks = held_sinks;
+  std::vector<std::pair<double, double>> weights;  // as recorded, as it stands now
+  for (const MovedRow& key : moved) {
+    const double above = static_cast<double>(moved_[h].logits[key.logits + static_cast<size_t>(g)]) - row.max;
+    out.far_above |= above > kFarAbove;
+    const double before = shared_.exp_of(q, t, key.pos), after = std::exp(above);
+    weights.emplace_back(before, after);
+    now += after;
+    if (key.pos < kSinkTokens)
+      now_sinks += after - before;
+    else
+      now_rest += after;
+  }
+  const double total = kept * row.total, total_rest = total - now_sinks;
+  const double still = std::max(0.0, total - now);
+  out.recall = still * std::min(1 / static_cast<double>(row.total), 1 / total);
+  const double still_rest = std::max(0.0, total_rest - now_rest);
+  if (outside > 0 && total_rest > 0) out.recall_no_sinks = still_rest * std::min(1 / outside, 1 / total_rest);
+  for (size_t i = 0; i < moved.size(); ++i) {
+    const auto [before, after] = weights[i];
+    out.recall += std::min(before / row.total, after / total);
+    if (moved[i].pos >= kSinkTokens && outside > 0 && total_rest > 0)
+      out.recall_no_sinks += std::min(before / outside, after / total_rest);
+  }
+  if (outside <= 1e-6 * row.total) out.recall_no_sinks = 1;
+  return out;
+}
+
+void MetricsCollector::add_moved(int h) {
+  HeadBlock& b = blocks_[h];
+  const size_t columns = shared_.token_columns();
+  const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  const int group = shared_.geometry().group();
+  float* masses = b.sums.data() + columns * dim;
+  for (const MovedRow& key : moved_[h].rows)
+    for (int g = 0; g < group; ++g) {
+      const int q = h * group + g;
+      const size_t r = shared_.column(q, key.step);
+      const float above =
+          moved_[h].logits[key.logits + static_cast<size_t>(g)] - shared_.row(q, key.step).max;
+      if (above > kFarAbove) continue;  // close_rows computes that row anew
+      float more = std::exp(above) - shared_.exp_of(q, key.step, key.pos);
+      if (b.sum_dropped) more = -more;
+      masses[r] += more;
+      float* sum = b.sums.data() + r * dim;
+      const float* value = shared_.value(h, key.pos);
+      for (size_t d = 0; d < dim; ++d) sum[d] += more * value[d];
+    }
+}
+
 void MetricsCollector::close_rows(int h, const ValueTile& tile) {
   HeadBlock& b = blocks_[h];
   const int begin = b.begin, end = b.end, group = shared_.geometry().group();
@@ -328,9 +425,14 @@ void MetricsCollector::close_rows(int h, const ValueTile& tile) {
   const size_t columns = shared_.token_columns();
   const bool sum_dropped = b.sum_dropped;
   const float *weights = shared_.token_weights(h), *masses = b.sums.data() + columns * dim;
-  std::vector<float> exact(dim);
+  const std::vector<MovedRow>& all_moved = moved_[h].rows;
+  size_t first_moved = 0;
   for (int t = begin; t < end; ++t) {
     const size_t bin = series_bin(t);
+    while (first_moved < all_moved.size() && all_moved[first_moved].step < t) ++first_moved;
+    size_t end_moved = first_moved;
+    while (end_moved < all_moved.size() && all_moved[end_moved].step == t) ++end_moved;
+    const std::span<const MovedRow> moved(all_moved.data() + first_moved, end_moved - first_moved);
     std::array<bool, kSinkTokens> reads_sink{};
     for (int i = 0; i < std::min(kSinkTokens, t + 1); ++i) reads_sink[i] = reads(h, i, t);
     for (int q = h * group; q < (h + 1) * group; ++q) {
@@ -339,15 +441,19 @@ void MetricsCollector::close_rows(int h, const ValueTile& tile) {
       const float* o = tile.output(r);
       const float mass = masses[r], total_inverse = 1.0f / row.total;
       double missing = sum_dropped ? mass / row.total : 1.0 - static_cast<double>(mass) / row.total;
-      missing = std::clamp(missing, 0.0, 1.0);
-      double recall = 1.0 - missing;
-      if (!sum_dropped) recall = std::min(1.0, static_cast<double>(mass) / row.total);
+      if (moved.empty()) missing = std::clamp(missing, 0.0, 1.0);
+      double recall =
+          1.0 - missing;  // where keys have moved: what the held tokens weigh now, above 1 perhaps
+      if (!sum_dropped && moved.empty()) recall = std::min(1.0, static_cast<double>(mass) / row.total);
 
       // x = o~ - o.
       dense::Products products;
-      if (recall < kTinyMass) {
-        exact_row(q, t, exact.data());
-        products = dense::combine_products(o, -1.0f, exact.data(), 1.0f, dim);
+      std::optional<Shared> shared;
+      if (!moved.empty()) shared = shared_mass(q, t, recall, moved, reads_sink);
+      if (recall < kTinyMass || (shared && shared->far_above)) {
+        const ExactRow exact = exact_row(q, t, moved);
+        products = dense::combine_products(o, -1.0f, exact.output.data(), 1.0f, dim);
+        if (shared) shared = {exact.recall, exact.recall_no_sinks};
       } else if (sum_dropped) {
         const auto kept_inverse = static_cast<float>(1.0 / recall);
         products = dense::combine_products(o, static_cast<float>(missing) * kept_inverse,

@@ -90,7 +90,7 @@ int first_attended_step(const std::vector<ReplayConfig>& configs, const RowSeque
   return std::max(0, sequence.n_prompt - 1) / kMetricSteps * kMetricSteps;
 }
 
-ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics,
+ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, const MetricScope* scope,
                      FutureInputs* future, PlanVisitor visitor)
     : shared_(shared),
       retention_(shared.geometry().n_kv_heads, shared.sequence().n_tokens),
@@ -125,6 +125,8 @@ void ConfigRun::advance() {
     memory_.attend(site_->table(), pos);
     if (collector_) {
       collector_->on_attended(site_->table(), next_);
+      for (int h = 0; h < site_->table().n_kv_heads(); ++h)
+        if (!memory_.moved(h).empty()) collector_->on_moved(h, next_, memory_.moved(h));
       if (selects_) collector_->on_selected(site_->table(), next_, site_->select());
     }
     const bool probes = collector_ && collector_->scope().has_step(next_) && next_ >= next_probe_ &&
@@ -177,7 +179,9 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
                                const std::function<ConfigRun::PlanVisitor(size_t, int)>& visitor,
                                const std::function<void(int, Runs&)>& finished) const {
   const RowSequence rows = source_.sequence(sequence);
-  const SharedLayerNeeds needs = shared_needs(configs, metrics);
+  const int n_steps = std::min(rows.n_tokens, scope_.step_end);
+  SharedLayerNeeds needs = shared_needs(configs, metrics);
+  needs.measured_from = scope_.step_begin;
   const int threads = options_.threads > 0 ? options_.threads : tbb::this_task_arena::max_concurrency();
   const int n_layers = layer_end_ - layer_begin_;
   size_t of_configs = 0;

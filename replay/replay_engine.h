@@ -48,8 +48,9 @@ class ConfigRun {
   // Called with every plan, prompt cut included, before the next token.
   using PlanVisitor = std::function<void(const EvictionPlan&)>;
   // `future`: for oracles, null when no policy asks for it.
-  ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, FutureInputs* future,
-            PlanVisitor visitor = {});
+  // `scope`: what is measured; null when nothing is.
+  ConfigRun(const SharedLayer& shared, const ReplayConfig& config, const MetricScope* scope,
+            FutureInputs* future, PlanVisitor visitor = {});
   // Runs the steps of the loaded block; their metrics are then due, see MetricsCollector.
   void advance();
   MetricsCollector* collector() { return collector_.get(); }

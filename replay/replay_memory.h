@@ -41,6 +41,9 @@ class ReplayMemory final : public LayerMemory {
   void store(const SlotTable& table, Pos pos, const TokenRows&) override;
   void attend(const SlotTable& table, Pos pos) override;
   void apply(const EvictionPlan& plan) override;
+  void turn_keys(int kv_head, std::span<const MovedKey> moved) override { moved_[kv_head] = moved; }
+  // Keys that do not stand where they were recorded, as long as the site that said so lives.
+  std::span<const MovedKey> moved(int kv_head) const { return moved_[kv_head]; }
 
   std::span<const float> logits(int q_head) override;
   std::span<const float> attention(int q_head) override;
@@ -81,6 +84,7 @@ class ReplayMemory final : public LayerMemory {
   std::vector<float> output_;                     // [Hq, D]
   std::vector<std::vector<float>> norms_;         // per kv head that was asked for: by slot
   std::vector<Ahead> ahead_;                      // [H]
+  std::vector<std::span<const MovedKey>> moved_;  // [H]
   std::vector<char> has_attention_, has_output_;  // [Hq]
 };
 

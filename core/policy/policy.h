@@ -87,6 +87,9 @@ struct PolicyInfo {
   // Holds every token and attends, at each step, to the `budget` of highest score per kv head: memory is not
   // reduced. Replay only.
   bool selects = false;
+  // Positions are counted inside the cache (StreamingLLM): keys in front of an evicted token are rotated
+  // again.
+  bool cache_positions = false;
 };
 
 // Where and when a policy is asked.
