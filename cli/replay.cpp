@@ -164,7 +164,8 @@ std::string marked(const ComparedMetric& m, int n_samples) {
   return text + (m.best ? " *" : m.in_noise ? " ~" : "  ");
 }
 
-void print_table(const std::vector<ComparedRow>& rows) {
+void print_table(const std::vector<ComparedRow>& rows, const std::string& selection,
+                 const std::set<std::string>& fitted) {
   Table table({"policy", "budget", "slots mean", "peak", "recall", "p10", "no sinks", "output error", "p90",
                "top-10", "KV peak"});
   bool noise = false;
@@ -179,6 +180,9 @@ void print_table(const std::vector<ComparedRow>& rows) {
                format_bytes(value("kv_bytes_peak"))});
   }
   fmt::print("{}", table.text());
+  if (!selection.empty()) fmt::print("only {}\n", selection);
+  for (const std::string& policy : fitted)
+    fmt::print("! {}: calibrated on a recording that it scores here; no fair comparison\n", policy);
   fmt::print("open loop: q, k, v are the recording's, whatever a policy evicts. * best of its budget{}\n",
              noise ? "; ~ not distinguishable from it (95 %, paired)" : "");
 }
@@ -221,7 +225,11 @@ void run_sweep(const Options& o, Context& context) {
 
   const Results all = read_results(o.output);
   const std::vector<ComparedRow> rows = compare(all);
-  if (!context.json) return print_table(rows);
+  const std::string selection = all.cells.empty() ? "" : all.cells[0].selection;
+  std::set<std::string> fitted;
+  for (const ResultCell& cell : all.cells)
+    if (value_of(cell.total, "fitted_on_this_trace") == 1) fitted.insert(cell.policy);
+  if (!context.json) return print_table(rows, selection, fitted);
   Json document = {{"trace", all.traces.empty() ? "" : all.traces[0].name},
                    {"results", o.output},
                    {"rows", Json::array()}};

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "core/base/error.h"
+#include "replay/fit_centres.h"
 #include "replay/trace_rows.h"
 #include "trace/sqlite.h"
 
@@ -34,6 +35,17 @@ std::string cell_id(const std::string& trace, const Policy& policy, const std::s
   if (options.replay.step_begin >= 0 || options.replay.step_end >= 0)
     hash.add("steps").add(engine.scope().step_begin).add(engine.scope().step_end);
   return hash.hex();
+}
+
+// Whether the policy was calibrated on this recording, or on another one of the same tokens.
+bool fitted_on(const PolicyInfo& policy, const TraceReader& trace) {
+  if (policy.fitted_on.empty()) return false;
+  auto knows = [&](const std::string& hash) {
+    return std::find(policy.fitted_on.begin(), policy.fitted_on.end(), hash) != policy.fitted_on.end();
+  };
+  bool found = knows(trace.content_hash());
+  for (int s = 0; s < trace.n_sequences(); ++s) found |= knows(token_hash(trace.sequence(s)));
+  return found;
 }
 
 ResultTrace facts_of(const TraceReader& reader) {
@@ -111,11 +123,19 @@ void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies,
   const ReplayEngine engine(rows, options_.replay);
   for (const PolicySpec& spec : policies) {
     const std::shared_ptr<const Policy> policy = make_policy(spec);
+    policy->check_model(rows.geometry(), rows.rope_theta());
+    const bool fitted_here = fitted_on(policy->info(), reader);
+    if (fitted_here && !policy->info().allows_fitted)
+      fail(
+          "{}: policy {}: its calibration was fitted on this recording or on its tokens: fit it on another "
+          "one, "
+          "or allow it with same_trace=allow",
+          reader.file().string(), spec.name);
     for (const Budget& written : budgets) {
       // A policy that never evicts has one cell.
       const bool has_budget = policy->info().evicts || policy->info().selects;
       const Budget budget = has_budget ? written : Budget{100, true};
-      SweepCell cell{trace, policy, budget.text(), {}, {}};
+      SweepCell cell{trace, policy, budget.text(), {}, fitted_here, {}};
       for (int s = 0; s < rows.n_sequences(); ++s) {
         const RowSequence sequence = rows.sequence(s);
         const int slots = matched_budget(*policy, budget.slots(sequence.n_tokens), options_.match,
@@ -199,6 +219,7 @@ void Sweep::run_cells(const std::vector<const SweepCell*>& cells, ResultsFile& r
       result.sequences.push_back(summarise(rows.geometry(), cell.policy->info(), {&sequence}));
     }
     result.total = summarise(rows.geometry(), cell.policy->info(), all);
+    if (cell.fitted_here) result.total.push_back({"fitted_on_this_trace", 1});
     result.heads = summarise_heads(layer_begin, all);
     result.sketches = merged_sketches(all);
     result.series = merged_series(layer_begin, all);

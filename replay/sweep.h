@@ -29,6 +29,7 @@ struct SweepCell {
   std::shared_ptr<const Policy> policy;
   std::string budget;             // as written
   std::vector<int> budget_slots;  // by sequence
+  bool fitted_here = false;       // the policy was calibrated on this very recording
   std::string id;
 };
 

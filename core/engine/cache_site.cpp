@@ -21,6 +21,7 @@ CacheSite::CacheSite(const CacheGeometry& geometry, int layer, const Policy& pol
   if (info.selects && !facts.may_select)
     fail("policy {}: selects from a full cache and frees no memory: it can be replayed, not decoded",
          info.name);
+  policy.check_model(geometry, facts.rope_theta);
   check_budget(policy, policy.layer_budget(layer, geometry.n_layers, budget), n_prompt);
   context_.geometry = geometry;
   context_.layer = layer;

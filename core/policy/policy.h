@@ -61,6 +61,13 @@ struct ParameterInfo {
       {};  // when not empty the value is an index into it and written by name
 };
 
+// A parameter that is no number: the name of a file, say. No ':' or ',' in it.
+struct TextParameter {
+  std::string_view name;
+  std::string value;  // "" in the catalogue
+  std::string_view summary;
+};
+
 // PolicyInfo::query_window of a policy that may ask for the queries of every token.
 inline constexpr int kAllQueries = 1 << 24;
 
@@ -74,6 +81,11 @@ struct PolicyInfo {
   std::string_view source;  // reference implementation and commit
   std::vector<std::string_view> deviations;
   std::vector<ParameterInfo> parameters;
+  std::vector<TextParameter> texts = {};
+  // Hashes of the recordings, and of their sequences' token ids, that a calibration was fitted on: to be
+  // scored on one of them only when the spec allows it.
+  std::vector<std::string> fitted_on = {};
+  bool allows_fitted = false;
   EvictionRule rule;
   SignalSet signals = 0;
   int query_window = 0;                       // most rows that window_* will be asked for
@@ -161,6 +173,8 @@ class Policy {
                             Scores& out) const {
     score(at, inputs, state, out);
   }
+  // Throws Error when the policy was made for another model.
+  virtual void check_model(const CacheGeometry& /*geometry*/, double /*rope_theta*/) const {}
   // Rule of that cut.
   virtual EvictionRule prompt_rule(int budget) const;
   // Budget of a layer when layers differ.
