@@ -40,6 +40,7 @@ uint32_t bits_before(const std::vector<uint64_t>& bits, int at) {
 
 void QHeadMetrics::merge(const QHeadMetrics& other) {
   steps += other.steps;
+  low_recall += other.low_recall;
   recall += other.recall;
   recall_no_sinks += other.recall_no_sinks;
   output_error += other.output_error;
@@ -490,6 +491,7 @@ void MetricsCollector::close_rows(int h, const ValueTile& tile) {
 
       QHeadMetrics& m = metrics_.q_heads[q];
       ++m.steps;
+      m.low_recall += recall < kLowRecall;
       m.recall += recall;
       m.missing += missing;
       m.entropy += row.entropy;

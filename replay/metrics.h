@@ -28,7 +28,8 @@
 
 namespace kvlapse {
 
-inline constexpr int kSeriesBins = 256;   // bins of a series over the steps of a sequence
+inline constexpr int kSeriesBins = 256;  // bins of a series over the steps of a sequence
+inline constexpr double kLowRecall = 0.9;
 inline constexpr int kRecentTokens = 64;  // age below which an evicted token counts as recent
 
 // Class of a token at its eviction.
@@ -40,7 +41,7 @@ constexpr const char* token_class_name(TokenClass c) {
 }
 
 struct QHeadMetrics {
-  int64_t steps = 0;
+  int64_t steps = 0, low_recall = 0;  // low_recall: steps with a recall below kLowRecall
   double recall = 0, recall_no_sinks = 0, output_error = 0, cosine_error = 0, topk_recall = 0,
          missing = 0;                    // sums
   double entropy = 0, query_cosine = 0;  // sums; of the recording, the same for every configuration

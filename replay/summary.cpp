@@ -10,7 +10,6 @@ namespace kvlapse {
 namespace {
 
 constexpr std::string_view kSeriesNames[kSeriesKinds] = {"recall", "output_error", "retained"};
-constexpr double kBadRecall = 0.9;
 
 double ratio(double a, double b) {
   return b > 0 ? a / b : 0.0;
@@ -77,7 +76,7 @@ std::vector<NamedValue> summarise(const CacheGeometry& g, const PolicyInfo& poli
       {"recall_mean", ratio(q.recall, steps)},
       {"recall_p10", recall_quantile(q.missing_sketch, 0.1)},
       {"recall_p50", recall_quantile(q.missing_sketch, 0.5)},
-      {"recall_below_90", q.missing_sketch.share_above(1 - kBadRecall)},
+      {"recall_below_90", ratio(static_cast<double>(q.low_recall), steps)},
       {"recall_no_sinks_mean", ratio(q.recall_no_sinks, steps)},
       {"recall_no_sinks_p10", recall_quantile(q.missing_no_sinks_sketch, 0.1)},
       {"missing_mass", q.missing},

@@ -14,7 +14,7 @@
 namespace kvlapse {
 
 // Raised when the meaning of any stored number changes; part of every cell's id.
-inline constexpr int kReplayAlgorithm = 2;
+inline constexpr int kReplayAlgorithm = 3;
 
 struct SweepOptions {
   ReplayOptions replay;
