@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <map>
+
 #include "core/base/error.h"
 #include "core/policy/spec.h"
 #include "replay/page_pool.h"
@@ -112,6 +114,20 @@ TEST(MemorySimulator, RkvsSavedColumnLeavesOutItsBuffer) {
   EXPECT_EQ(summary.peak_slots, 1152);
   EXPECT_DOUBLE_EQ(summary.saved_nominal_ratio, 0.875);
   EXPECT_DOUBLE_EQ(summary.saved_peak_ratio, 1 - 1152.0 / 8192);  // 0.859375
+}
+
+TEST(PagePool, DrawsFromRecordedLengths) {
+  const std::vector<int> lengths = {5, 70, 400};
+  const std::vector<PoolRequest> requests = draw_requests(300, 12, lengths, 100, 2, 3);
+  std::map<int, int> seen;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    EXPECT_EQ(requests[i].arrival_step, static_cast<int>(i) * 2);
+    EXPECT_EQ(requests[i].n_prompt, 12);
+    ++seen[requests[i].n_output];
+  }
+  ASSERT_EQ(seen.size(), 3u);  // 400 is cut at 100
+  for (int n : {5, 70, 100}) EXPECT_NEAR(seen[n], 100, 35) << n;
+  EXPECT_THROW(draw_requests(1, 12, {}, 100, 0, 3), Error);
 }
 
 TEST(PagePool, PreemptsTheYoungestAndFinishesAll) {
