@@ -26,6 +26,7 @@ CLI::App* add_command(CLI::App& app, Context& context, const std::string& name, 
 void print_json(const Json& document);
 
 void add_bench(CLI::App& app, Context& context);
+void add_calibrate(CLI::App& app, Context& context);
 void add_choose(CLI::App& app, Context& context);
 void add_conformance(CLI::App& app, Context& context);
 void add_doctor(CLI::App& app, Context& context);

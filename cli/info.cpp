@@ -144,6 +144,7 @@ Json results_info(const Results& results) {
                      {"budget_slots", c.budget_slots},
                      {"match", c.match},
                      {"layers", {c.layer_begin, c.layer_end}},
+                     {"selection", c.selection},
                      {"open_loop", c.open_loop}});
   for (const EvalRow& e : results.evals)
     evals.push_back({{"model", e.model},
@@ -171,9 +172,10 @@ void print_results(const Json& info) {
                t["sequences"].get<int>() == 1 ? "" : "s", t["layers"].get<int>(), t["kv_heads"].get<int>(),
                t["head_dim"].get<int>());
   for (const Json& c : info["cells"])
-    fmt::print("  {:<14}{} at {} = {} slots, {}\n", "replay", c["policy"].get<std::string>(),
+    fmt::print("  {:<14}{} at {} = {} slots, {}{}\n", "replay", c["policy"].get<std::string>(),
                c["budget"].get<std::string>(), c["budget_slots"].get<int>(),
-               c["open_loop"].get<bool>() ? "open loop" : "closed loop");
+               c["open_loop"].get<bool>() ? "open loop" : "closed loop",
+               c["selection"] == "" ? "" : ", only " + c["selection"].get<std::string>());
   for (const Json& e : info["evals"])
     fmt::print("  {:<14}{}, {} at {}: {} of {} right, closed loop\n", "evaluation",
                e["task"].get<std::string>(), e["policy"].get<std::string>(), e["budget"].get<std::string>(),

@@ -16,6 +16,7 @@ constexpr int kExitFailed = 2, kExitUsage = 64;
 
 void add_commands(CLI::App& app, Context& context) {
   add_bench(app, context);
+  add_calibrate(app, context);
   add_choose(app, context);
   add_conformance(app, context);
   add_doctor(app, context);

@@ -19,7 +19,7 @@ namespace kvlapse::cli {
 namespace {
 
 struct Options {
-  std::vector<std::string> traces;
+  std::vector<std::string> traces, pool_lengths;
   std::string policies, budgets, table = "layer", mode;
   int block = 16, points = 0, pool_requests = 0, pool_gap = 0, threads = 0;
   double pool_gib = 0;
@@ -92,8 +92,21 @@ Json point_json(const MemoryPoint& p) {
           {"with_state_bytes", p.with_state}};
 }
 
+// Generated tokens of every sequence of the recordings.
+std::vector<int> recorded_lengths(const std::vector<std::string>& files) {
+  std::vector<int> lengths;
+  for (const std::string& file : files) {
+    const TraceReader trace(file);
+    for (int s = 0; s < trace.n_sequences(); ++s)
+      if (const int n = trace.n_steps(s) - trace.sequence(s).n_prompt; n > 0) lengths.push_back(n);
+  }
+  if (!files.empty() && lengths.empty())
+    fail("--pool-lengths: expected recordings with generated tokens, found none");
+  return lengths;
+}
+
 Json pool_json(const Options& o, const Curve& curve, const CacheGeometry& geometry,
-               const RowSequence& sequence) {
+               const RowSequence& sequence, const std::vector<int>& lengths) {
   const auto page_bytes = static_cast<int64_t>(geometry.head_token_bytes()) * o.block;
   const auto pool_pages = static_cast<int64_t>(o.pool_gib * (1 << 30)) / page_bytes;
   std::vector<int64_t> pages, logical;
@@ -102,8 +115,10 @@ Json pool_json(const Options& o, const Curve& curve, const CacheGeometry& geomet
     logical.push_back(p.logical);
   }
   const int most = sequence.n_tokens - sequence.n_prompt;
-  std::vector<PoolRequest> requests = draw_requests(o.pool_requests, sequence.n_prompt, sequence.n_prompt,
-                                                    std::max(1, most / 4), most, o.pool_gap, o.seed);
+  std::vector<PoolRequest> requests =
+      lengths.empty() ? draw_requests(o.pool_requests, sequence.n_prompt, sequence.n_prompt,
+                                      std::max(1, most / 4), most, o.pool_gap, o.seed)
+                      : draw_requests(o.pool_requests, sequence.n_prompt, lengths, most, o.pool_gap, o.seed);
   PoolReport r = simulate_pool(requests, pages, logical, page_bytes, pool_pages);
   return {{"requests", o.pool_requests},
           {"pool_bytes", pool_pages * page_bytes},
@@ -126,6 +141,7 @@ std::string mib(double bytes) {
 }
 
 void run_memory(const Options& o, Context& context) {
+  const std::vector<int> lengths = recorded_lengths(o.pool_lengths);
   Json rows_json = Json::array();
   Table table({"policy", "budget", "mode", "logical peak MiB", "held peak", "reclaimable end",
                "compacted end", "with state", "saved", "nominal"});
@@ -201,7 +217,7 @@ void run_memory(const Options& o, Context& context) {
                  fmt::format("{:.1f} %", 100 * s.saved_peak_ratio),
                  fmt::format("{:.1f} %", 100 * s.saved_nominal_ratio)});
       if (o.pool_requests > 0) {
-        row["pool"] = pool_json(o, curve, rows.geometry(), sequence);
+        row["pool"] = pool_json(o, curve, rows.geometry(), sequence, lengths);
         const Json& p = row["pool"];
         pool.add({canonical_spec(policy), budget, mode,
                   fmt::format("{:.1f}", p["running_mean"].get<double>()),
@@ -244,6 +260,12 @@ void add_memory(CLI::App& app, Context& context) {
   command->add_option("--points", o->points, "points of the curves to print with --json");
   command->add_option("--pool", o->pool_requests, "requests that share a pool of pages");
   command->add_option("--pool-gib", o->pool_gib, "size of the pool")->capture_default_str();
+  command
+      ->add_option(
+          "--pool-lengths", o->pool_lengths,
+          "requests as long as the sequences of these recordings (default: uniform, a quarter of the "
+          "trace to all of it)")
+      ->type_name("TRACE.kvl");
   command->add_option("--pool-gap", o->pool_gap, "decode steps between arrivals (default: all at once)");
   command->add_option("--seed", o->seed, "of the requests' lengths");
   command->add_option("-j,--threads", o->threads, "threads (default: all)");

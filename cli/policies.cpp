@@ -34,6 +34,8 @@ Json describe(const PolicyInfo& info) {
                             {"choices", p.choices},
                             {"summary", p.summary}});
   }
+  for (const TextParameter& p : info.texts)
+    parameters.push_back({{"name", p.name}, {"default", p.value}, {"summary", p.summary}});
   for (std::string_view d : info.deviations) deviations.push_back(d);
   const EvictionRule& rule = info.rule;
   return {{"policy", info.name},
@@ -70,7 +72,7 @@ void print_one(const PolicyInfo& info) {
   for (const auto& s : d["signals"]) signals += (signals.empty() ? "" : ", ") + s.get<std::string>();
   fmt::print("  {:<12}{}\n", "reads", signals.empty() ? "positions only" : signals);
   fmt::print("  {:<12}{}\n", "version", info.version);
-  if (!info.parameters.empty()) {
+  if (!info.parameters.empty() || !info.texts.empty()) {
     Table table({"    parameter", "default", "range", "meaning"});
     for (const ParameterInfo& p : info.parameters)
       table.add({fmt::format("    {}", p.name),
@@ -79,6 +81,8 @@ void print_one(const PolicyInfo& info) {
                  p.choices.empty() ? fmt::format("[{:g}, {:g}]", p.min, p.max)
                                    : fmt::format("{}", fmt::join(p.choices, "|")),
                  std::string(p.summary)});
+    for (const TextParameter& p : info.texts)
+      table.add({fmt::format("    {}", p.name), p.value, "text", std::string(p.summary)});
     fmt::print("\n{}", table.text());
   }
   if (!info.deviations.empty()) fmt::print("\n  deviations from the reference or the paper\n");

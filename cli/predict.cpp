@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 
+#include <cmath>
 #include <fstream>
 
 #include "cli/command.h"
@@ -12,12 +13,15 @@
 #include "core/policy/spec.h"
 #include "replay/published.h"
 #include "replay/throughput_model.h"
+#include "trace/trace_reader.h"
 
 namespace kvlapse::cli {
 namespace {
 
 struct Options {
-  std::string model, gpu, policies = "full", budgets = "100%", reproduce, kv_dtype = "bf16";
+  std::string model, gpu, policies = "full", budgets = "100%", reproduce, kv_dtype = "bf16", output_file;
+  std::vector<std::string> benches, lengths;
+  bool check = false, force = false;
   int batch = 0, input = 512, output = 4096;
   double memory_gib = 0;
 };
@@ -31,12 +35,18 @@ Sourced sourced(const std::string& file, const nlohmann::json& document, const c
           field.value("provenance", std::string("not stated"))};
 }
 
-GpuProfile read_profile(const std::string& file) {
+nlohmann::json read_object(const std::string& file, const char* expected) {
   std::ifstream in(file);
-  if (!in) fail("{}: cannot be read; expected a GPU profile (JSON)", file);
+  if (!in) fail("{}: cannot be read; expected {}", file, expected);
   nlohmann::json document = nlohmann::json::parse(in, nullptr, false);
-  if (!document.is_object())
-    fail("{}: expected a JSON object with gpu, memory_gib, weight_read_gbps, ...", file);
+  if (!document.is_object()) fail("{}: expected {}, found no JSON object", file, expected);
+  return document;
+}
+
+constexpr const char* kProfileFormat = "a GPU profile (JSON with gpu, memory_gib, weight_read_gbps, ...)";
+
+GpuProfile read_profile(const std::string& file) {
+  const nlohmann::json document = read_object(file, kProfileFormat);
   GpuProfile gpu;
   gpu.name = document.value("gpu", file);
   gpu.memory_gib = sourced(file, document, "memory_gib");
@@ -59,6 +69,116 @@ Json profile_json(const GpuProfile& gpu) {
           {"kv_read_gbps", field(gpu.kv_read_gbps)},
           {"step_overhead_us", field(gpu.step_overhead_us)},
           {"per_sequence_us", field(gpu.per_sequence_us)}};
+}
+
+// Rows of `kvlapse bench decode --json`, or the `measured` ones of a profile.
+std::vector<MeasuredStep> read_steps(const std::string& file, const nlohmann::json& rows) {
+  std::vector<MeasuredStep> steps;
+  if (!rows.is_array()) fail("{}: expected an array of measured decode steps, found none", file);
+  for (const nlohmann::json& row : rows) {
+    if (row.value("bench", "decode") != "decode") continue;
+    for (const char* key : {"median", "batch", "context", "weight_bytes", "kv_bytes"})
+      if (!row.contains(key) || !row[key].is_number())
+        fail("{}: step {}: expected the number '{}', found none", file, steps.size(), key);
+    if (row.value("unit", "ms") != "ms")
+      fail("{}: step {}: expected milliseconds, found '{}'", file, steps.size(), row.value("unit", ""));
+    steps.push_back({row.value("case", "step"), row["batch"].get<int>(), row["context"].get<int>(),
+                     row["median"].get<double>(), row["weight_bytes"].get<int64_t>(),
+                     row["kv_bytes"].get<int64_t>()});
+  }
+  return steps;
+}
+
+std::string in_percent(double ratio) {
+  return fmt::format("{:+.1f} %", 100 * ratio);
+}
+
+// Every measured step of a profile under what the others say.
+void run_check(const Options& o, Context& context) {
+  constexpr double kMost = 0.1;
+  if (o.gpu.empty()) fail_usage("predict --check: expected --gpu, a profile with measured steps");
+  const std::string file = find_gpu_profile(o.gpu).string();
+  const GpuProfile gpu = read_profile(file);
+  const nlohmann::json document = read_object(file, kProfileFormat);
+  if (!document.contains("measured"))
+    fail(
+        "{}: expected measured steps to check against, found a profile without any (predict --fit makes one "
+        "from `kvlapse bench decode --json`)",
+        file);
+  const std::vector<CheckedStep> checked = leave_one_out(gpu, read_steps(file, document["measured"]));
+  Json rows = Json::array();
+  Table table({"decode step", "batch", "context", "measured ms", "predicted ms", "difference"});
+  double most = 0;
+  for (const CheckedStep& step : checked) {
+    const MeasuredStep& m = step.measured;
+    most = std::max(most, std::abs(step.difference_ratio));
+    rows.push_back({{"case", m.name},
+                    {"batch", m.batch},
+                    {"context", m.context},
+                    {"measured_ms", m.step_ms},
+                    {"step_ms", step.predicted_ms},
+                    {"difference_ratio", step.difference_ratio},
+                    {"provenance", "modelled"}});
+    table.add({m.name, fmt::format("{}", m.batch), fmt::format("{}", m.context),
+               fmt::format("{:.2f}", m.step_ms), fmt::format("{:.2f}", step.predicted_ms),
+               in_percent(step.difference_ratio)});
+  }
+  if (most > kMost) context.exit_code = 1;
+  if (context.json)
+    return print_json({{"gpu", profile_json(gpu)},
+                       {"method", "leave one out: each step under a profile fitted to all the others"},
+                       {"rows", rows},
+                       {"largest_difference", most},
+                       {"limit", kMost}});
+  fmt::print(
+      "{}: each step under a profile fitted to all the others\n{}largest difference {:.1f} %, limit {:.0f} "
+      "%\n",
+      gpu.name, table.text(), 100 * most, 100 * kMost);
+}
+
+// A profile from what `bench decode --json` measured on its GPU.
+void run_fit(const Options& o, Context& context) {
+  if (o.output_file.empty() || !(o.memory_gib > 0))
+    fail_usage("predict --fit: expected -o PROFILE.json and --memory-gib");
+  std::error_code error;
+  if (!o.force && std::filesystem::exists(o.output_file, error))
+    fail("{}: exists; --force replaces it", o.output_file);
+  std::vector<MeasuredStep> steps;
+  Json measured = Json::array();
+  std::string device;
+  for (const std::string& file : o.benches) {
+    const nlohmann::json document = read_object(file, "what `kvlapse bench decode --json` prints");
+    const nlohmann::json rows = document.value("rows", nlohmann::json());
+    for (const MeasuredStep& step : read_steps(file, rows)) {
+      steps.push_back(step);
+      measured.push_back({{"case", step.name},
+                          {"batch", step.batch},
+                          {"context", step.context},
+                          {"median", step.step_ms},
+                          {"unit", "ms"},
+                          {"weight_bytes", step.weight_bytes},
+                          {"kv_bytes", step.kv_bytes}});
+    }
+    for (const nlohmann::json& row : rows) {
+      const std::string name = row.value("device", "");
+      if (device.empty()) device = name;
+      if (name != device) fail("{}: expected steps of one device, {}, found {}", file, device, name);
+    }
+  }
+  GpuProfile gpu;
+  gpu.name = device;
+  gpu.memory_gib = {o.memory_gib, 0, "--memory-gib"};
+  gpu = fit_profile(gpu, steps, "`kvlapse bench decode` on " + device);
+  Json document = profile_json(gpu);
+  document["measured"] = measured;
+  std::ofstream out(o.output_file);
+  out << document.dump(2) << '\n';
+  if (!out.flush()) fail("{}: cannot be written", o.output_file);
+  if (context.json) return print_json(document);
+  fmt::print(
+      "{}: {}; step overhead {:.0f} +- {:.0f} us, weights {:.0f} +- {:.0f} GB/s, K/V {:.0f} +- {:.0f} GB/s\n",
+      o.output_file, gpu.name, gpu.step_overhead_us.value, gpu.step_overhead_us.error,
+      gpu.weight_read_gbps.value, gpu.weight_read_gbps.error, gpu.kv_read_gbps.value, gpu.kv_read_gbps.error);
 }
 
 // Bytes that a decode step reads of the weights: all but the embedding table, whose row it looks up; a tied
@@ -91,6 +211,20 @@ Json row_of(const Policy& policy, int budget, const Prediction& p) {
           {"provenance", "modelled"}};
 }
 
+// What a batch is drawn from: one length, or the sequences of recordings.
+std::vector<RequestLength> mix_of(const Options& o) {
+  if (o.lengths.empty()) return {{o.input, o.output, 0}};
+  std::vector<RequestLength> mix;
+  for (const std::string& file : o.lengths) {
+    const TraceReader trace(file);
+    for (int s = 0; s < trace.n_sequences(); ++s)
+      if (const int n_prompt = trace.sequence(s).n_prompt, n = trace.n_steps(s); n > n_prompt && n_prompt > 0)
+        mix.push_back({n_prompt, n - n_prompt, 0});
+  }
+  if (mix.empty()) fail("--lengths: expected recordings with generated tokens, found none");
+  return mix;
+}
+
 void run_predict(const Options& o, Context& context) {
   if (o.gpu.empty())
     fail_usage("predict: --gpu: expected a profile: h200, h100-80gb, or a file from `kvlapse bench`");
@@ -99,15 +233,25 @@ void run_predict(const Options& o, Context& context) {
   std::filesystem::path path = find_model(o.model);
   if (std::filesystem::is_regular_file(path)) path = path.parent_path();
   DecoderShape shape = shape_of(read_model_config(path), parse_dtype(o.kv_dtype));
+  std::vector<RequestLength> mix = mix_of(o);
+  double input = 0, output = 0;
+  for (const RequestLength& r : mix) {
+    input += static_cast<double>(r.n_prompt) / static_cast<double>(mix.size());
+    output += static_cast<double>(r.n_output) / static_cast<double>(mix.size());
+  }
   Json rows = Json::array();
   Table table({"policy", "budget", "batch", "tok/s", "+-", "step ms", "mean slots", "KV read", "eviction",
                "memory GiB"});
   for (const PolicySpec& spec : parse_policy_list(o.policies)) {
     std::unique_ptr<Policy> policy = make_policy(spec);
     for (const Budget& b : parse_budget_list(o.budgets)) {
-      const int budget = policy->info().evicts ? b.slots(o.input + o.output) : 0;
-      check_budget(*policy, budget, o.input);
-      int batch = o.batch > 0 ? o.batch : largest_batch(gpu, shape, *policy, budget, o.input, o.output);
+      int budget = 0;  // of the longest
+      for (RequestLength& r : mix) {
+        r.budget = policy->info().evicts ? b.slots(r.n_prompt + r.n_output) : 0;
+        check_budget(*policy, r.budget, r.n_prompt);
+        budget = std::max(budget, r.budget);
+      }
+      const int batch = o.batch > 0 ? o.batch : largest_batch(gpu, shape, *policy, mix);
       if (batch < 1) {
         rows.push_back({{"policy", canonical_spec(*policy)},
                         {"budget_slots", budget},
@@ -116,7 +260,7 @@ void run_predict(const Options& o, Context& context) {
         table.add({canonical_spec(*policy), fmt::format("{}", budget), "0", "does not fit"});
         continue;
       }
-      Prediction p = predict(gpu, shape, *policy, budget, batch, o.input, o.output);
+      const Prediction p = predict(gpu, shape, *policy, batch, mix);
       rows.push_back(row_of(*policy, budget, p));
       table.add({canonical_spec(*policy), fmt::format("{}", budget), fmt::format("{}", p.batch),
                  fmt::format("{:.0f}", p.tokens_per_s),
@@ -129,10 +273,14 @@ void run_predict(const Options& o, Context& context) {
     }
   }
   if (context.json)
-    print_json({{"gpu", profile_json(gpu)}, {"input", o.input}, {"output", o.output}, {"rows", rows}});
+    print_json({{"gpu", profile_json(gpu)},
+                {"input", std::llround(input)},
+                {"output", std::llround(output)},
+                {"requests", mix.size()},
+                {"rows", rows}});
   else
-    fmt::print("{}: {} tokens in, {} out; modelled from bytes, not measured\n{}", gpu.name, o.input, o.output,
-               table.text());
+    fmt::print("{}: {:.0f} tokens in, {:.0f} out{}; modelled from bytes, not measured\n{}", gpu.name, input,
+               output, mix.size() > 1 ? fmt::format(" (mean of {} requests)", mix.size()) : "", table.text());
 }
 
 void run_reproduce_rkv(Context& context) {
@@ -218,6 +366,7 @@ void add_predict(CLI::App& app, Context& context) {
                                   "modelled: largest batch, tokens a second and bytes of a step on a GPU",
                                   "  kvlapse predict --model Qwen3-8B/ --gpu h200 --policy "
                                   "full,longflow,rkv --budget 2048 --output 16384\n"
+                                  "  kvlapse predict --gpu h100-80gb --check\n"
                                   "  kvlapse predict --reproduce rkv");
   auto o = std::make_shared<Options>();
   command->add_option("--model", o->model,
@@ -229,12 +378,25 @@ void add_predict(CLI::App& app, Context& context) {
   command->add_option("--memory-gib", o->memory_gib, "memory instead of the profile's");
   command->add_option("--input", o->input, "prompt tokens")->capture_default_str();
   command->add_option("--output", o->output, "generated tokens")->capture_default_str();
+  command->add_option("--lengths", o->lengths, "lengths of the sequences of these recordings instead")
+      ->type_name("TRACE.kvl");
   command->add_option("--kv-dtype", o->kv_dtype, "fp32, fp16, bf16 or fp8")->capture_default_str();
   command
       ->add_option("--reproduce", o->reproduce, "hold the model against a paper's figures: rkv or longflow")
       ->check(CLI::IsMember({"rkv", "longflow"}));
+  command->add_flag(
+      "--check", o->check,
+      "hold a measured profile's steps against the model: each fitted to the others, within 10 %");
+  command->add_option("--fit", o->benches, "make a profile of what `bench decode --json` printed on that GPU")
+      ->type_name("BENCH.json");
+  command->add_option("-o", o->output_file, "with --fit: the profile (*.json)");
+  command->add_flag("--force", o->force, "replace an existing profile");
   command->callback([o, &context] {
-    if (o->reproduce == "rkv")
+    if (!o->benches.empty())
+      run_fit(*o, context);
+    else if (o->check)
+      run_check(*o, context);
+    else if (o->reproduce == "rkv")
       run_reproduce_rkv(context);
     else if (o->reproduce == "longflow")
       run_reproduce_longflow(context);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <set>
 
 #include "cli/command.h"
 #include "cli/interrupt.h"
@@ -20,7 +21,8 @@ namespace fs = std::filesystem;
 
 struct Options {
   std::vector<std::string> traces, policies, budgets;
-  std::string metrics = "all", match = "nominal", shard = "0/1", layers, output, device = "cpu", teacher;
+  std::string metrics = "all", match = "nominal", shard = "0/1", layers, heads, steps, output, device = "cpu",
+              teacher;
   bool self = false, resume = false, force = false;
   int sbatch = 0;
   int threads = 0, max_tokens = 0, memory_mib = 768, cells_at_once = 48;
@@ -56,8 +58,14 @@ ReplayOptions replay_options(const Options& o) {
   ReplayOptions options;
   options.threads = o.threads;
   options.memory_bytes = static_cast<size_t>(o.memory_mib) << 20;
-  if (!o.layers.empty())
-    std::tie(options.layer_begin, options.layer_end) = parse_pair("--layers", o.layers, ':');
+  auto range = [](std::string_view option, const std::string& text, int& begin, int& end) {
+    if (text.empty()) return;
+    std::tie(begin, end) = parse_pair(option, text, ':');
+    if (begin < 0 || begin >= end) fail_usage("{}: expected A:B with 0 <= A < B, found '{}'", option, text);
+  };
+  range("--layers", o.layers, options.layer_begin, options.layer_end);
+  range("--heads", o.heads, options.head_begin, options.head_end);
+  range("--steps", o.steps, options.step_begin, options.step_end);
   return options;
 }
 
@@ -68,6 +76,8 @@ void print_sbatch(const Options& o) {
   command += " --policy " + quoted(joined(o.policies)) + " --budget " + quoted(joined(o.budgets));
   if (o.match != "nominal") command += " --match " + o.match;
   if (!o.layers.empty()) command += " --layers " + o.layers;
+  if (!o.heads.empty()) command += " --heads " + o.heads;
+  if (!o.steps.empty()) command += " --steps " + o.steps;
   if (o.max_tokens > 0) command += fmt::format(" --max-tokens {}", o.max_tokens);
   if (o.cells_at_once != Options{}.cells_at_once)
     command += fmt::format(" --cells-at-once {}", o.cells_at_once);
@@ -154,7 +164,8 @@ std::string marked(const ComparedMetric& m, int n_samples) {
   return text + (m.best ? " *" : m.in_noise ? " ~" : "  ");
 }
 
-void print_table(const std::vector<ComparedRow>& rows) {
+void print_table(const std::vector<ComparedRow>& rows, const std::string& selection,
+                 const std::set<std::string>& fitted) {
   Table table({"policy", "budget", "slots mean", "peak", "recall", "p10", "no sinks", "output error", "p90",
                "top-10", "KV peak"});
   bool noise = false;
@@ -169,11 +180,16 @@ void print_table(const std::vector<ComparedRow>& rows) {
                format_bytes(value("kv_bytes_peak"))});
   }
   fmt::print("{}", table.text());
+  if (!selection.empty()) fmt::print("only {}\n", selection);
+  for (const std::string& policy : fitted)
+    fmt::print("! {}: calibrated on a recording that it scores here; no fair comparison\n", policy);
   fmt::print("open loop: q, k, v are the recording's, whatever a policy evicts. * best of its budget{}\n",
              noise ? "; ~ not distinguishable from it (95 %, paired)" : "");
 }
 
 void run_self(const Options& o, Context& context) {
+  if (!o.heads.empty() || !o.steps.empty())
+    fail_usage("replay --self: compares every victim of a layer: expected no --heads and no --steps");
   ReplayOptions options = replay_options(o);
   options.progress = [](int, int) { return !interrupted(); };
   for (const std::string& file : o.traces) {
@@ -209,10 +225,15 @@ void run_sweep(const Options& o, Context& context) {
 
   const Results all = read_results(o.output);
   const std::vector<ComparedRow> rows = compare(all);
-  if (!context.json) return print_table(rows);
+  const std::string selection = all.cells.empty() ? "" : all.cells[0].selection;
+  std::set<std::string> fitted;
+  for (const ResultCell& cell : all.cells)
+    if (value_of(cell.total, "fitted_on_this_trace") == 1) fitted.insert(cell.policy);
+  if (!context.json) return print_table(rows, selection, fitted);
   Json document = {{"trace", all.traces.empty() ? "" : all.traces[0].name},
                    {"results", o.output},
                    {"rows", Json::array()}};
+  if (!selection.empty()) document["selection"] = selection;
   for (const ResultCell& cell : all.cells)
     for (const ResultTrace& trace : all.traces)
       if (trace.hash == cell.trace) document["rows"].push_back(row_json(cell, trace.name));
@@ -246,7 +267,13 @@ void add_replay(CLI::App& app, Context& context) {
       ->check(CLI::IsMember({"all"}))
       ->capture_default_str();
   command->add_option("--layers", options->layers, "only layers A:B (B exclusive)");
-  command->add_option("--max-tokens", options->max_tokens, "only the first N tokens")
+  command->add_option("--heads", options->heads,
+                      "measure kv heads A:B only, with their query heads; all heads still decide");
+  command->add_option("--steps", options->steps,
+                      "measure positions A:B only; those before still decide, those behind are not replayed");
+  command
+      ->add_option("--max-tokens", options->max_tokens,
+                   "as if the recording ended after N tokens: shares are of these")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--shard", options->shard, "only cells of shard I/N, I from 0")->capture_default_str();
   command

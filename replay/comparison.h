@@ -24,8 +24,8 @@ struct ComparedRow {
   int n_samples = 0;              // sequences, over all traces
   std::vector<NamedValue> means;  // every metric, mean over the samples; peaks too
   ComparedMetric recall, output_error;
-  // (random + prompt - this) / (random + prompt - oracle) of missing mass; NaN without those rows at this
-  // budget.
+  // (this - oracle) / (random with pinned prompt - oracle) of missing mass: 0 as good as the oracle, 1 as bad
+  // as chance; NaN without those rows at this budget.
   double regret = 0;
 };
 

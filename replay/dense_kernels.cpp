@@ -312,6 +312,27 @@ size_t FindAbove(const float* values, size_t n, float threshold, int32_t* out) {
   return found;
 }
 
+void AboveBits(const float* rows, size_t row_stride, size_t n_rows, size_t n, float threshold, uint32_t* out,
+               size_t out_stride) {
+  const Tag tag;
+  const size_t lanes = hn::Lanes(tag);
+  const Vec least = hn::Set(tag, threshold);
+  for (size_t r = 0; r < n_rows; ++r)
+    for (size_t i = 0; i < n; i += 32) {
+      const float* row = rows + r * row_stride + i;
+      uint32_t word = 0;
+      if (lanes % 8 == 0 && lanes <= 32) {
+        uint8_t bytes[16] = {};
+        for (size_t j = 0; j < 32; j += lanes)
+          hn::StoreMaskBits(tag, hn::Gt(hn::LoadU(tag, row + j), least), bytes + j / 8);
+        std::memcpy(&word, bytes, sizeof(word));
+      } else {
+        for (size_t j = 0; j < 32; ++j) word |= static_cast<uint32_t>(row[j] > threshold) << j;
+      }
+      out[r * out_stride + i / 32] = word;
+    }
+}
+
 Products CombineProducts(const float* a, float a_scale, const float* b, float b_scale, size_t n) {
   const Tag tag;
   const size_t lanes = hn::Lanes(tag);
@@ -378,6 +399,7 @@ HWY_EXPORT(GatherColumns);
 HWY_EXPORT(FindPeak);
 HWY_EXPORT(Transpose);
 HWY_EXPORT(FindAbove);
+HWY_EXPORT(AboveBits);
 HWY_EXPORT(CombineProducts);
 
 void logits_block(const float* keys_t, size_t key_stride, size_t head_dim, const float* queries,
@@ -412,6 +434,11 @@ void transpose(const float* rows, size_t row_stride, size_t n_rows, size_t n, fl
 
 size_t find_above(const float* values, size_t n, float threshold, int32_t* out) {
   return HWY_DYNAMIC_DISPATCH(FindAbove)(values, n, threshold, out);
+}
+
+void above_bits(const float* rows, size_t row_stride, size_t n_rows, size_t n, float threshold, uint32_t* out,
+                size_t out_stride) {
+  HWY_DYNAMIC_DISPATCH(AboveBits)(rows, row_stride, n_rows, n, threshold, out, out_stride);
 }
 
 Products combine_products(const float* a, float a_scale, const float* b, float b_scale, size_t n) {

@@ -38,6 +38,11 @@ void transpose(const float* rows, size_t row_stride, size_t n_rows, size_t n, fl
 // Indices of the values above `threshold`, ascending; `out` has room for n. Returns how many.
 size_t find_above(const float* values, size_t n, float threshold, int32_t* out);
 
+// Bit (i % 32) of out[r][i / 32] says whether rows[r][i] > threshold, for i < n, a multiple of 32; rows
+// [n_rows][row_stride], out [n_rows][out_stride].
+void above_bits(const float* rows, size_t row_stride, size_t n_rows, size_t n, float threshold, uint32_t* out,
+                size_t out_stride);
+
 // With x = a_scale * a + b_scale * b: |x|^2 and a.x, summed like vector_math's dot.
 struct Products {
   float xx, ax;

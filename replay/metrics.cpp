@@ -5,6 +5,7 @@
 #include <cassert>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "core/base/vector_math.h"
 #include "replay/dense_kernels.h"
@@ -15,6 +16,8 @@ namespace {
 // Below this share of the full mass the held tokens' exponentials may have underflowed: such a row is
 // recomputed against its own maximum.
 constexpr float kTinyMass = 1e-6f;
+// So does a moved key whose logit lies this far above the row's maximum.
+constexpr float kFarAbove = 40.0f;
 
 constexpr int kWord = 64;
 size_t words(int n) {
@@ -37,6 +40,7 @@ uint32_t bits_before(const std::vector<uint64_t>& bits, int at) {
 
 void QHeadMetrics::merge(const QHeadMetrics& other) {
   steps += other.steps;
+  low_recall += other.low_recall;
   recall += other.recall;
   recall_no_sinks += other.recall_no_sinks;
   output_error += other.output_error;
@@ -80,11 +84,14 @@ void KvHeadMetrics::merge(const KvHeadMetrics& other) {
   prompt_kept += other.prompt_kept;
 }
 
-MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& retention, bool selects)
+MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& retention,
+                                   const MetricScope& scope, bool selects)
     : shared_(shared), retention_(retention), selects_(selects), selected_(shared.geometry().n_kv_heads) {
   static_assert(kMetricSteps <= 32, "a step of a block is a bit");
   const CacheGeometry& g = shared.geometry();
   const int n_tokens = shared.sequence().n_tokens;
+  metrics_.scope = {std::max(0, scope.head_begin), std::min(g.n_kv_heads, scope.head_end),
+                    std::max(0, scope.step_begin), std::min(n_tokens, scope.step_end)};
   metrics_.q_heads.resize(g.n_q_heads);
   metrics_.kv_heads.resize(g.n_kv_heads);
   metrics_.held_by_step.resize(n_tokens);
@@ -94,6 +101,7 @@ MetricsCollector::MetricsCollector(const SharedLayer& shared, const Retention& r
   previous_drops_.assign(g.n_kv_heads, 0);
   blocks_.resize(g.n_kv_heads);
   losses_.resize(g.n_kv_heads);
+  moved_.resize(g.n_kv_heads);
   for (HeadLosses& losses : losses_) {
     losses.gone.resize(words(n_tokens));
     losses.decisions.resize(words(n_tokens));
@@ -120,42 +128,46 @@ TokenClass MetricsCollector::class_of(int pos, int step) const {
 void MetricsCollector::on_attended(const SlotTable& table, int step) {
   const int group = shared_.geometry().group();
   const size_t bin = series_bin(step);
-  for (int h = 0; h < table.n_kv_heads(); ++h) {
+  const bool measured = metrics_.scope.has_step(step);
+  for (int h = metrics_.scope.head_begin; h < metrics_.scope.head_end; ++h) {
     KvHeadMetrics& m = metrics_.kv_heads[h];
-    const int held = table.count(h);
+    const int held = table.count(h), before = previous_held_[h], drops = previous_drops_[h];
+    previous_held_[h] = held;
+    previous_drops_[h] = 0;
+    if (!measured) continue;
     const double retained = static_cast<double>(held) / (step + 1);
     ++m.steps;
     m.retained += retained;
     m.held_sum += held;
     m.held_peak = std::max(m.held_peak, held);
     metrics_.held_by_step[step] += held;
-    if (previous_held_[h] >= 0) {
-      const int both = previous_held_[h] - previous_drops_[h], either = held + previous_drops_[h];
+    if (before >= 0) {
+      const int both = before - drops, either = held + drops;
       m.churn += 1.0 - static_cast<double>(both) / either;
     }
-    previous_held_[h] = held;
-    previous_drops_[h] = 0;
     for (int q = h * group; q < (h + 1) * group; ++q) add_series(SeriesKind::retained, q, bin, retained);
   }
 }
 
 void MetricsCollector::on_evicted(const EvictionPlan& plan) {
   const int n_heads = shared_.geometry().n_kv_heads, step = raw(plan.step);
+  const bool measured = metrics_.scope.has_step(step);
   for (const Drop& drop : plan.drops) {
     const int first = drop.kv_head == kWholeLayer ? 0 : drop.kv_head;
     const int end = drop.kv_head == kWholeLayer ? n_heads : drop.kv_head + 1;
     const int pos = raw(drop.pos);
     const auto c = static_cast<size_t>(class_of(pos, step));
     for (int h = first; h < end; ++h) {
+      losses_[h].fresh.push_back(pos);
+      ++previous_drops_[h];
+      if (!measured || !metrics_.scope.has_head(h)) continue;
       KvHeadMetrics& m = metrics_.kv_heads[h];
       ++m.evictions;
       if (plan.reason == EvictionReason::prompt_over_budget) ++m.prompt_evictions;
       ++m.evicted_by_class[c];
       m.lifetime_by_class[c] += step - pos;
       m.lifetime_sketch.add(static_cast<float>(step - pos));
-      ++previous_drops_[h];
       losses_[h].victims.push_back(pos);
-      losses_[h].fresh.push_back(pos);
       set_bit(losses_[h].decisions, step);
     }
   }
@@ -163,7 +175,8 @@ void MetricsCollector::on_evicted(const EvictionPlan& plan) {
 
 void MetricsCollector::on_selected(const SlotTable& table, int step,
                                    const std::vector<std::vector<Slot>>& slots) {
-  for (int h = 0; h < table.n_kv_heads(); ++h) {
+  if (!metrics_.scope.has_step(step)) return;
+  for (int h = metrics_.scope.head_begin; h < metrics_.scope.head_end; ++h) {
     std::vector<uint32_t>& mask = selected_[h][step / kMetricSteps];
     mask.resize(shared_.sequence().n_tokens, 0u);
     std::span<const Pos> positions = table.positions(h);
@@ -177,30 +190,60 @@ bool MetricsCollector::reads(int h, int pos, int step) const {
   return block != selected_[h].end() && ((block->second[pos] >> (step % kMetricSteps)) & 1u) != 0;
 }
 
-// Recomputes one row over the held tokens against their own maximum.
-void MetricsCollector::exact_row(int q_head, int step, float* output) const {
+void MetricsCollector::on_moved(int h, int step, std::span<const MovedKey> moved) {
+  if (!metrics_.scope.has_step(step) || !metrics_.scope.has_head(h)) return;
+  const int group = shared_.geometry().group();
+  const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  MovedBlock& block = moved_[h];
+  for (const MovedKey& key : moved) {
+    block.rows.push_back({step, raw(key.pos), block.logits.size()});
+    for (int q = h * group; q < (h + 1) * group; ++q)
+      block.logits.push_back(dot(shared_.query(step) + static_cast<size_t>(q) * dim, key.turned.data(), dim) *
+                             shared_.scale());
+  }
+}
+
+MetricsCollector::ExactRow MetricsCollector::exact_row(int q_head, int step,
+                                                       std::span<const MovedRow> moved) const {
   const int h = shared_.geometry().kv_head_of(q_head), dim = shared_.geometry().head_dim;
+  const int g = q_head % shared_.geometry().group();
   const float* logits = shared_.logits(q_head, step);
-  float most = -std::numeric_limits<float>::infinity();
+  const AttentionRow& row = shared_.row(q_head, step);
+  std::vector<double> own(static_cast<size_t>(step) + 1, -std::numeric_limits<double>::infinity());
   for (int i = 0; i <= step; ++i)
-    if (reads(h, i, step)) most = std::max(most, logits[i]);
-  double total = 0;
+    if (reads(h, i, step)) own[i] = logits[i];
+  for (const MovedRow& key : moved) own[key.pos] = moved_[h].logits[key.logits + static_cast<size_t>(g)];
+  const double most = *std::max_element(own.begin(), own.end());
+  double total = 0, total_rest = 0, rest = 0;
   std::vector<double> sum(dim);
   for (int i = 0; i <= step; ++i) {
-    if (!reads(h, i, step)) continue;
-    const double weight = std::exp(static_cast<double>(logits[i]) - most);
-    total += weight;
-    const float* row = shared_.value(h, i);
-    for (int d = 0; d < dim; ++d) sum[d] += weight * row[d];
+    own[i] = std::exp(own[i] - most);
+    total += own[i];
+    if (i < kSinkTokens) continue;
+    total_rest += own[i];
+    rest += std::exp(static_cast<double>(logits[i]) - row.max);
   }
-  for (int d = 0; d < dim; ++d) output[d] = static_cast<float>(sum[d] / total);
+  ExactRow exact;
+  for (int i = 0; i <= step; ++i) {
+    if (own[i] == 0) continue;
+    const float* value = shared_.value(h, i);
+    for (int d = 0; d < dim; ++d) sum[d] += own[i] * value[d];
+    const double weight = std::exp(static_cast<double>(logits[i]) - row.max);
+    exact.recall += std::min(weight / row.total, own[i] / total);
+    if (i >= kSinkTokens && rest > 0) exact.recall_no_sinks += std::min(weight / rest, own[i] / total_rest);
+  }
+  exact.output.resize(dim);
+  for (int d = 0; d < dim; ++d) exact.output[d] = static_cast<float>(sum[d] / total);
+  return exact;
 }
 
 void MetricsCollector::on_probe(std::span<const double> correlations,
                                 const Evictor::Sensitivity& sensitivity) {
   ProbeMetrics& m = metrics_.probe;
-  for (double correlation : correlations) {
-    if (std::isnan(correlation)) continue;
+  for (size_t row = 0; row < correlations.size(); ++row) {
+    const double correlation = correlations[row];
+    const bool measured = correlations.size() == 1 || metrics_.scope.has_head(static_cast<int>(row));
+    if (std::isnan(correlation) || !measured) continue;
     ++m.correlations;
     m.correlation += correlation;
   }
@@ -275,8 +318,11 @@ void MetricsCollector::add_tile(int h, const ValueTile& tile) {
 
 void MetricsCollector::finish_outputs(int h, const ValueTile& tile) {
   add_changed(h);
+  add_moved(h);
   close_rows(h, tile);
   future(h);
+  moved_[h].rows.clear();
+  moved_[h].logits.clear();
   selected_[h].erase(blocks_[h].begin / kMetricSteps);
 }
 
@@ -310,6 +356,69 @@ void MetricsCollector::add_changed(int h) {
   dense::sum_rows(b.changed_weights.data(), columns, columns, nullptr, n, b.sums.data() + columns * dim);
 }
 
+// What full attention and the cache's share of one row, `kept` being the mass of the held tokens as they
+// stand now, in units of the full one.
+MetricsCollector::Shared MetricsCollector::shared_mass(
+    int q, int t, double kept, std::span<const MovedRow> moved,
+    const std::array<bool, kSinkTokens>& reads_sink) const {
+  const int h = shared_.geometry().kv_head_of(q), g = q % shared_.geometry().group();
+  const AttentionRow& row = shared_.row(q, t);
+  // Of the held tokens that stand as recorded: their mass, and that without sinks.
+  const double outside = static_cast<double>(row.total) - row.sinks;
+  Shared out;
+  double now = 0, held_sinks = 0, now_rest = 0;
+  for (int i = 0; i < std::min(kSinkTokens, t + 1); ++i)
+    if (reads_sink[i]) held_sinks += shared_.exp_of(q, t, i);
+  double now_sinks = held_sinks;
+  std::vector<std::pair<double, double>> weights;  // as recorded, as it stands now
+  for (const MovedRow& key : moved) {
+    const double above = static_cast<double>(moved_[h].logits[key.logits + static_cast<size_t>(g)]) - row.max;
+    out.far_above |= above > kFarAbove;
+    const double before = shared_.exp_of(q, t, key.pos), after = std::exp(above);
+    weights.emplace_back(before, after);
+    now += after;
+    if (key.pos < kSinkTokens)
+      now_sinks += after - before;
+    else
+      now_rest += after;
+  }
+  const double total = kept * row.total, total_rest = total - now_sinks;
+  const double still = std::max(0.0, total - now);
+  out.recall = still * std::min(1 / static_cast<double>(row.total), 1 / total);
+  const double still_rest = std::max(0.0, total_rest - now_rest);
+  if (outside > 0 && total_rest > 0) out.recall_no_sinks = still_rest * std::min(1 / outside, 1 / total_rest);
+  for (size_t i = 0; i < moved.size(); ++i) {
+    const auto [before, after] = weights[i];
+    out.recall += std::min(before / row.total, after / total);
+    if (moved[i].pos >= kSinkTokens && outside > 0 && total_rest > 0)
+      out.recall_no_sinks += std::min(before / outside, after / total_rest);
+  }
+  if (outside <= 1e-6 * row.total) out.recall_no_sinks = 1;
+  return out;
+}
+
+void MetricsCollector::add_moved(int h) {
+  HeadBlock& b = blocks_[h];
+  const size_t columns = shared_.token_columns();
+  const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  const int group = shared_.geometry().group();
+  float* masses = b.sums.data() + columns * dim;
+  for (const MovedRow& key : moved_[h].rows)
+    for (int g = 0; g < group; ++g) {
+      const int q = h * group + g;
+      const size_t r = shared_.column(q, key.step);
+      const float above =
+          moved_[h].logits[key.logits + static_cast<size_t>(g)] - shared_.row(q, key.step).max;
+      if (above > kFarAbove) continue;  // close_rows computes that row anew
+      float more = std::exp(above) - shared_.exp_of(q, key.step, key.pos);
+      if (b.sum_dropped) more = -more;
+      masses[r] += more;
+      float* sum = b.sums.data() + r * dim;
+      const float* value = shared_.value(h, key.pos);
+      for (size_t d = 0; d < dim; ++d) sum[d] += more * value[d];
+    }
+}
+
 void MetricsCollector::close_rows(int h, const ValueTile& tile) {
   HeadBlock& b = blocks_[h];
   const int begin = b.begin, end = b.end, group = shared_.geometry().group();
@@ -317,9 +426,14 @@ void MetricsCollector::close_rows(int h, const ValueTile& tile) {
   const size_t columns = shared_.token_columns();
   const bool sum_dropped = b.sum_dropped;
   const float *weights = shared_.token_weights(h), *masses = b.sums.data() + columns * dim;
-  std::vector<float> exact(dim);
+  const std::vector<MovedRow>& all_moved = moved_[h].rows;
+  size_t first_moved = 0;
   for (int t = begin; t < end; ++t) {
     const size_t bin = series_bin(t);
+    while (first_moved < all_moved.size() && all_moved[first_moved].step < t) ++first_moved;
+    size_t end_moved = first_moved;
+    while (end_moved < all_moved.size() && all_moved[end_moved].step == t) ++end_moved;
+    const std::span<const MovedRow> moved(all_moved.data() + first_moved, end_moved - first_moved);
     std::array<bool, kSinkTokens> reads_sink{};
     for (int i = 0; i < std::min(kSinkTokens, t + 1); ++i) reads_sink[i] = reads(h, i, t);
     for (int q = h * group; q < (h + 1) * group; ++q) {
@@ -328,15 +442,19 @@ void MetricsCollector::close_rows(int h, const ValueTile& tile) {
       const float* o = tile.output(r);
       const float mass = masses[r], total_inverse = 1.0f / row.total;
       double missing = sum_dropped ? mass / row.total : 1.0 - static_cast<double>(mass) / row.total;
-      missing = std::clamp(missing, 0.0, 1.0);
-      double recall = 1.0 - missing;
-      if (!sum_dropped) recall = std::min(1.0, static_cast<double>(mass) / row.total);
+      if (moved.empty()) missing = std::clamp(missing, 0.0, 1.0);
+      double recall =
+          1.0 - missing;  // where keys have moved: what the held tokens weigh now, above 1 perhaps
+      if (!sum_dropped && moved.empty()) recall = std::min(1.0, static_cast<double>(mass) / row.total);
 
       // x = o~ - o.
       dense::Products products;
-      if (recall < kTinyMass) {
-        exact_row(q, t, exact.data());
-        products = dense::combine_products(o, -1.0f, exact.data(), 1.0f, dim);
+      std::optional<Shared> shared;
+      if (!moved.empty()) shared = shared_mass(q, t, recall, moved, reads_sink);
+      if (recall < kTinyMass || (shared && shared->far_above)) {
+        const ExactRow exact = exact_row(q, t, moved);
+        products = dense::combine_products(o, -1.0f, exact.output.data(), 1.0f, dim);
+        if (shared) shared = {exact.recall, exact.recall_no_sinks};
       } else if (sum_dropped) {
         const auto kept_inverse = static_cast<float>(1.0 / recall);
         products = dense::combine_products(o, static_cast<float>(missing) * kept_inverse,
@@ -363,11 +481,17 @@ void MetricsCollector::close_rows(int h, const ValueTile& tile) {
       if (outside > 1e-6 * row.total)
         missing_no_sinks = std::clamp(
             (missing * row.total - (static_cast<double>(row.sinks) - held_sinks)) / outside, 0.0, 1.0);
+      if (shared) {
+        recall = std::clamp(shared->recall, 0.0, 1.0);
+        missing = 1.0 - recall;
+        missing_no_sinks = 1.0 - std::clamp(shared->recall_no_sinks, 0.0, 1.0);
+      }
       int top_held = 0;
       for (int i = 0; i < row.n_top; ++i) top_held += reads(h, row.top[i], t);
 
       QHeadMetrics& m = metrics_.q_heads[q];
       ++m.steps;
+      m.low_recall += recall < kLowRecall;
       m.recall += recall;
       m.missing += missing;
       m.entropy += row.entropy;
@@ -418,7 +542,7 @@ void MetricsCollector::future(int h) {
         for (uint32_t left = decided; left != 0; left &= left - 1)
           m.future_mass += 1.0 - row.newest[static_cast<size_t>(kFutureHorizon - std::countr_zero(left))];
       for (int32_t i : row.hot)
-        if (last[i] < t && !losses.revived[i]) {
+        if (last[i] < t && last[i] >= metrics_.scope.step_begin && !losses.revived[i]) {
           losses.revived[i] = 1;
           ++m.revived;
         }
@@ -429,7 +553,7 @@ void MetricsCollector::future(int h) {
 
 LayerMetrics MetricsCollector::finish() {
   const RowSequence& sequence = shared_.sequence();
-  for (int h = 0; h < shared_.geometry().n_kv_heads; ++h) {
+  for (int h = metrics_.scope.head_begin; h < metrics_.scope.head_end; ++h) {
     KvHeadMetrics& m = metrics_.kv_heads[h];
     m.prompt_tokens = sequence.n_prompt;
     for (int i = 0; i < sequence.n_prompt; ++i) m.prompt_kept += retention_.last(h)[i] == Retention::kHeld;

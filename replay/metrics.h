@@ -4,7 +4,9 @@
 // blocking or the other configurations. Open loop: the reference is full attention over all recorded tokens.
 //
 // Per query head h and step t, with alpha the full attention and S the held tokens:
-//   recall            sum over S of alpha; `missing` = 1 - recall
+//   recall            sum over S of alpha; `missing` = 1 - recall. Where held keys have moved (positions
+//                     inside the cache), what the two distributions share, sum over i of min(alpha_i,
+//                     beta_i), beta the cache's own attention; without moved keys the two are the same
 //   recall_no_sinks   the same over positions >= kSinkTokens, renormalised
 //   output_error      |o~ - o| / |o|, o~ the attention output over S; o~ - o = m / (1 - m) (o - v_E) is
 //   computed from
@@ -26,7 +28,8 @@
 
 namespace kvlapse {
 
-inline constexpr int kSeriesBins = 256;   // bins of a series over the steps of a sequence
+inline constexpr int kSeriesBins = 256;  // bins of a series over the steps of a sequence
+inline constexpr double kLowRecall = 0.9;
 inline constexpr int kRecentTokens = 64;  // age below which an evicted token counts as recent
 
 // Class of a token at its eviction.
@@ -38,7 +41,7 @@ constexpr const char* token_class_name(TokenClass c) {
 }
 
 struct QHeadMetrics {
-  int64_t steps = 0;
+  int64_t steps = 0, low_recall = 0;  // low_recall: steps with a recall below kLowRecall
   double recall = 0, recall_no_sinks = 0, output_error = 0, cosine_error = 0, topk_recall = 0,
          missing = 0;                    // sums
   double entropy = 0, query_cosine = 0;  // sums; of the recording, the same for every configuration
@@ -73,12 +76,22 @@ struct ProbeMetrics {
   void merge(const ProbeMetrics& other);
 };
 
+// Which part of a layer is measured; every head and every step still decides. Steps are positions.
+struct MetricScope {
+  int head_begin = 0, head_end = INT32_MAX;  // kv heads, with their query heads
+  int step_begin = 0, step_end = INT32_MAX;
+  bool has_head(int kv_head) const { return kv_head >= head_begin && kv_head < head_end; }
+  bool has_step(int step) const { return step >= step_begin && step < step_end; }
+};
+
 struct LayerMetrics {
+  MetricScope scope;  // within the layer's heads and steps
   ProbeMetrics probe;
   std::vector<QHeadMetrics> q_heads;
   std::vector<KvHeadMetrics> kv_heads;
-  std::vector<int32_t>
-      held_by_step;  // [T] sum over kv heads of the tokens that attention saw; 0 in the prompt
+  // [T] sum over the measured kv heads of the tokens that attention saw; 0 in the prompt and where no step is
+  // measured.
+  std::vector<int32_t> held_by_step;
   // [kind][Hq][kSeriesBins] means over the bin's steps; NaN where a bin has none. Step t is in bin t * bins /
   // T.
   std::vector<float> series;
@@ -87,18 +100,22 @@ struct LayerMetrics {
 class MetricsCollector {
  public:
   // `selects`: every token is held and on_selected says which ones attention reads.
-  MetricsCollector(const SharedLayer& shared, const Retention& retention, bool selects = false);
+  MetricsCollector(const SharedLayer& shared, const Retention& retention, const MetricScope& scope = {},
+                   bool selects = false);
+  const MetricScope& scope() const { return metrics_.scope; }
 
   // After attention, before the eviction: what each head holds.
   void on_attended(const SlotTable& table, int step);
   void on_evicted(const EvictionPlan& plan);
   void on_selected(const SlotTable& table, int step, const std::vector<std::vector<Slot>>& slots);
+  // Before the step's block is closed: the keys that attention reads where they were not recorded.
+  void on_moved(int kv_head, int step, std::span<const MovedKey> moved);
   // A sampled decision: correlations of its score rows, and the evictor's counts so far.
   void on_probe(std::span<const double> correlations, const Evictor::Sensitivity& sensitivity);
-  // Every step of [begin, end), one loaded block, was decided. Heads are independent: one thread each. Per
-  // head, in this order: begin_outputs; add_tile for every tile of [0, end); finish_outputs with the finished
-  // tile. The split lets a driver pass one range of tokens through many configurations while it is in the
-  // cache.
+  // Every step of [begin, end), within one loaded block and the scope, was decided. Heads are independent:
+  // one thread each. Per measured head, in this order: begin_outputs; add_tile for every tile of [0, end);
+  // finish_outputs with the finished tile. The split lets a driver pass one range of tokens through many
+  // configurations while it is in the cache.
   void begin_outputs(int kv_head, int begin, int end);
   void add_tile(int kv_head, const ValueTile& tile);
   void finish_outputs(int kv_head, const ValueTile& tile);
@@ -124,12 +141,34 @@ class MetricsCollector {
     std::vector<int32_t> victims;     // positions evicted in the last kFutureHorizon steps
     std::vector<char> revived;        // [T]
   };
+  // A held key that has moved, as one step's attention sees it: logits_[G] at `logits`.
+  struct MovedRow {
+    int step = 0, pos = 0;
+    size_t logits = 0;
+  };
+  struct MovedBlock {
+    std::vector<MovedRow> rows;  // by step
+    std::vector<float> logits;
+  };
+  // Attention over the held tokens of one row, in double precision against its own maximum.
+  struct ExactRow {
+    std::vector<float> output;
+    double recall = 0, recall_no_sinks = 0;
+  };
   // Whether attention reads the token at that step.
   bool reads(int kv_head, int pos, int step) const;
   void add_changed(int kv_head);
   void close_rows(int kv_head, const ValueTile& tile);
   void future(int kv_head);
-  void exact_row(int q_head, int step, float* output) const;
+  struct Shared {
+    double recall = 0, recall_no_sinks = 0;
+    bool far_above = false;  // a moved key outweighs the row: only an ExactRow will do
+  };
+  Shared shared_mass(int q_head, int step, double kept, std::span<const MovedRow> moved,
+                     const std::array<bool, kSinkTokens>& reads_sink) const;
+  ExactRow exact_row(int q_head, int step, std::span<const MovedRow> moved) const;
+  // Puts what the moved keys weigh now in the place of what they weighed when recorded.
+  void add_moved(int kv_head);
   size_t series_bin(int step) const;
   void add_series(SeriesKind kind, int q_head, size_t bin, double value);
   TokenClass class_of(int pos, int step) const;
@@ -145,6 +184,7 @@ class MetricsCollector {
   std::vector<int> previous_held_, previous_drops_;
   std::vector<HeadLosses> losses_;  // [H]
   std::vector<HeadBlock> blocks_;   // [H]
+  std::vector<MovedBlock> moved_;   // [H]
 };
 
 }  // namespace kvlapse

@@ -130,4 +130,15 @@ std::vector<PoolRequest> draw_requests(int n, int prompt_min, int prompt_max, in
   return requests;
 }
 
+std::vector<PoolRequest> draw_requests(int n, int n_prompt, std::span<const int> outputs, int output_max,
+                                       int gap_steps, uint64_t seed) {
+  if (outputs.empty()) fail("pool: lengths: expected at least one, found none");
+  std::vector<PoolRequest> requests(n);
+  for (int i = 0; i < n; ++i) {
+    const uint64_t drawn = counter_random({seed, static_cast<uint64_t>(i)}) % outputs.size();
+    requests[i] = {i * gap_steps, n_prompt, std::min(outputs[drawn], output_max)};
+  }
+  return requests;
+}
+
 }  // namespace kvlapse

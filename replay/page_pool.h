@@ -39,5 +39,8 @@ PoolReport simulate_pool(std::span<const PoolRequest> requests, std::span<const 
 // one every `gap_steps`. Seeded.
 std::vector<PoolRequest> draw_requests(int n, int prompt_min, int prompt_max, int output_min, int output_max,
                                        int gap_steps, uint64_t seed);
+// The same with outputs drawn from these lengths, cut at output_max: a curve says nothing beyond its end.
+std::vector<PoolRequest> draw_requests(int n, int n_prompt, std::span<const int> outputs, int output_max,
+                                       int gap_steps, uint64_t seed);
 
 }  // namespace kvlapse

@@ -40,9 +40,12 @@ bool looks_ahead(const std::vector<ReplayConfig>& configs) {
 // every configuration adds what it needs of it.
 void close_block(const SharedLayer& shared, std::vector<ValueTile>& tiles,
                  const std::vector<std::unique_ptr<ConfigRun>>& runs) {
-  const int begin = std::max(shared.begin(), shared.sequence().n_prompt), end = shared.end();
+  const MetricScope& scope = runs[0]->collector()->scope();
+  const int begin = std::max({shared.begin(), shared.sequence().n_prompt, scope.step_begin}),
+            end = shared.end();
+  if (begin >= end) return;
   tbb::parallel_for(
-      0, shared.geometry().n_kv_heads, 1,
+      scope.head_begin, scope.head_end, 1,
       [&](int h) {
         ValueTile& tile = tiles[h];
         tile.begin(shared, h);
@@ -74,7 +77,9 @@ SharedLayerNeeds shared_needs(const std::vector<ReplayConfig>& configs, bool met
     const PolicyInfo& info = config.policy->info();
     needs.window = std::max(needs.window, std::min(info.query_window, kMostWindowRows));
     needs.all_queries |= info.query_window > kMostWindowRows;
-    needs.keys |= contains(info.signals, Signal::keys) || info.query_window > kMostWindowRows;
+    needs.alike_above = std::max(needs.alike_above, info.alike_above);  // one value in the catalogue
+    needs.keys |=
+        contains(info.signals, Signal::keys) || info.query_window > kMostWindowRows || info.cache_positions;
   }
   return needs;
 }
@@ -85,7 +90,7 @@ int first_attended_step(const std::vector<ReplayConfig>& configs, const RowSeque
   return std::max(0, sequence.n_prompt - 1) / kMetricSteps * kMetricSteps;
 }
 
-ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics,
+ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, const MetricScope* scope,
                      FutureInputs* future, PlanVisitor visitor)
     : shared_(shared),
       retention_(shared.geometry().n_kv_heads, shared.sequence().n_tokens),
@@ -97,7 +102,7 @@ ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool
   const SiteFacts facts{.rope_theta = shared.rope_theta(), .future = future, .may_select = true};
   site_ = std::make_unique<CacheSite>(geometry, shared.layer(), *config.policy, config.budget,
                                       shared.sequence().n_prompt, memory_, facts);
-  if (metrics) collector_ = std::make_unique<MetricsCollector>(shared, retention_, selects_);
+  if (scope) collector_ = std::make_unique<MetricsCollector>(shared, retention_, *scope, selects_);
 }
 
 void ConfigRun::evicted(const EvictionPlan* plan) {
@@ -120,9 +125,12 @@ void ConfigRun::advance() {
     memory_.attend(site_->table(), pos);
     if (collector_) {
       collector_->on_attended(site_->table(), next_);
+      for (int h = 0; h < site_->table().n_kv_heads(); ++h)
+        if (!memory_.moved(h).empty()) collector_->on_moved(h, next_, memory_.moved(h));
       if (selects_) collector_->on_selected(site_->table(), next_, site_->select());
     }
-    const bool probes = collector_ && next_ >= next_probe_ && (next_ + 1) % site_->rule().cadence == 0 &&
+    const bool probes = collector_ && collector_->scope().has_step(next_) && next_ >= next_probe_ &&
+                        (next_ + 1) % site_->rule().cadence == 0 &&
                         site_->table().max_count() > site_->budget() - site_->rule().headroom;
     if (probes) probe_.take(*site_, memory_, shared_, next_);
     const EvictionPlan* plan = site_->finish(pos);
@@ -144,13 +152,36 @@ ReplayEngine::ReplayEngine(const RowSource& source, ReplayOptions options)
   if (layer_begin_ < source.layer_begin() || layer_end_ > source.layer_end() || layer_begin_ >= layer_end_)
     fail("replay: layers: expected a range within the recorded {}:{}, found {}:{}", source.layer_begin(),
          source.layer_end(), layer_begin_, layer_end_);
+  const int n_heads = source.geometry().n_kv_heads;
+  int most_tokens = 0;
+  for (int s = 0; s < source.n_sequences(); ++s)
+    most_tokens = std::max(most_tokens, source.sequence(s).n_tokens);
+  scope_.head_begin = options_.head_begin < 0 ? 0 : options_.head_begin;
+  scope_.head_end = options_.head_end < 0 ? n_heads : options_.head_end;
+  if (scope_.head_end > n_heads || scope_.head_begin >= scope_.head_end)
+    fail("replay: heads: expected a range within the kv heads 0:{}, found {}:{}", n_heads, scope_.head_begin,
+         scope_.head_end);
+  scope_.step_begin = options_.step_begin < 0 ? 0 : options_.step_begin;
+  scope_.step_end = options_.step_end < 0 ? most_tokens : options_.step_end;
+  if (scope_.step_end > most_tokens || scope_.step_begin >= scope_.step_end)
+    fail("replay: steps: expected a range within the positions 0:{}, found {}:{}", most_tokens,
+         scope_.step_begin, scope_.step_end);
+  const bool selects_steps = options_.step_begin >= 0 || options_.step_end >= 0;
+  for (int s = 0; s < source.n_sequences() && selects_steps; ++s) {
+    const RowSequence rows = source.sequence(s);
+    if (std::max(scope_.step_begin, rows.n_prompt) >= std::min(scope_.step_end, rows.n_tokens))
+      fail("replay: steps {}:{}: sequence {}: expected a generated token there, its are {}:{}",
+           scope_.step_begin, scope_.step_end, s, rows.n_prompt, rows.n_tokens);
+  }
 }
 
 void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& configs, bool metrics,
                                const std::function<ConfigRun::PlanVisitor(size_t, int)>& visitor,
                                const std::function<void(int, Runs&)>& finished) const {
   const RowSequence rows = source_.sequence(sequence);
-  const SharedLayerNeeds needs = shared_needs(configs, metrics);
+  const int n_steps = std::min(rows.n_tokens, scope_.step_end);
+  SharedLayerNeeds needs = shared_needs(configs, metrics);
+  needs.measured_from = scope_.step_begin;
   const int threads = options_.threads > 0 ? options_.threads : tbb::this_task_arena::max_concurrency();
   const int n_layers = layer_end_ - layer_begin_;
   size_t of_configs = 0;
@@ -179,11 +210,12 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
     if (looks_ahead(configs)) future.emplace(source_, sequence, layer);
     Runs runs;
     for (size_t c = 0; c < configs.size(); ++c)
-      runs.push_back(std::make_unique<ConfigRun>(shared, configs[c], metrics, future ? &*future : nullptr,
+      runs.push_back(std::make_unique<ConfigRun>(shared, configs[c], metrics ? &scope_ : nullptr,
+                                                 future ? &*future : nullptr,
                                                  visitor ? visitor(c, layer) : nullptr));
-    for (int begin = first_attended_step(configs, rows); begin < rows.n_tokens; begin += kMetricSteps) {
+    for (int begin = first_attended_step(configs, rows); begin < n_steps; begin += kMetricSteps) {
       if (stop) return;
-      shared.load(begin, std::min(rows.n_tokens, begin + kMetricSteps));
+      shared.load(begin, std::min(n_steps, begin + kMetricSteps));
       tbb::parallel_for(
           size_t{0}, runs.size(), size_t{1}, [&](size_t c) { runs[c]->advance(); },
           tbb::simple_partitioner());

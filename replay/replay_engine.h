@@ -26,6 +26,10 @@ struct ReplayOptions {
   size_t memory_bytes =
       size_t{768} << 20;  // of working memory; fewer layers at a time, then fewer steps a block
   int layer_begin = -1, layer_end = -1;  // -1: all recorded ones
+  // What is measured: kv heads with their query heads, and steps (positions). All heads and the steps before
+  // still decide; steps behind are not replayed. -1: all.
+  int head_begin = -1, head_end = -1;
+  int step_begin = -1, step_end = -1;
   // Layers done and in total, called from any thread. Returning false stops the replay (Interrupted is
   // thrown).
   std::function<bool(int done, int total)> progress = {};
@@ -44,8 +48,9 @@ class ConfigRun {
   // Called with every plan, prompt cut included, before the next token.
   using PlanVisitor = std::function<void(const EvictionPlan&)>;
   // `future`: for oracles, null when no policy asks for it.
-  ConfigRun(const SharedLayer& shared, const ReplayConfig& config, bool metrics, FutureInputs* future,
-            PlanVisitor visitor = {});
+  // `scope`: what is measured; null when nothing is.
+  ConfigRun(const SharedLayer& shared, const ReplayConfig& config, const MetricScope* scope,
+            FutureInputs* future, PlanVisitor visitor = {});
   // Runs the steps of the loaded block; their metrics are then due, see MetricsCollector.
   void advance();
   MetricsCollector* collector() { return collector_.get(); }
@@ -85,6 +90,7 @@ class ReplayEngine {
 
   int layer_begin() const { return layer_begin_; }
   int layer_end() const { return layer_end_; }
+  const MetricScope& scope() const { return scope_; }
 
  private:
   using Runs = std::vector<std::unique_ptr<ConfigRun>>;
@@ -94,6 +100,7 @@ class ReplayEngine {
   const RowSource& source_;
   ReplayOptions options_;
   int layer_begin_, layer_end_;
+  MetricScope scope_;
 };
 
 }  // namespace kvlapse

@@ -23,6 +23,7 @@ ReplayMemory::ReplayMemory(const SharedLayer& shared, const Retention& retention
   output_.resize(static_cast<size_t>(g.n_q_heads) * g.head_dim);
   norms_.resize(g.n_kv_heads);
   ahead_.resize(g.n_kv_heads);
+  moved_.resize(g.n_kv_heads);
   has_attention_.resize(g.n_q_heads);
   has_output_.resize(g.n_q_heads);
 }
@@ -77,6 +78,11 @@ void ReplayMemory::gather_ahead(int h) {
 std::span<const float> ReplayMemory::logits(int q_head) {
   const int h = shared_.geometry().kv_head_of(q_head);
   gather(shared_.logits(q_head, step_), index(h), count(h), logits_.data());
+  const auto dim = static_cast<size_t>(shared_.geometry().head_dim);
+  for (const MovedKey& key : moved_[h])
+    logits_[raw(key.slot)] =
+        dot(shared_.query(step_) + static_cast<size_t>(q_head) * dim, key.turned.data(), dim) *
+        shared_.scale();
   return {logits_.data(), count(h)};
 }
 
@@ -89,7 +95,7 @@ std::span<const float> ReplayMemory::attention(int q_head) {
   const std::span<float> out(ahead_row(q_head, step_), count(h));
   if (has_attention_[q_head]) return out;
   has_attention_[q_head] = 1;
-  if (retention_.held(h, shared_.row(q_head, step_).argmax, step_))
+  if (moved_[h].empty() && retention_.held(h, shared_.row(q_head, step_).argmax, step_))
     scale(1.0f / sum(out), out);  // the tail of softmax
   else
     softmax(logits(q_head), out);
@@ -123,6 +129,8 @@ std::span<const float> ReplayMemory::keys(int kv_head) {
   keys_.resize(std::max(keys_.size(), count(kv_head) * dim));
   for (size_t i = 0; i < count(kv_head); ++i)
     std::copy_n(shared_.key(kv_head, index(kv_head)[i]), dim, keys_.data() + i * dim);
+  for (const MovedKey& key : moved_[kv_head])
+    std::copy_n(key.turned.data(), dim, keys_.data() + static_cast<size_t>(raw(key.slot)) * dim);
   return {keys_.data(), count(kv_head) * dim};
 }
 
@@ -132,6 +140,13 @@ std::span<const float> ReplayMemory::values(int kv_head) {
   for (size_t i = 0; i < count(kv_head); ++i)
     std::copy_n(shared_.value(kv_head, index(kv_head)[i]), dim, values_.data() + i * dim);
   return {values_.data(), count(kv_head) * dim};
+}
+
+bool ReplayMemory::last_alike(int kv_head, float threshold, std::span<int32_t> out) {
+  const AlikeKeys* alike = shared_.alike();
+  if (alike == nullptr || alike->threshold() != threshold) return false;
+  alike->last_alike(kv_head, table_->positions(kv_head), out);
+  return true;
 }
 
 std::span<const float> ReplayMemory::window_queries(int w) {

@@ -41,6 +41,9 @@ class ReplayMemory final : public LayerMemory {
   void store(const SlotTable& table, Pos pos, const TokenRows&) override;
   void attend(const SlotTable& table, Pos pos) override;
   void apply(const EvictionPlan& plan) override;
+  void turn_keys(int kv_head, std::span<const MovedKey> moved) override { moved_[kv_head] = moved; }
+  // Keys that do not stand where they were recorded, as long as the site that said so lives.
+  std::span<const MovedKey> moved(int kv_head) const { return moved_[kv_head]; }
 
   std::span<const float> logits(int q_head) override;
   std::span<const float> attention(int q_head) override;
@@ -51,6 +54,7 @@ class ReplayMemory final : public LayerMemory {
   std::span<const float> value_row(int kv_head, Slot slot, int head_dim) override {
     return {shared_.value(kv_head, index(kv_head)[raw(slot)]), static_cast<size_t>(head_dim)};
   }
+  bool last_alike(int kv_head, float threshold, std::span<int32_t> out) override;
   std::span<const float> window_queries(int w) override;
   std::span<const float> window_logits(int q_head, int w) override;
 
@@ -80,6 +84,7 @@ class ReplayMemory final : public LayerMemory {
   std::vector<float> output_;                     // [Hq, D]
   std::vector<std::vector<float>> norms_;         // per kv head that was asked for: by slot
   std::vector<Ahead> ahead_;                      // [H]
+  std::vector<std::span<const MovedKey>> moved_;  // [H]
   std::vector<char> has_attention_, has_output_;  // [Hq]
 };
 

@@ -31,7 +31,7 @@ class Inserter {
  public:
   explicit Inserter(Database& db)
       : trace_(db.prepare("INSERT OR IGNORE INTO KV_TRACE VALUES(?,?,?,?,?,?,?,?,?,?,?)")),
-        cell_(db.prepare("INSERT INTO KV_CELL VALUES(?,?,?,?,?,?,?,?,?,?)")),
+        cell_(db.prepare("INSERT INTO KV_CELL VALUES(?,?,?,?,?,?,?,?,?,?,?)")),
         value_(db.prepare("INSERT INTO KV_VALUE VALUES(?,?,?,?)")),
         head_(db.prepare("INSERT INTO KV_HEAD VALUES(?,?,?,?,?,?,?,?)")),
         sketch_(db.prepare("INSERT INTO KV_SKETCH VALUES(?,?,?)")),
@@ -47,7 +47,7 @@ class Inserter {
     const std::string_view id = c.id;
     cell_.run(id, std::string_view(c.trace), std::string_view(c.policy), std::string_view(c.budget),
               c.budget_slots, c.budget_share, std::string_view(c.match), c.layer_begin, c.layer_end,
-              c.open_loop ? 1 : 0);
+              c.open_loop ? 1 : 0, std::string_view(c.selection));
     add_values(id, -1, c.total);
     for (size_t s = 0; s < c.sequences.size(); ++s) add_values(id, static_cast<int>(s), c.sequences[s]);
     for (const HeadSummary& h : c.heads)
@@ -102,6 +102,10 @@ auto eval_key(const EvalRow& r) {
   return std::tie(r.model, r.task, r.policy, r.budget, r.seed, r.n);
 }
 
+std::string selection_name(const std::string& selection) {
+  return selection.empty() ? "everything" : selection;
+}
+
 // Sorted and without repetitions; two different results for one cell are an error.
 void put_in_order(Results& results, const fs::path& file) {
   std::sort(results.traces.begin(), results.traces.end(), [](const ResultTrace& a, const ResultTrace& b) {
@@ -110,6 +114,10 @@ void put_in_order(Results& results, const fs::path& file) {
   auto same_trace = [](const ResultTrace& a, const ResultTrace& b) { return a.hash == b.hash; };
   results.traces.erase(std::unique(results.traces.begin(), results.traces.end(), same_trace),
                        results.traces.end());
+  for (const ResultCell& cell : results.cells)
+    if (const std::string& first = results.cells[0].selection; cell.selection != first)
+      fail("{}: expected results of one selection, found cells of {} and of {}", file.string(),
+           selection_name(first), selection_name(cell.selection));
   std::stable_sort(results.cells.begin(), results.cells.end(),
                    [](const ResultCell& a, const ResultCell& b) { return a.id < b.id; });
   for (size_t i = 1; i < results.cells.size(); ++i) {
@@ -147,6 +155,7 @@ struct ResultsFile::Impl {
   fs::path file;
   std::optional<Database> db;
   std::set<std::string> cells;
+  std::optional<std::string> selection;  // of the cells, once there is one
   std::vector<EvalRow> evals;
 };
 
@@ -155,7 +164,10 @@ ResultsFile::ResultsFile(const fs::path& file, Open how) : impl_(std::make_uniqu
   std::error_code error;
   if (how == Open::resume && fs::exists(file, error)) {
     Results held = read_results(file);
-    for (const ResultCell& cell : held.cells) impl_->cells.insert(cell.id);
+    for (const ResultCell& cell : held.cells) {
+      impl_->cells.insert(cell.id);
+      impl_->selection = cell.selection;
+    }
     impl_->evals = std::move(held.evals);
   } else {
     create_file(file, results_file_kind(), how == Open::replace,
@@ -187,6 +199,10 @@ void ResultsFile::add(const ResultTrace& trace, const std::vector<ResultCell>& c
   Inserter insert(*impl_->db);
   insert.add(trace);
   for (const ResultCell& cell : cells) {
+    if (!impl_->selection) impl_->selection = cell.selection;
+    if (cell.selection != *impl_->selection)
+      fail("{}: expected results of its selection, {}, found cells of {}", impl_->file.string(),
+           selection_name(*impl_->selection), selection_name(cell.selection));
     if (!impl_->cells.insert(cell.id).second) continue;
     insert.add(cell);
   }
@@ -221,6 +237,7 @@ Results read_results(const fs::path& file, bool details) {
     results.traces.push_back({text(0), text(1), text(2), text(3), text(4), number(5), number(6), number(7),
                               number(8), number(9), traces.integer(10)});
   }
+  const bool says_selection = db.user_version() >= 2;  // an older file holds whole layers
   Statement cells = db.prepare("SELECT * FROM KV_CELL ORDER BY cell");
   std::map<std::string, size_t, std::less<>> by_id;
   while (cells.step()) {
@@ -235,6 +252,7 @@ Results read_results(const fs::path& file, bool details) {
     c.layer_begin = static_cast<int>(cells.integer(7));
     c.layer_end = static_cast<int>(cells.integer(8));
     c.open_loop = cells.integer(9) != 0;
+    if (says_selection) c.selection = cells.text(10);
     by_id[c.id] = results.cells.size();
     results.cells.push_back(std::move(c));
   }

@@ -27,6 +27,7 @@ struct ResultCell {
   double budget_share = 0;
   int layer_begin = 0, layer_end = 0;
   bool open_loop = true;
+  std::string selection;                           // Sweep::selection_text; "" is everything
   std::vector<NamedValue> total;                   // over all sequences
   std::vector<std::vector<NamedValue>> sequences;  // each
   std::vector<HeadSummary> heads;
@@ -52,7 +53,7 @@ class ResultsFile {
 
   bool has(const std::string& cell) const;
   bool has_eval(const EvalRow& row) const;  // same model, task, policy, budget, seed and n
-  // Each call is one transaction.
+  // Each call is one transaction. Throws Error for a cell of another selection than the file's.
   void add(const ResultTrace& trace, const std::vector<ResultCell>& cells);
   void add(const EvalRow& row);
   // Rewrites the file in canonical order, complete. Nothing can be added afterwards.
@@ -83,7 +84,8 @@ struct ResultsReport {
 };
 ResultsReport verify_results(const std::filesystem::path& file);
 
-// Joins files; a cell that several hold must be equal in all. Throws Error for an incomplete input.
+// Joins files; a cell that several hold must be equal in all. Throws Error for an incomplete input, and for
+// cells of different selections: their means are of different things.
 void merge_results(const std::vector<std::filesystem::path>& inputs, const std::filesystem::path& output,
                    bool force);
 

@@ -27,6 +27,10 @@ int ring_rows(int window) {
   return kMetricSteps + (window + kMetricSteps - 1) / kMetricSteps * kMetricSteps;
 }
 
+bool compares_keys(const CacheGeometry& geometry, int n_tokens, const SharedLayerNeeds& needs) {
+  return needs.alike_above > 0 && AlikeKeys::memory_bytes(geometry, n_tokens) <= AlikeKeys::kMostBytes;
+}
+
 }  // namespace
 
 SharedLayer::SharedLayer(const RowSource& source, int sequence, int layer, SharedLayerNeeds needs)
@@ -53,6 +57,7 @@ SharedLayer::SharedLayer(const RowSource& source, int sequence, int layer, Share
   token_weights_.resize(exps_.size());
   if (needs_.outputs) outputs_.resize(static_cast<size_t>(n_q) * kMetricSteps * dim);
   rows_.resize(static_cast<size_t>(n_q) * kMetricSteps);
+  if (compares_keys(geometry_, n_tokens_, needs_)) alike_.emplace(geometry_, n_tokens_, needs_.alike_above);
 
   std::vector<float> read(static_cast<size_t>(kReadTokens) * n_kv * dim);
   for (int first = 0; first < n_tokens_; first += kReadTokens) {
@@ -83,6 +88,7 @@ size_t SharedLayer::memory_bytes(const CacheGeometry& g, int n_tokens, SharedLay
   floats += static_cast<size_t>(g.n_q_heads) * (rows + 2 * kMetricSteps) * stride;
   floats += static_cast<size_t>(g.n_q_heads) * kMetricSteps * g.head_dim;
   return floats * sizeof(float) +
+         (compares_keys(g, n_tokens, needs) ? AlikeKeys::memory_bytes(g, n_tokens) : 0) +
          static_cast<size_t>(g.n_q_heads) * kMetricSteps * (sizeof(AttentionRow) + 256);
 }
 
@@ -108,11 +114,18 @@ void SharedLayer::load(int begin, int end) {
   // Isolated: a caller may hold a lock that other work of this arena waits for.
   tbb::this_task_arena::isolate(
       [&] { tbb::parallel_for(0, geometry_.n_kv_heads, [&](int h) { load_head(h, from); }); });
+  n_compared_ = end;
 }
 
 void SharedLayer::load_head(int h, int from) {
   const int dim = geometry_.head_dim;
   const auto group = static_cast<size_t>(group_);
+  if (alike_)
+    for (int first = n_compared_; first < end_;) {
+      const int last = std::min(end_, (first / AlikeKeys::kBlock + 1) * AlikeKeys::kBlock);
+      alike_->add(h, first, last, [&](int pos) { return key(h, pos); });
+      first = last;
+    }
   const size_t n_keys = padded(end_) - kPad;
   // As far as a later step looks back at a row.
   const size_t seen = std::min(stride_, static_cast<size_t>(end_ + needs_.window + kMetricSteps));
@@ -174,7 +187,7 @@ void SharedLayer::summarise(int q, int t, float* e) {
   r.total = sum({e, n});
   if (!(r.total >= 1))
     fail("replay: layer {}, q head {}, step {}: expected finite logits, found NaN", layer_, q, t);
-  if (!needs_.metrics) return;
+  if (!needs_.metrics || t < needs_.measured_from) return;
 
   r.sinks = 0;
   for (size_t i = 0; i < std::min<size_t>(n, kSinkTokens); ++i) r.sinks += e[i];

@@ -9,9 +9,11 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "replay/alike_keys.h"
 #include "replay/row_source.h"
 
 namespace kvlapse {
@@ -43,6 +45,8 @@ struct SharedLayerNeeds {
   bool all_queries = false;  // queries of every earlier step, not only the window's
   bool keys = false;         // K rows themselves, not only logits
   bool metrics = true;       // top, hot, newest and entropy
+  int measured_from = 0;     // the first step that these are asked for
+  float alike_above = 0;     // cosine above which keys count as alike; 0: not asked
   bool outputs = false;      // outputs of the full cache (the metrics make their own: ValueTile)
 };
 
@@ -95,6 +99,9 @@ class SharedLayer {
     return value_l1_.data() + static_cast<size_t>(kv_head) * n_tokens_;
   }
 
+  // Which keys up to end() are alike; null: not asked, or too many tokens for a matrix.
+  const AlikeKeys* alike() const { return alike_ ? &*alike_ : nullptr; }
+
   // Bytes of one instance for a sequence of n_tokens.
   static size_t memory_bytes(const CacheGeometry& geometry, int n_tokens, SharedLayerNeeds needs);
 
@@ -131,6 +138,8 @@ class SharedLayer {
   std::vector<float> token_weights_;  // [H, stride, kMetricSteps * G]
   std::vector<float> outputs_;        // [Hq, kMetricSteps, D]
   std::vector<AttentionRow> rows_;    // [Hq, kMetricSteps]
+  std::optional<AlikeKeys> alike_;
+  int n_compared_ = 0;  // tokens that alike_ holds
 };
 
 }  // namespace kvlapse

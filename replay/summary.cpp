@@ -10,7 +10,6 @@ namespace kvlapse {
 namespace {
 
 constexpr std::string_view kSeriesNames[kSeriesKinds] = {"recall", "output_error", "retained"};
-constexpr double kBadRecall = 0.9;
 
 double ratio(double a, double b) {
   return b > 0 ? a / b : 0.0;
@@ -35,24 +34,27 @@ std::vector<NamedValue> summarise(const CacheGeometry& g, const PolicyInfo& poli
     std::vector<int64_t> held(s->n_tokens);
     int head_peak = 0;
     n_heads = 0;
+    int step_begin = 0, step_end = s->n_tokens;
     for (const LayerMetrics& layer : s->layers) {
       for (const QHeadMetrics& head : layer.q_heads) q.merge(head);
       for (const KvHeadMetrics& head : layer.kv_heads) {
         kv.merge(head);
         head_peak = std::max(head_peak, head.held_peak);
       }
-      n_heads += static_cast<int>(layer.kv_heads.size());
+      n_heads += layer.scope.head_end - layer.scope.head_begin;
+      step_begin = layer.scope.step_begin;
+      step_end = layer.scope.step_end;
       probe.merge(layer.probe);
       for (size_t t = 0; t < held.size(); ++t) held[t] += layer.held_by_step[t];
     }
     slots_peak_sum += held.empty() ? 0 : *std::max_element(held.begin(), held.end());
     for (int64_t h : held) slot_steps += h;
-    full_peak_sum += static_cast<int64_t>(s->n_tokens) * n_heads;
-    for (int t = s->n_prompt; t < s->n_tokens; ++t) full_steps += static_cast<int64_t>(t + 1) * n_heads;
-    const double layers = static_cast<double>(s->layers.size());
+    full_peak_sum += static_cast<int64_t>(step_end) * n_heads;
+    for (int t = std::max(s->n_prompt, step_begin); t < step_end; ++t)
+      full_steps += static_cast<int64_t>(t + 1) * n_heads;
     state_bytes += 4.0 * (policy.state_columns + policy.workspace_floats_per_slot) * head_peak * n_heads +
                    static_cast<double>(dtype_bytes(g.dtype)) * std::min(policy.query_window, s->n_tokens) *
-                       g.n_q_heads * g.head_dim * layers;
+                       g.group() * g.head_dim * n_heads;
   }
   const auto row_bytes = static_cast<int64_t>(g.head_token_bytes());
   const auto steps = static_cast<double>(q.steps), kv_steps = static_cast<double>(kv.steps);
@@ -74,7 +76,7 @@ std::vector<NamedValue> summarise(const CacheGeometry& g, const PolicyInfo& poli
       {"recall_mean", ratio(q.recall, steps)},
       {"recall_p10", recall_quantile(q.missing_sketch, 0.1)},
       {"recall_p50", recall_quantile(q.missing_sketch, 0.5)},
-      {"recall_below_90", q.missing_sketch.share_above(1 - kBadRecall)},
+      {"recall_below_90", ratio(static_cast<double>(q.low_recall), steps)},
       {"recall_no_sinks_mean", ratio(q.recall_no_sinks, steps)},
       {"recall_no_sinks_p10", recall_quantile(q.missing_no_sinks_sketch, 0.1)},
       {"missing_mass", q.missing},
@@ -119,7 +121,7 @@ double value_of(const std::vector<NamedValue>& values, std::string_view name) {
 
 bool is_integer_metric(std::string_view name) {
   for (std::string_view prefix : {"kv_bytes", "kv_byte_", "state_bytes", "slots_peak", "evictions",
-                                  "prompt_evictions", "evicted_", "sampled_victims"})
+                                  "prompt_evictions", "evicted_", "sampled_victims", "fitted_on_this_trace"})
     if (name.starts_with(prefix)) return true;
   return false;
 }
@@ -138,7 +140,9 @@ std::vector<HeadSummary> summarise_heads(int layer_begin,
   for (size_t layer = 0; layer < n_layers; ++layer) {
     const size_t n_q = sequences[0]->layers[layer].q_heads.size(),
                  n_kv = sequences[0]->layers[layer].kv_heads.size();
+    const MetricScope& scope = sequences[0]->layers[layer].scope;
     for (size_t h = 0; h < n_q; ++h) {
+      if (!scope.has_head(static_cast<int>(h * n_kv / n_q))) continue;
       QHeadMetrics q;
       KvHeadMetrics kv;
       for (const SequenceResult* s : sequences) {

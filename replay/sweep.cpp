@@ -6,6 +6,7 @@
 #include <set>
 
 #include "core/base/error.h"
+#include "replay/fit_centres.h"
 #include "replay/trace_rows.h"
 #include "trace/sqlite.h"
 
@@ -13,8 +14,8 @@ namespace kvlapse {
 namespace {
 
 std::string cell_id(const std::string& trace, const Policy& policy, const std::string& budget,
-                    BudgetMatch match, const std::vector<int>& slots, int layer_begin, int layer_end,
-                    int max_tokens) {
+                    BudgetMatch match, const std::vector<int>& slots, const ReplayEngine& engine,
+                    const SweepOptions& options) {
   const PolicyInfo& info = policy.info();
   ContentHash hash;
   hash.add("kvlapse replay").add(kReplayAlgorithm).add(trace).add(canonical_spec(policy)).add(info.version);
@@ -28,8 +29,23 @@ std::string cell_id(const std::string& trace, const Policy& policy, const std::s
     hash.add(v);
   hash.add(budget).add(budget_match_name(match));
   for (int s : slots) hash.add(s);
-  hash.add(layer_begin).add(layer_end).add(max_tokens);
+  hash.add(engine.layer_begin()).add(engine.layer_end()).add(options.max_tokens);
+  if (options.replay.head_begin >= 0 || options.replay.head_end >= 0)
+    hash.add("heads").add(engine.scope().head_begin).add(engine.scope().head_end);
+  if (options.replay.step_begin >= 0 || options.replay.step_end >= 0)
+    hash.add("steps").add(engine.scope().step_begin).add(engine.scope().step_end);
   return hash.hex();
+}
+
+// Whether the policy was calibrated on this recording, or on another one of the same tokens.
+bool fitted_on(const PolicyInfo& policy, const TraceReader& trace) {
+  if (policy.fitted_on.empty()) return false;
+  auto knows = [&](const std::string& hash) {
+    return std::find(policy.fitted_on.begin(), policy.fitted_on.end(), hash) != policy.fitted_on.end();
+  };
+  bool found = knows(trace.content_hash());
+  for (int s = 0; s < trace.n_sequences(); ++s) found |= knows(token_hash(trace.sequence(s)));
+  return found;
 }
 
 ResultTrace facts_of(const TraceReader& reader) {
@@ -85,6 +101,21 @@ Sweep::Sweep(const std::vector<std::filesystem::path>& traces, const std::vector
 
 Sweep::~Sweep() = default;
 
+std::string Sweep::selection_text(const SweepOptions& options) {
+  std::string text;
+  auto range = [&](std::string_view name, int begin, int end) {
+    if (begin < 0 && end < 0) return;
+    text += fmt::format("{}--{} {}:{}", text.empty() ? "" : " ", name, begin, end);
+  };
+  const ReplayOptions& replay = options.replay;
+  range("layers", replay.layer_begin, replay.layer_end);
+  range("heads", replay.head_begin, replay.head_end);
+  range("steps", replay.step_begin, replay.step_end);
+  if (options.max_tokens > 0)
+    text += fmt::format("{}--max-tokens {}", text.empty() ? "" : " ", options.max_tokens);
+  return text;
+}
+
 void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies,
                       const std::vector<Budget>& budgets) {
   const TraceReader& reader = *traces_[trace].reader;
@@ -92,11 +123,19 @@ void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies,
   const ReplayEngine engine(rows, options_.replay);
   for (const PolicySpec& spec : policies) {
     const std::shared_ptr<const Policy> policy = make_policy(spec);
+    policy->check_model(rows.geometry(), rows.rope_theta());
+    const bool fitted_here = fitted_on(policy->info(), reader);
+    if (fitted_here && !policy->info().allows_fitted)
+      fail(
+          "{}: policy {}: its calibration was fitted on this recording or on its tokens: fit it on another "
+          "one, "
+          "or allow it with same_trace=allow",
+          reader.file().string(), spec.name);
     for (const Budget& written : budgets) {
       // A policy that never evicts has one cell.
       const bool has_budget = policy->info().evicts || policy->info().selects;
       const Budget budget = has_budget ? written : Budget{100, true};
-      SweepCell cell{trace, policy, budget.text(), {}, {}};
+      SweepCell cell{trace, policy, budget.text(), {}, fitted_here, {}};
       for (int s = 0; s < rows.n_sequences(); ++s) {
         const RowSequence sequence = rows.sequence(s);
         const int slots = matched_budget(*policy, budget.slots(sequence.n_tokens), options_.match,
@@ -105,7 +144,7 @@ void Sweep::add_cells(size_t trace, const std::vector<PolicySpec>& policies,
         cell.budget_slots.push_back(slots);
       }
       cell.id = cell_id(traces_[trace].facts.hash, *policy, cell.budget, options_.match, cell.budget_slots,
-                        engine.layer_begin(), engine.layer_end(), options_.max_tokens);
+                        engine, options_);
       cells_.push_back(std::move(cell));
       if (!has_budget) break;
     }
@@ -165,6 +204,7 @@ void Sweep::run_cells(const std::vector<const SweepCell*>& cells, ResultsFile& r
     result.policy = canonical_spec(*cell.policy);
     result.budget = cell.budget;
     result.match = budget_match_name(options_.match);
+    result.selection = selection_text(options_);
     int most_tokens = 0;
     for (int s = 0; s < n_sequences; ++s) {
       result.budget_slots = std::max(result.budget_slots, cell.budget_slots[s]);
@@ -179,6 +219,7 @@ void Sweep::run_cells(const std::vector<const SweepCell*>& cells, ResultsFile& r
       result.sequences.push_back(summarise(rows.geometry(), cell.policy->info(), {&sequence}));
     }
     result.total = summarise(rows.geometry(), cell.policy->info(), all);
+    if (cell.fitted_here) result.total.push_back({"fitted_on_this_trace", 1});
     result.heads = summarise_heads(layer_begin, all);
     result.sketches = merged_sketches(all);
     result.series = merged_series(layer_begin, all);

@@ -14,7 +14,7 @@
 namespace kvlapse {
 
 // Raised when the meaning of any stored number changes; part of every cell's id.
-inline constexpr int kReplayAlgorithm = 2;
+inline constexpr int kReplayAlgorithm = 3;
 
 struct SweepOptions {
   ReplayOptions replay;
@@ -29,6 +29,7 @@ struct SweepCell {
   std::shared_ptr<const Policy> policy;
   std::string budget;             // as written
   std::vector<int> budget_slots;  // by sequence
+  bool fitted_here = false;       // the policy was calibrated on this very recording
   std::string id;
 };
 
@@ -40,6 +41,8 @@ class Sweep {
         const std::vector<Budget>& budgets, SweepOptions options);
   ~Sweep();
 
+  // What is replayed, as options; "" for everything. Cells of different selections do not share a file.
+  static std::string selection_text(const SweepOptions& options);
   const std::vector<SweepCell>& cells() const { return cells_; }  // of this shard, in order of trace and id
   const ResultTrace& trace(size_t index) const { return traces_[index].facts; }
   // Computes the cells that `results` lacks and adds them. `progress`: cells done and in total (fractions

@@ -1,6 +1,9 @@
 #include "replay/throughput_model.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "core/base/error.h"
@@ -38,6 +41,12 @@ double eviction_bytes_per_step(const CacheGeometry& g, const Policy& policy, dou
   return per_step + per_decision / info.rule.cadence;
 }
 
+constexpr int kUnknowns = 3;  // overhead, seconds a byte of weights, seconds a byte of K/V
+
+std::array<double, kUnknowns> features(const MeasuredStep& step) {
+  return {1.0, static_cast<double>(step.weight_bytes), static_cast<double>(step.kv_bytes)};
+}
+
 }  // namespace
 
 int slots_at(const Policy& policy, int budget, int n_prompt, int n_seen) {
@@ -54,38 +63,125 @@ int64_t sequence_bytes(const DecoderShape& shape, const Policy& policy, int budg
          policy_state_bytes(policy, shape.geometry, peak);
 }
 
-int largest_batch(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy, int budget,
-                  int n_prompt, int n_output) {
-  const int n_total = n_prompt + n_output;
-  int peak = policy.info().evicts ? std::min(n_total, policy.info().rule.peak_slots(budget)) : 0;
-  double workspace = static_cast<double>(policy_workspace_bytes(policy, shape.geometry, peak));
-  double room =
+int largest_batch(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy,
+                  std::span<const RequestLength> mix) {
+  double bytes = 0;
+  int peak = 0;
+  for (const RequestLength& r : mix) {
+    const int n_total = r.n_prompt + r.n_output;
+    if (policy.info().evicts)
+      peak = std::max(peak, std::min(n_total, policy.info().rule.peak_slots(r.budget)));
+    bytes += static_cast<double>(sequence_bytes(shape, policy, r.budget, r.n_prompt, n_total));
+  }
+  const double workspace = static_cast<double>(policy_workspace_bytes(policy, shape.geometry, peak));
+  const double room =
       gpu.memory_gib.value * kGiB * gpu.usable_share - static_cast<double>(shape.resident_bytes) - workspace;
-  double one = static_cast<double>(sequence_bytes(shape, policy, budget, n_prompt, n_total));
+  const double one = bytes / static_cast<double>(mix.size());
   return room < one ? 0 : static_cast<int>(room / one);
 }
 
-Prediction predict(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy, int budget,
-                   int batch, int n_prompt, int n_output) {
-  if (batch < 1 || n_prompt < 1 || n_output < 1)
-    fail_usage("predict: expected batch, input and output of at least 1, found {}, {}, {}", batch, n_prompt,
-               n_output);
+double predicted_step_ms(const GpuProfile& gpu, const MeasuredStep& step) {
+  return gpu.step_overhead_us.value * 1e-3 + step.batch * gpu.per_sequence_us.value * 1e-3 +
+         static_cast<double>(step.weight_bytes) / (gpu.weight_read_gbps.value * 1e6) +
+         static_cast<double>(step.kv_bytes) / (gpu.kv_read_gbps.value * 1e6);
+}
+
+GpuProfile fit_profile(GpuProfile profile, std::span<const MeasuredStep> steps, const std::string& source) {
+  if (steps.size() <= kUnknowns)
+    fail("{}: expected at least {} measured steps, found {}", source, kUnknowns + 1, steps.size());
+  // Columns are scaled to their largest value, so that the normal equations stay well conditioned.
+  std::array<double, kUnknowns> unit{};
+  for (const MeasuredStep& step : steps)
+    for (int i = 0; i < kUnknowns; ++i) unit[i] = std::max(unit[i], features(step)[i]);
+  std::array<std::array<double, kUnknowns>, kUnknowns> normal{}, inverse{};
+  std::array<double, kUnknowns> right{};
+  for (const MeasuredStep& step : steps) {
+    if (!(step.step_ms > 0 && step.weight_bytes > 0 && step.kv_bytes > 0))
+      fail("{}: expected time, weights and K/V above 0, found {} ms, {} and {} bytes", source, step.step_ms,
+           step.weight_bytes, step.kv_bytes);
+    const std::array<double, kUnknowns> x = features(step);
+    for (int i = 0; i < kUnknowns; ++i) {
+      const double xi = x[i] / unit[i] / step.step_ms;
+      right[i] += xi;
+      for (int j = 0; j < kUnknowns; ++j) normal[i][j] += xi * x[j] / unit[j] / step.step_ms;
+    }
+  }
+  for (int i = 0; i < kUnknowns; ++i) inverse[i][i] = 1;
+  for (int i = 0; i < kUnknowns; ++i) {
+    const double pivot = normal[i][i];
+    if (!(pivot > 1e-12)) fail("{}: expected steps of different weights and K/V, found alike ones", source);
+    for (int j = 0; j < kUnknowns; ++j) normal[i][j] /= pivot, inverse[i][j] /= pivot;
+    for (int r = 0; r < kUnknowns; ++r) {
+      if (r == i) continue;
+      const double factor = normal[r][i];
+      for (int j = 0; j < kUnknowns; ++j)
+        normal[r][j] -= factor * normal[i][j], inverse[r][j] -= factor * inverse[i][j];
+    }
+  }
+  std::array<double, kUnknowns> fit{};
+  for (int i = 0; i < kUnknowns; ++i)
+    for (int j = 0; j < kUnknowns; ++j) fit[i] += inverse[i][j] * right[j];
+  double residual = 0;
+  for (const MeasuredStep& step : steps) {
+    double relative = 1;
+    for (int i = 0; i < kUnknowns; ++i) relative -= fit[i] * features(step)[i] / unit[i] / step.step_ms;
+    residual += relative * relative;
+  }
+  residual /= static_cast<double>(steps.size() - kUnknowns);
+  auto value = [&](int i) { return fit[i] / unit[i]; };
+  auto error = [&](int i) { return std::sqrt(inverse[i][i] * residual) / unit[i]; };
+  for (int i = 1; i < kUnknowns; ++i)
+    if (!(value(i) > 0))
+      fail("{}: expected steps whose time grows with their bytes, found a bandwidth below 0", source);
+  const std::string provenance = fmt::format("fitted to {} steps of {}", steps.size(), source);
+  auto bandwidth = [&](int i) {  // ms a byte -> 1e9 bytes a second
+    return Sourced{1e-6 / value(i), error(i) / (value(i) * value(i)) * 1e-6, provenance};
+  };
+  profile.step_overhead_us = {value(0) * 1e3, error(0) * 1e3, provenance};
+  profile.weight_read_gbps = bandwidth(1);
+  profile.kv_read_gbps = bandwidth(2);
+  profile.per_sequence_us = {0, 0, "none: within the noise of these steps"};
+  return profile;
+}
+
+std::vector<CheckedStep> leave_one_out(const GpuProfile& profile, std::span<const MeasuredStep> steps) {
+  std::vector<CheckedStep> out;
+  for (size_t left = 0; left < steps.size(); ++left) {
+    std::vector<MeasuredStep> others(steps.begin(), steps.end());
+    others.erase(others.begin() + static_cast<ptrdiff_t>(left));
+    const double ms = predicted_step_ms(fit_profile(profile, others, "the other steps"), steps[left]);
+    out.push_back({steps[left], ms, ms / steps[left].step_ms - 1});
+  }
+  return out;
+}
+
+Prediction predict(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy, int batch,
+                   std::span<const RequestLength> mix) {
   const CacheGeometry& g = shape.geometry;
   Prediction p;
   p.batch = batch;
-  for (int n = n_prompt + 1; n <= n_prompt + n_output; ++n) {
-    int slots = slots_at(policy, budget, n_prompt, n);
-    p.slots_mean += slots;
-    p.slots_peak = std::max(p.slots_peak, slots);
+  double bytes = 0;
+  int64_t tokens = 0;
+  for (const RequestLength& r : mix) {
+    if (batch < 1 || r.n_prompt < 1 || r.n_output < 1)
+      fail_usage("predict: expected batch, input and output of at least 1, found {}, {}, {}", batch,
+                 r.n_prompt, r.n_output);
+    for (int n = r.n_prompt + 1; n <= r.n_prompt + r.n_output; ++n) {
+      const int slots = slots_at(policy, r.budget, r.n_prompt, n);
+      p.slots_mean += slots;
+      p.slots_peak = std::max(p.slots_peak, slots);
+    }
+    tokens += r.n_output;
+    bytes +=
+        static_cast<double>(sequence_bytes(shape, policy, r.budget, r.n_prompt, r.n_prompt + r.n_output));
   }
-  p.slots_mean /= n_output;
+  p.slots_mean /= static_cast<double>(tokens);
   const double kv = p.slots_mean * static_cast<double>(g.token_bytes());
   const double eviction = eviction_bytes_per_step(g, policy, p.slots_mean);
   p.weight_bytes = shape.weight_bytes;
   p.kv_bytes = std::llround(kv * batch);
   p.eviction_bytes = std::llround(eviction * batch);
-  p.memory_bytes = shape.resident_bytes +
-                   batch * sequence_bytes(shape, policy, budget, n_prompt, n_prompt + n_output) +
+  p.memory_bytes = shape.resident_bytes + std::llround(batch * (bytes / static_cast<double>(mix.size()))) +
                    policy_workspace_bytes(policy, g, p.slots_peak);
 
   const double weights_s = static_cast<double>(shape.weight_bytes) / (gpu.weight_read_gbps.value * 1e9);

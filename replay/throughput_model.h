@@ -5,7 +5,9 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "core/cache/geometry.h"
 #include "core/policy/policy.h"
@@ -53,11 +55,52 @@ int slots_at(const Policy& policy, int budget, int n_prompt, int n_seen);
 // Peak bytes of one sequence: K/V at peak slots, state; workspace is shared by the batch one layer at a time.
 int64_t sequence_bytes(const DecoderShape& shape, const Policy& policy, int budget, int n_prompt,
                        int n_total);
-// Largest batch that fits; 0 when not even one sequence does.
-int largest_batch(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy, int budget,
-                  int n_prompt, int n_output);
+// A request of a mix: what a batch is drawn from, each kind as often as it stands there.
+struct RequestLength {
+  int n_prompt = 0, n_output = 0;
+  int budget = 0;  // slots per kv head
+};
+// Largest batch of that mix whose sequences fit when all are at their peak; 0 when not even one does.
+int largest_batch(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy,
+                  std::span<const RequestLength> mix);
+inline int largest_batch(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy, int budget,
+                         int n_prompt, int n_output) {
+  const RequestLength one{n_prompt, n_output, budget};
+  return largest_batch(gpu, shape, policy, {&one, 1});
+}
 
-Prediction predict(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy, int budget,
-                   int batch, int n_prompt, int n_output);
+// A decode step that a bench measured: what a profile is fitted to and held against.
+struct MeasuredStep {
+  std::string name;  // of the model
+  int batch = 0, context = 0;
+  double step_ms = 0;
+  int64_t weight_bytes = 0, kv_bytes = 0;  // read in the step
+};
+
+// Step overhead and the bandwidths of weights and K/V by least squares of relative step time: three unknowns.
+// The cost of one sequence stays 0: what steps of a few batches tell of it is within their noise. Each error
+// is the standard error from the residuals. `profile` gives name, memory and what its provenance begins with.
+// Throws Error when the steps do not determine the three: fewer than four, or all alike.
+GpuProfile fit_profile(GpuProfile profile, std::span<const MeasuredStep> steps, const std::string& source);
+
+// Time of that step under a profile.
+double predicted_step_ms(const GpuProfile& gpu, const MeasuredStep& step);
+
+// Each step under a profile fitted to all the others.
+struct CheckedStep {
+  MeasuredStep measured;
+  double predicted_ms = 0;
+  double difference_ratio = 0;  // predicted / measured - 1
+};
+std::vector<CheckedStep> leave_one_out(const GpuProfile& profile, std::span<const MeasuredStep> steps);
+
+// Means are over the tokens of the mix: a long request counts as often as it decodes.
+Prediction predict(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy, int batch,
+                   std::span<const RequestLength> mix);
+inline Prediction predict(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy, int budget,
+                          int batch, int n_prompt, int n_output) {
+  const RequestLength one{n_prompt, n_output, budget};
+  return predict(gpu, shape, policy, batch, {&one, 1});
+}
 
 }  // namespace kvlapse

@@ -316,6 +316,13 @@ Database open_file_for_reading(const fs::path& file, const FileKind& kind) {
 Database open_file_for_appending(const fs::path& file, const FileKind& kind) {
   Database database = Database::open_for_writing(file);
   check_kind(database, kind);
+  if (const int version = database.user_version(); version < kind.version()) {
+    Transaction transaction(database);
+    for (const Migration& migration : kind.schema.subspan(static_cast<size_t>(version)))
+      database.execute(std::string(migration.sql));
+    database.execute(fmt::format("PRAGMA user_version = {}", kind.version()));
+    transaction.commit();
+  }
   database.execute(
       "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 1024");
   return database;

@@ -130,7 +130,7 @@ void create_file(const std::filesystem::path& file, const FileKind& kind, bool f
 // Opens a file of this kind and checks that it is one: SQLite, application id, a version that we know.
 Database open_file_for_reading(const std::filesystem::path& file, const FileKind& kind);
 // The same, to append in WAL (synchronous=NORMAL: a crash of the machine can lose the last commits, never the
-// file).
+// file). A file of an older version is brought up to date.
 Database open_file_for_appending(const std::filesystem::path& file, const FileKind& kind);
 // Folds the WAL into the file and leaves no side files. Returns false when a reader still holds the file: the
 // last connection that closes removes them.

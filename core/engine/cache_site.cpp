@@ -14,13 +14,14 @@ CacheSite::CacheSite(const CacheGeometry& geometry, int layer, const Policy& pol
       table_(geometry.n_kv_heads, geometry.n_slots),
       state_(policy.info().state_columns, geometry.n_kv_heads, geometry.n_slots) {
   const PolicyInfo& info = policy.info();
-  if (contains(info.signals, Signal::rope) && facts.rope_theta <= 0)
+  if ((contains(info.signals, Signal::rope) || info.cache_positions) && facts.rope_theta <= 0)
     fail("policy {}: needs the RoPE base of the model, which is unknown here", info.name);
   if (contains(info.signals, Signal::future) && !facts.future)
     fail("policy {}: is an oracle and needs a finished trace: it can be replayed, not decoded", info.name);
   if (info.selects && !facts.may_select)
     fail("policy {}: selects from a full cache and frees no memory: it can be replayed, not decoded",
          info.name);
+  policy.check_model(geometry, facts.rope_theta);
   check_budget(policy, policy.layer_budget(layer, geometry.n_layers, budget), n_prompt);
   context_.geometry = geometry;
   context_.layer = layer;
@@ -30,6 +31,7 @@ CacheSite::CacheSite(const CacheGeometry& geometry, int layer, const Policy& pol
   context_.rope_theta = facts.rope_theta;
   context_.future = facts.future;
   context_.table = &table_;
+  if (info.cache_positions) moved_keys_.emplace(geometry, facts.rope_theta);
 }
 
 void CacheSite::append(Pos pos, const TokenRows& rows) {
@@ -87,8 +89,11 @@ const std::vector<std::vector<Slot>>& CacheSite::select() {
 const EvictionPlan* CacheSite::evict(bool prompt_end) {
   const EvictionPlan* plan = evictor_.decide(policy_, context_, memory_, state_, prompt_end);
   if (!plan) return nullptr;
+  if (moved_keys_) moved_keys_->apply(*plan, table_, memory_);
   memory_.apply(*plan);
   apply_plan(*plan, table_, state_);
+  if (moved_keys_)
+    for (int h = 0; h < table_.n_kv_heads(); ++h) memory_.turn_keys(h, moved_keys_->of(h));
   return plan;
 }
 

@@ -3,9 +3,11 @@
 // code over two implementations of LayerMemory. One thread at a time per site; sites are independent.
 #pragma once
 
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "core/engine/moved_keys.h"
 #include "core/policy/evictor.h"
 
 namespace kvlapse {
@@ -27,6 +29,9 @@ class LayerMemory : public LayerInputs {
   virtual void attend(const SlotTable& table, Pos pos) = 0;
   // Moves rows as the plan says.
   virtual void apply(const EvictionPlan& plan) = 0;
+  // Replaces the stored keys of these tokens, after apply(); all that have moved, under a policy that counts
+  // positions inside the cache.
+  virtual void turn_keys(int kv_head, std::span<const MovedKey> moved) = 0;
 };
 
 // What some policies need to know beyond the cache.
@@ -79,6 +84,7 @@ class CacheSite {
   SlotState state_;
   Evictor evictor_;
   LayerContext context_;
+  std::optional<MovedKeys> moved_keys_;
 };
 
 }  // namespace kvlapse

@@ -30,6 +30,9 @@ class LiveMemory final : public LayerMemory {
     if (plan.reclaim == Reclaim::fill) return;  // the next token overwrites the victim's row
     for (int h = 0; h < store_->geometry().n_kv_heads; ++h) store_->compact(h, plan.keep[h]);
   }
+  void turn_keys(int kv_head, std::span<const MovedKey> moved) override {
+    for (const MovedKey& key : moved) store_->replace_key(kv_head, key.slot, key.turned.data());
+  }
 
   std::span<const float> logits(int q_head) override { return store_->logits(q_head, count_of(q_head)); }
   std::span<const float> attention(int q_head) override {

@@ -50,6 +50,18 @@ void TensorMemory::attend(const SlotTable& table, Pos pos) {
   ++attended_;
 }
 
+void TensorMemory::turn_keys(int kv_head, std::span<const MovedKey> moved) {
+  if (moved.empty()) return;
+  if (turned_keys_.empty()) {
+    turned_keys_.assign(k_.begin(), k_.end());
+    k_ = turned_keys_;
+  }
+  for (const MovedKey& key : moved)
+    std::copy_n(
+        key.turned.data(), d_,
+        turned_keys_.data() + (static_cast<size_t>(raw(key.pos)) * geometry_.n_kv_heads + kv_head) * d_);
+}
+
 std::span<const float> TensorMemory::logits(int q_head) {
   Cached& cached = logits_[q_head];
   if (cached.renew(attended_)) {

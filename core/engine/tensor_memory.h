@@ -22,6 +22,7 @@ class TensorMemory final : public LayerMemory {
   void store(const SlotTable&, Pos, const TokenRows&) override {}
   void attend(const SlotTable& table, Pos pos) override;
   void apply(const EvictionPlan&) override {}
+  void turn_keys(int kv_head, std::span<const MovedKey> moved) override;
 
   std::span<const float> logits(int q_head) override;
   std::span<const float> attention(int q_head) override;
@@ -55,6 +56,7 @@ class TensorMemory final : public LayerMemory {
   size_t d_;
   std::span<const float> q_, k_, v_;
   std::vector<float> value_l1_by_pos_;  // [T, H]
+  std::vector<float> turned_keys_;      // what k_ views once a key has moved
   const SlotTable* table_ = nullptr;
   int step_ = -1;
   int attended_ = 0;

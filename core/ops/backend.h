@@ -56,6 +56,8 @@ class KvStore {
   virtual void store(const SlotTable& table, const float* q, const float* k, const float* v) = 0;
   // Keeps the rows `order` of a head, renumbered 0.. .
   virtual void compact(int kv_head, std::span<const Slot> order) = 0;
+  // Overwrites one K row with fp32 values [D], rounded to the cache's dtype. Between steps.
+  virtual void replace_key(int kv_head, Slot slot, const float* row) = 0;
 
   virtual std::span<const float> logits(int q_head, int n) = 0;     // [n]
   virtual std::span<const float> attention(int q_head, int n) = 0;  // [n]

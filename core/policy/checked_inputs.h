@@ -24,6 +24,9 @@ class CheckedInputs final : public LayerInputs {
   std::span<const float> value_row(int h, Slot slot, int head_dim) override {
     return need(Signal::values, "values"), inputs_.value_row(h, slot, head_dim);
   }
+  bool last_alike(int h, float threshold, std::span<int32_t> out) override {
+    return need(Signal::keys, "keys"), inputs_.last_alike(h, threshold, out);
+  }
   std::span<const float> window_queries(int w) override { return need_window(w), inputs_.window_queries(w); }
   std::span<const float> window_logits(int h, int w) override {
     return need_window(w), inputs_.window_logits(h, w);

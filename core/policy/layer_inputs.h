@@ -57,6 +57,10 @@ class LayerInputs {
   // Their logits against the held keys; -inf where the key is newer than the query.
   virtual std::span<const float> window_logits(int q_head, int w) = 0;  // [rows, n]
 
+  // For each slot the last other one whose key has a cosine above `threshold` with its own, -1: none. False:
+  // whoever holds K has not compared them, and the caller does. Declared as Signal::keys.
+  virtual bool last_alike(int /*kv_head*/, float /*threshold*/, std::span<int32_t> /*out*/) { return false; }
+
   // The lowest scores of a decision's row, where whoever holds K and V has found them itself by the policy's
   // FusedScore; null: the policy's own scores decide.
   virtual const Lowest* fused_lowest(int /*score_row*/) { return nullptr; }

@@ -61,6 +61,13 @@ struct ParameterInfo {
       {};  // when not empty the value is an index into it and written by name
 };
 
+// A parameter that is no number: the name of a file, say. No ':' or ',' in it.
+struct TextParameter {
+  std::string_view name;
+  std::string value;  // "" in the catalogue
+  std::string_view summary;
+};
+
 // PolicyInfo::query_window of a policy that may ask for the queries of every token.
 inline constexpr int kAllQueries = 1 << 24;
 
@@ -74,18 +81,27 @@ struct PolicyInfo {
   std::string_view source;  // reference implementation and commit
   std::vector<std::string_view> deviations;
   std::vector<ParameterInfo> parameters;
+  std::vector<TextParameter> texts = {};
+  // Hashes of the recordings, and of their sequences' token ids, that a calibration was fitted on: to be
+  // scored on one of them only when the spec allows it.
+  std::vector<std::string> fitted_on = {};
+  bool allows_fitted = false;
   EvictionRule rule;
   SignalSet signals = 0;
   int query_window = 0;                       // most rows that window_* will be asked for
   int state_columns = 0;                      // SlotState columns
   int workspace_floats_per_slot = 0;          // beyond state columns, for memory accounting
   bool pairwise_similarity = false;           // the reference builds a slots x slots matrix per kv head
+  float alike_above = 0;                      // cosine that last_alike() is asked for; 0: not asked
   std::vector<std::string_view> score_parts;  // named parts of the score, at most 2
   FusedScore fused = FusedScore::none;        // what a device may compute in the policy's stead
   bool evicts = true;                         // false: full, and policies that select
   // Holds every token and attends, at each step, to the `budget` of highest score per kv head: memory is not
   // reduced. Replay only.
   bool selects = false;
+  // Positions are counted inside the cache (StreamingLLM): keys in front of an evicted token are rotated
+  // again.
+  bool cache_positions = false;
 };
 
 // Where and when a policy is asked.
@@ -157,6 +173,8 @@ class Policy {
                             Scores& out) const {
     score(at, inputs, state, out);
   }
+  // Throws Error when the policy was made for another model.
+  virtual void check_model(const CacheGeometry& /*geometry*/, double /*rope_theta*/) const {}
   // Rule of that cut.
   virtual EvictionRule prompt_rule(int budget) const;
   // Budget of a layer when layers differ.

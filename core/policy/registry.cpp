@@ -39,6 +39,7 @@ std::span<const PolicyEntry> policy_registry() {
       {keydiff_info, make_keydiff},
       {lagkv_info, make_lagkv},
       {expected_attention_info, make_expected_attention},
+      {triattention_info, make_triattention},
       {quest_info, make_quest},
       {oracle_topb_info, make_oracle_topb},
       {oracle_mass_info, make_oracle_mass},

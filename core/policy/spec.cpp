@@ -167,9 +167,14 @@ std::unique_ptr<Policy> make_policy(const PolicySpec& spec) {
         parameter->value = number(info.name, key, value, parameter->min, parameter->max);
       else
         parameter->value = static_cast<double>(choice_index(info.name, key, value, parameter->choices));
+    } else if (auto text = std::find_if(info.texts.begin(), info.texts.end(),
+                                        [&key = key](const TextParameter& p) { return p.name == key; });
+               text != info.texts.end()) {
+      text->value = value;
     } else if (!set_rule(info, key, value)) {
       std::vector<std::string_view> known(std::begin(kRuleKeys), std::end(kRuleKeys));
       for (const ParameterInfo& p : info.parameters) known.push_back(p.name);
+      for (const TextParameter& p : info.texts) known.push_back(p.name);
       fail_usage("policy {}: unknown key '{}'{}", info.name, key, suggest(key, known));
     }
   }
@@ -200,6 +205,8 @@ std::string canonical_spec(const Policy& policy) {
     if (const ParameterInfo& p = info.parameters[i]; p.value != plain.parameters[i].value)
       text += p.choices.empty() ? fmt::format(":{}={}", p.name, p.value)
                                 : fmt::format(":{}={}", p.name, p.choices[static_cast<size_t>(p.value)]);
+  for (const TextParameter& p : info.texts)
+    if (!p.value.empty()) text += fmt::format(":{}={}", p.name, p.value);
   if (a.cadence != b.cadence) text += fmt::format(":cadence={}", a.cadence);
   if (a.cast != b.cast) text += fmt::format(":cast={}", kCastNames[static_cast<int>(a.cast)]);
   if (a.gqa != b.gqa) text += fmt::format(":gqa={}", kGqaNames[static_cast<int>(a.gqa)]);

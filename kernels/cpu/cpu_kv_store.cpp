@@ -58,6 +58,11 @@ void CpuKvStore::compact(int kv_head, std::span<const Slot> order) {
   std::copy(moved_l1.begin(), moved_l1.end(), l1);
 }
 
+void CpuKvStore::replace_key(int kv_head, Slot slot, const float* row) {
+  narrow(geometry_.dtype, row, static_cast<size_t>(geometry_.head_dim),
+         keys_.data() + geometry_.row_offset_bytes(kv_head, slot));
+}
+
 std::span<const float> CpuKvStore::output(int q_head) {
   return {output_row(q_head), static_cast<size_t>(geometry_.head_dim)};
 }

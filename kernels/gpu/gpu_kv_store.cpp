@@ -86,6 +86,14 @@ void GpuKvStore::compact(int kv_head, std::span<const Slot> order) {
   value_l1_.fresh = false;
 }
 
+void GpuKvStore::replace_key(int kv_head, Slot slot, const float* row) {
+  backend_.place_pending();
+  raw_.resize(std::max(raw_.size(), static_cast<size_t>(geometry_.row_bytes())));
+  narrow(geometry_.dtype, row, static_cast<size_t>(geometry_.head_dim), raw_.data());
+  api_.upload(static_cast<std::byte*>(view_.k) + geometry_.row_offset_bytes(kv_head, slot), raw_.data(),
+              geometry_.row_bytes());
+}
+
 std::span<const float> GpuKvStore::mirror(Mirror& mirror, const float* device, size_t n) {
   if (!mirror.fresh) {
     backend_.place_pending();

@@ -19,6 +19,7 @@ class GpuKvStore final : public KvStore {
   const CacheGeometry& geometry() const override { return geometry_; }
   void store(const SlotTable& table, const float* q, const float* k, const float* v) override;
   void compact(int kv_head, std::span<const Slot> order) override;
+  void replace_key(int kv_head, Slot slot, const float* row) override;
   std::span<const float> logits(int q_head, int n) override;
   std::span<const float> attention(int q_head, int n) override;
   std::span<const float> output(int q_head) override;

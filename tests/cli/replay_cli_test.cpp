@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -46,6 +47,112 @@ TEST_F(ReplayCli, SelfReplayReportsItsKeys) {
   EXPECT_EQ(report["mismatches"], 0);
   EXPECT_TRUE(report.contains("ties"));
   EXPECT_TRUE(report["first_mismatch"].is_null());
+}
+
+TEST_F(ReplayCli, SelectionsAreSaid) {
+  const std::vector<std::string> sweep{"replay",   path("full.kvl"), "-q", "--policy",
+                                       "longflow", "--budget",       "64"};
+  auto with = [&](std::vector<std::string> extra) {
+    std::vector<std::string> all = sweep;
+    all.insert(all.end(), extra.begin(), extra.end());
+    return all;
+  };
+  const Json whole = json_of(with({"--json", "-o", path("whole.kvr")}));
+  EXPECT_FALSE(whole.contains("selection"));
+  const Json part = json_of(
+      with({"--json", "--layers", "0:1", "--heads", "0:1", "--steps", "130:200", "-o", path("part.kvr")}));
+  EXPECT_EQ(part["selection"], "--layers 0:1 --heads 0:1 --steps 130:200");
+  EXPECT_LT(part["rows"][0]["evictions"], whole["rows"][0]["evictions"]);
+  const Outcome table = run_program(with({"--heads", "1:3", "-o", path("heads.kvr")}));
+  EXPECT_EQ(table.exit_code, 0) << table.err;
+  EXPECT_THAT(table.out, HasSubstr("only --heads 1:3"));
+  EXPECT_THAT(run_program({"info", path("heads.kvr")}).out, HasSubstr("only --heads 1:3"));
+  const Outcome merged = run_program({"merge", path("whole.kvr"), path("heads.kvr"), "-o", path("mix.kvr")});
+  EXPECT_EQ(merged.exit_code, 2);
+  EXPECT_THAT(merged.err, HasSubstr("expected results of one selection"));
+  EXPECT_THAT(
+      run_program(with({"--heads", "1:3", "--steps", "130:200", "-o", path("s.kvr"), "--emit-sbatch"})).out,
+      HasSubstr("--heads 1:3 --steps 130:200"));
+  struct Bad {
+    const char *option, *value;
+    int exit_code;
+    const char* says;
+  };
+  for (const Bad& bad :
+       {Bad{"--heads", "0:99", 2, "within the kv heads 0:4, found 0:99"},
+        Bad{"--heads", "2:2", 64, "0 <= A < B"}, Bad{"--heads", "two", 64, "expected A:B"},
+        Bad{"--steps", "0:10", 2, "expected a generated token there"},
+        Bad{"--steps", "100:100000", 2, "within the positions"}, Bad{"--steps", "-5:10", 64, "0 <= A < B"}}) {
+    const Outcome outcome =
+        run_program(with({std::string(bad.option) + "=" + bad.value, "-o", path("bad.kvr"), "--force"}));
+    EXPECT_EQ(outcome.exit_code, bad.exit_code) << bad.value << outcome.err;
+    EXPECT_THAT(outcome.err, HasSubstr(bad.says));
+  }
+  EXPECT_EQ(run_program({"replay", path("longflow.kvl"), "--self", "--heads", "0:1"}).exit_code, 64);
+}
+
+TEST_F(ReplayCli, CalibratesOnAnotherRecording) {
+  ASSERT_EQ(run_program({"record", "-q", "-o", path("other.kvl"), "--max-tokens", "150", "--ignore-eos",
+                         "--task", "sort:7"})
+                .exit_code,
+            0);
+  const std::string file = path("centres.safetensors");
+  const Json made = json_of({"calibrate", path("other.kvl"), "-o", file, "-q", "--json"});
+  EXPECT_GT(made["queries"], 150);
+  EXPECT_EQ(run_program({"calibrate", path("other.kvl"), "-o", file, "-q"}).exit_code, 2);  // exists
+  auto replay = [&](const char* trace, const std::string& more) {
+    return run_program({"replay", path(trace), "-q", "--policy", "triattention:calibration=" + file + more,
+                        "--budget", "80%", "-o", path("tri.kvr"), "--force"});
+  };
+  const Outcome fair = replay("full.kvl", "");
+  EXPECT_EQ(fair.exit_code, 0) << fair.err;
+  EXPECT_EQ(fair.out.find("no fair comparison"), std::string::npos);
+  const Outcome refused = replay("other.kvl", "");
+  EXPECT_EQ(refused.exit_code, 2);
+  EXPECT_THAT(refused.err, HasSubstr("fitted on this recording"));
+  const Outcome forced = replay("other.kvl", ":same_trace=allow");
+  EXPECT_EQ(forced.exit_code, 0) << forced.err;
+  EXPECT_THAT(forced.out, HasSubstr("no fair comparison"));
+  const Outcome without = run_program({"replay", path("full.kvl"), "-q", "--policy", "triattention",
+                                       "--budget", "80%", "-o", path("tri.kvr"), "--force"});
+  EXPECT_EQ(without.exit_code, 2);
+  EXPECT_THAT(without.err, HasSubstr("kvlapse calibrate"));
+}
+
+TEST_F(ReplayCli, MeasuredProfilesAreHeldAgainstTheModel) {
+  const Json check = json_of({"predict", "--gpu", "h100-80gb", "--check", "--json"});
+  EXPECT_EQ(check["rows"].size(), 8u);
+  for (const Json& row : check["rows"])
+    EXPECT_LE(std::abs(row["difference_ratio"].get<double>()), 0.1) << row;
+  EXPECT_EQ(run_program({"predict", "--gpu", "h200", "--check"}).exit_code, 2);  // a data sheet
+
+  // From a bench to a profile to a check; a step that is far off is found.
+  Json bench = {{"rows", Json::array()}};
+  for (const auto& [weights, kv] :
+       std::vector<std::pair<double, double>>{{1e9, 1e8}, {1e9, 4e9}, {8e9, 1e8}, {8e9, 9e9}, {4e9, 2e9}})
+    bench["rows"].push_back({{"bench", "decode"},
+                             {"case", "m"},
+                             {"device", "a GPU"},
+                             {"median", 0.5 + weights / 2e9 + kv / 1e9},
+                             {"unit", "ms"},
+                             {"batch", 1},
+                             {"context", 10},
+                             {"weight_bytes", static_cast<int64_t>(weights)},
+                             {"kv_bytes", static_cast<int64_t>(kv)}});
+  std::ofstream(path("bench.json")) << bench.dump();
+  auto fit = [&] {
+    return run_program({"predict", "--fit", path("bench.json"), "--memory-gib", "80", "-o", path("gpu.json"),
+                        "--force", "--json"});
+  };
+  const Json profile = Json::parse(fit().out);
+  EXPECT_NEAR(profile["step_overhead_us"]["value"].get<double>(), 500, 1e-3);
+  EXPECT_NEAR(profile["weight_read_gbps"]["value"].get<double>(), 2000, 1e-3);
+  EXPECT_NEAR(profile["kv_read_gbps"]["value"].get<double>(), 1000, 1e-3);
+  EXPECT_EQ(run_program({"predict", "--gpu", path("gpu.json"), "--check"}).exit_code, 0);
+  bench["rows"][4]["median"] = 20;
+  std::ofstream(path("bench.json")) << bench.dump();
+  ASSERT_EQ(fit().exit_code, 0);
+  EXPECT_EQ(run_program({"predict", "--gpu", path("gpu.json"), "--check"}).exit_code, 1);
 }
 
 TEST_F(ReplayCli, SweepRowsHaveTheirKeysAndShardsMergeToTheSameBytes) {

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <map>
+
 #include "core/base/error.h"
 #include "core/policy/spec.h"
 #include "replay/page_pool.h"
@@ -84,6 +86,48 @@ TEST(MemorySimulator, CompactionReturnsWholePages) {
   EXPECT_EQ(point.reclaimable, 4 * row);
   EXPECT_EQ(point.compacted, 4 * row);
   EXPECT_EQ(memory.summary().copied_bytes, 2 * 2 * row);  // two of three rows moved, read and written
+}
+
+// R-KV's README says that a budget of 1024 saves 87.5 % of 8K tokens. Its cache grows by 128 tokens between
+// two compactions, so the peak is 1152 slots: 85.9 %.
+TEST(MemorySimulator, RkvsSavedColumnLeavesOutItsBuffer) {
+  const CacheGeometry g{1, 1, 1, 128, 0, DType::f16};
+  const std::unique_ptr<Policy> policy = make_policy("rkv");
+  const int budget = 1024, n_tokens = 8192;
+  MemorySimulator memory(g, *policy, budget, budget + 128, {.block_tokens = 16, .mode = FreeMode::compact});
+  int held = 0;
+  for (int t = 0; t < n_tokens; ++t) {
+    memory.append(Pos{t});
+    ++held;
+    if (const EvictionRule& rule = policy->info().rule; (t + 1) % rule.cadence == 0 && held > budget) {
+      EvictionPlan plan;
+      plan.step = Pos{t};
+      plan.reclaim = Reclaim::compact;
+      plan.keep.resize(1);
+      for (int s = held - budget; s < held; ++s) plan.keep[0].push_back(Slot{s});
+      memory.evict(0, plan);
+      held = budget;
+    }
+    memory.finish_step();
+  }
+  const MemorySummary summary = memory.summary();
+  EXPECT_EQ(summary.peak_slots, 1152);
+  EXPECT_DOUBLE_EQ(summary.saved_nominal_ratio, 0.875);
+  EXPECT_DOUBLE_EQ(summary.saved_peak_ratio, 1 - 1152.0 / 8192);  // 0.859375
+}
+
+TEST(PagePool, DrawsFromRecordedLengths) {
+  const std::vector<int> lengths = {5, 70, 400};
+  const std::vector<PoolRequest> requests = draw_requests(300, 12, lengths, 100, 2, 3);
+  std::map<int, int> seen;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    EXPECT_EQ(requests[i].arrival_step, static_cast<int>(i) * 2);
+    EXPECT_EQ(requests[i].n_prompt, 12);
+    ++seen[requests[i].n_output];
+  }
+  ASSERT_EQ(seen.size(), 3u);  // 400 is cut at 100
+  for (int n : {5, 70, 100}) EXPECT_NEAR(seen[n], 100, 35) << n;
+  EXPECT_THROW(draw_requests(1, 12, {}, 100, 0, 3), Error);
 }
 
 TEST(PagePool, PreemptsTheYoungestAndFinishesAll) {

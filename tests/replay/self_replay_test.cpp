@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/policy/registry.h"
+#include "replay/fit_centres.h"
 #include "tests/support/replay/recorded_run.h"
 #include "tests/support/trace/synthetic_trace.h"
 
@@ -45,17 +46,36 @@ std::vector<std::string> live_policies() {
     specs.push_back(name);
   }
   for (const char* spec :
-       {"longflow:granularity=kv_head", "longflow:cast=fp16", "longflow:ties=last", "random:pin_prompt=1"})
+       {"longflow:granularity=kv_head", "longflow:cast=fp16", "longflow:ties=last", "random:pin_prompt=1",
+        "streaming_llm:positions=cache", "streaming_llm@kvpress:positions=cache"})
     specs.push_back(spec);
   return specs;
 }
 
+// The policy, calibrated on a run of that model where it asks for that.
+std::string calibrated(const TemporaryFolder& folder, const std::string& model, const std::string& policy) {
+  if (policy != "triattention") return policy;
+  const std::filesystem::path file =
+      folder / (std::filesystem::path(model).filename().string() + ".safetensors");
+  if (!std::filesystem::exists(file)) {
+    RecordedRun run = tiny_run("full", "1");
+    run.model = model;
+    run.prompts = {some_prompt(25, 9)};
+    run.seed = 77;
+    test::record_run(folder / "other.kvl", run);
+    std::ofstream(file, std::ios::binary) << fit_centres({folder / "other.kvl"}).to_bytes();
+  }
+  return policy + ":calibration=" + file.string();
+}
+
 // Some references protect a hundred tokens and more.
-void record_at_smallest_budget(const std::filesystem::path& file, const std::string& policy) {
+void record_at_smallest_budget(const TemporaryFolder& folder, const std::filesystem::path& file,
+                               const std::string& policy) {
   for (const auto& [budget, max_tokens] : {std::pair{"48", 220}, {"100", 250}, {"280", 330}}) {
     RecordedRun run = tiny_run(policy, budget);
     run.max_tokens = max_tokens;
     if (max_tokens > 220) run.model = KVLAPSE_MODELS "/reasoner-6m";  // the tiny model's context is shorter
+    run.policy = calibrated(folder, run.model, policy);
     try {
       return test::record_run(file, run);
     } catch (const Error& error) {
@@ -68,7 +88,7 @@ void record_at_smallest_budget(const std::filesystem::path& file, const std::str
 TEST(SelfReplay, EveryLivePolicyEvictsTheSameVictims) {
   TemporaryFolder folder;
   for (const std::string& policy : live_policies()) {
-    record_at_smallest_budget(folder / "run.kvl", policy);
+    record_at_smallest_budget(folder, folder / "run.kvl", policy);
     const SelfReplayReport report = self_replay(TraceReader(folder / "run.kvl"));
     EXPECT_EQ(report.mismatches, 0) << policy;
     EXPECT_FALSE(report.first_mismatch) << policy;
@@ -95,6 +115,7 @@ TEST_P(LongSelfReplay, TwoThousandTokensOfThreeSeeds) {
   TemporaryFolder folder;
   RecordedRun run = tiny_run(GetParam(), "300");
   run.model = long_tiny_model(folder.path());
+  run.policy = calibrated(folder, run.model, run.policy);
   run.prompts = {some_prompt(30, 3), some_prompt(47, 4), some_prompt(90, 5)};
   run.max_tokens = 2000;
   test::record_run(folder / "run.kvl", run);
@@ -142,6 +163,7 @@ TEST(SelfReplay, Layer0OfAFullTraceEqualsAClosedRun) {
   const std::vector<int32_t> tokens = full.sequence(0).tokens;
   for (const std::string& policy : live_policies()) {
     RecordedRun run = tiny_run(policy, "48");
+    run.policy = calibrated(folder, run.model, policy);
     run.teachers = {std::vector<int32_t>(tokens.begin() + 30, tokens.end())};
     try {
       test::record_run(folder / "closed.kvl", run);

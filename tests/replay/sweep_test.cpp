@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "replay/comparison.h"
+#include "replay/fit_centres.h"
 #include "tests/support/trace/synthetic_trace.h"
 #include "trace/sqlite.h"
 
@@ -177,6 +178,88 @@ TEST_F(SweepTest, OtherParametersAreOtherCells) {
     for (const SweepCell& cell : cells->cells()) EXPECT_TRUE(ids.insert(cell.id).second) << policy;
   }
   EXPECT_EQ(sweep({}, "random,random:seed=0,random")->cells().size(), 4u);  // the same policy three times
+}
+
+TEST_F(SweepTest, SelectionsAreSaidAndNeverMerged) {
+  run(folder_ / "one.kvr");
+  SweepOptions part;
+  part.replay.layer_begin = 0, part.replay.layer_end = 1;
+  part.replay.head_begin = 1, part.replay.head_end = 2;
+  part.replay.step_begin = 100, part.replay.step_end = 180;
+  run(folder_ / "part.kvr", part);
+  const Results all = read_results(folder_ / "one.kvr"), some = read_results(folder_ / "part.kvr", true);
+  ASSERT_EQ(some.cells.size(), all.cells.size());
+  for (const ResultCell& cell : some.cells) {
+    EXPECT_EQ(cell.selection, "--layers 0:1 --heads 1:2 --steps 100:180");
+    EXPECT_EQ(cell.heads.size(), 1u * 2 * 5);
+    for (const ResultCell& other : all.cells) EXPECT_NE(cell.id, other.id);
+  }
+  for (const ResultCell& cell : all.cells) EXPECT_EQ(cell.selection, "");
+  EXPECT_TRUE(verify_results(folder_ / "part.kvr").violations.empty());
+  EXPECT_THROW(merge_results({folder_ / "one.kvr", folder_ / "part.kvr"}, folder_ / "no.kvr", false), Error);
+  EXPECT_FALSE(fs::exists(folder_ / "no.kvr"));
+
+  // A file goes on with its own selection only; shards of one selection merge.
+  ResultsFile other(folder_ / "one.kvr", ResultsFile::Open::resume);
+  EXPECT_THROW(sweep(part)->run(other), Error);
+  std::vector<fs::path> parts;
+  for (int shard = 0; shard < 2; ++shard) {
+    part.shard = shard, part.n_shards = 2;
+    run(parts.emplace_back(folder_ / fmt::format("part{}.kvr", shard)), part);
+  }
+  merge_results(parts, folder_ / "merged.kvr", false);
+  EXPECT_EQ(bytes_of(folder_ / "merged.kvr"), bytes_of(folder_ / "part.kvr"));
+}
+
+// Results of a version that did not know selections: read as whole ones, and gone on with.
+TEST_F(SweepTest, AFileOfTheFirstVersionIsReadAndResumed) {
+  run(folder_ / "one.kvr");
+  const std::string now = bytes_of(folder_ / "one.kvr");
+  {
+    Database db = Database::open_for_writing(folder_ / "one.kvr");
+    db.execute("DROP VIEW KV_RESULT; ALTER TABLE KV_CELL DROP COLUMN selection; PRAGMA user_version = 1");
+    db.execute("DELETE FROM KV_CELL WHERE cell IN (SELECT max(cell) FROM KV_CELL)");
+    for (const char* table : {"KV_VALUE", "KV_HEAD", "KV_SKETCH", "KV_SERIES"})
+      db.execute(fmt::format("DELETE FROM {} WHERE cell NOT IN (SELECT cell FROM KV_CELL)", table));
+    db.execute("CREATE VIEW KV_RESULT AS SELECT * FROM KV_CELL");
+  }
+  EXPECT_EQ(read_results(folder_ / "one.kvr").cells.size(), 13u);
+  EXPECT_TRUE(verify_results(folder_ / "one.kvr").violations.empty());
+  ResultsFile results(folder_ / "one.kvr", ResultsFile::Open::resume);
+  sweep()->run(results);
+  results.finish();
+  EXPECT_EQ(bytes_of(folder_ / "one.kvr"), now);
+}
+
+TEST_F(SweepTest, ACalibrationIsNotScoredOnItsOwnRecording) {
+  const fs::path file = folder_ / "centres.safetensors";
+  QueryCentres centres = fit_centres({folder_ / "a.kvl"});
+  EXPECT_EQ(centres.traces.size(), 1u);
+  EXPECT_EQ(centres.n_queries, 200);
+  std::ofstream(file, std::ios::binary) << centres.to_bytes();
+  const std::string policy = "triattention:pin_prompt=0:calibration=" + file.string();
+  auto over = [&](const char* trace, const std::string& spec) {
+    return std::make_unique<Sweep>(std::vector<fs::path>{folder_ / trace}, parse_policy_list(spec),
+                                   parse_budget_list("60"), SweepOptions{});
+  };
+  EXPECT_THROW(over("a.kvl", policy), Error);
+  EXPECT_FALSE(over("b.kvl", policy)->cells()[0].fitted_here);
+  const auto allowed = over("a.kvl", policy + ":same_trace=allow");
+  EXPECT_TRUE(allowed->cells()[0].fitted_here);
+  ResultsFile results(folder_ / "r.kvr", ResultsFile::Open::create);
+  allowed->run(results);
+  over("b.kvl", policy)->run(results);
+  results.finish();
+  for (const ResultCell& cell : read_results(folder_ / "r.kvr").cells) {
+    const bool same = cell.policy.find("same_trace=allow") != std::string::npos;
+    EXPECT_EQ(value_of(cell.total, "fitted_on_this_trace") == 1, same);
+    EXPECT_NE(cell.policy.find(":fit=" + query_centres_id(file)), std::string::npos);
+    EXPECT_GT(value_of(cell.total, "evictions"), 0);
+  }
+  // The same tokens under another name and content are the same text.
+  centres.traces = {"another"};
+  std::ofstream(file, std::ios::binary) << centres.to_bytes();
+  EXPECT_THROW(over("a.kvl", policy), Error);
 }
 
 TEST_F(SweepTest, RefusesAnExistingFileABudgetBelowTheProtectedSetAndABadShard) {

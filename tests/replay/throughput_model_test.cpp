@@ -50,6 +50,58 @@ TEST(Predict, CountsTheBytesOfAStep) {
   EXPECT_GT(p.tokens_per_s_error, 0);
 }
 
+// A mix of short and long requests: the batch is bounded by their mean, time by the mean over tokens.
+TEST(LargestBatch, OfAMixOfLengths) {
+  std::unique_ptr<Policy> full = make_policy("full"), longflow = make_policy("longflow");
+  const std::vector<RequestLength> mix = {{100, 900, 512}, {100, 2900, 512}};
+  GpuProfile gpu = plain_gpu();
+  const double room = 80.0 * 1024 * 1024 * 1024 - 16060522496, token = 131072;
+  EXPECT_EQ(largest_batch(gpu, llama_8b(), *full, mix), static_cast<int>(room / (2000 * token)));
+  EXPECT_GT(largest_batch(gpu, llama_8b(), *longflow, mix), 3 * largest_batch(gpu, llama_8b(), *full, mix));
+  const Prediction p = predict(gpu, llama_8b(), *full, 4, mix);
+  double slots = 0;
+  for (const RequestLength& r : mix)
+    for (int n = r.n_prompt + 1; n <= r.n_prompt + r.n_output; ++n) slots += n;
+  EXPECT_NEAR(p.slots_mean, slots / 3800, 1e-9);
+  EXPECT_EQ(p.memory_bytes, 16060522496 + 4 * 2000 * int64_t{131072});
+  EXPECT_EQ(p.slots_peak, 3000);
+}
+
+std::vector<MeasuredStep> made_up_steps() {
+  std::vector<MeasuredStep> steps;
+  for (const auto& [weights, kv] :
+       std::vector<std::pair<double, double>>{{3e9, 1e8}, {3e9, 2e9}, {15e9, 1e8}, {15e9, 6e10}, {3e9, 5e10}})
+    steps.push_back({"m", 1, 1, 0.4 + weights / 2.7e9 + kv / 2.9e9, static_cast<int64_t>(weights),
+                     static_cast<int64_t>(kv)});
+  return steps;
+}
+
+TEST(FitProfile, FindsWhatTheStepsWereMadeOf) {
+  std::vector<MeasuredStep> steps = made_up_steps();
+  const GpuProfile gpu = fit_profile(plain_gpu(), steps, "a test");
+  EXPECT_NEAR(gpu.step_overhead_us.value, 400, 1e-6);
+  EXPECT_NEAR(gpu.weight_read_gbps.value, 2700, 1e-6);
+  EXPECT_NEAR(gpu.kv_read_gbps.value, 2900, 1e-6);
+  EXPECT_NEAR(gpu.weight_read_gbps.error, 0, 1e-3);
+  EXPECT_EQ(gpu.weight_read_gbps.provenance, "fitted to 5 steps of a test");
+  for (const MeasuredStep& step : steps) EXPECT_NEAR(predicted_step_ms(gpu, step), step.step_ms, 1e-9);
+  for (const CheckedStep& step : leave_one_out(gpu, steps)) EXPECT_NEAR(step.difference_ratio, 0, 1e-9);
+  // A tenth off in one step: its own prediction, from the others, stays where it was.
+  steps[1].step_ms *= 1.1;
+  EXPECT_NEAR(leave_one_out(gpu, steps)[1].difference_ratio, 1 / 1.1 - 1, 1e-9);
+  EXPECT_GT(fit_profile(plain_gpu(), steps, "a test").weight_read_gbps.error, 1);
+}
+
+TEST(FitProfile, RefusesStepsThatDoNotTell) {
+  std::vector<MeasuredStep> steps = made_up_steps();
+  EXPECT_THROW(fit_profile(plain_gpu(), std::span(steps).first(3), "a test"), Error);
+  for (MeasuredStep& step : steps) step = steps[0];
+  EXPECT_THROW(fit_profile(plain_gpu(), steps, "a test"), Error);
+  steps = made_up_steps();
+  steps[2].step_ms = 0;
+  EXPECT_THROW(fit_profile(plain_gpu(), steps, "a test"), Error);
+}
+
 TEST(LargestBatch, CountsWeightsAndState) {
   std::unique_ptr<Policy> full = make_policy("full");
   GpuProfile gpu = plain_gpu();

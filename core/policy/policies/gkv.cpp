@@ -52,7 +52,7 @@ class Gkv final : public Policy {
                    [&](int h) { return state.column(0, h).first(row.size()); });
       redundancy.resize(row.size());
       reduce_heads(kv_heads_of(at, out, r), GqaRule::mean, similar, [&](int h) {
-        forgiving_redundancy(inputs.keys(h), at.geometry.head_dim, kSimilar, redundancy);
+        forgiving_redundancy(inputs, h, at.geometry.head_dim, kSimilar, redundancy);
         divide_by_max(redundancy);
         return std::span<const float>(redundancy);
       });
@@ -85,6 +85,8 @@ PolicyInfo gkv_info() {
   info.rule.reclaim = Reclaim::compact;
   info.signals = Signal::query_window | Signal::keys;
   info.state_columns = 1;
+  info.pairwise_similarity = true;
+  info.alike_above = kSimilar;
   info.score_parts = {"importance", "redundancy"};
   return info;
 }

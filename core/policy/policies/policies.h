@@ -47,6 +47,7 @@ KVLAPSE_POLICY(knorm);
 KVLAPSE_POLICY(keydiff);
 KVLAPSE_POLICY(lagkv);
 KVLAPSE_POLICY(expected_attention);
+KVLAPSE_POLICY(triattention);
 KVLAPSE_POLICY(quest);
 KVLAPSE_POLICY(oracle_topb);
 KVLAPSE_POLICY(oracle_mass);

@@ -31,7 +31,7 @@ class Rkv final : public Policy {
       const HeadRange heads = kv_heads_of(at, out, r);
       for (int h = heads.begin; h < heads.end; ++h) {
         std::span<float> to = out.shared() ? std::span<float>(one) : redundancy;
-        forgiving_redundancy(inputs.keys(h), at.geometry.head_dim, kSimilar, to);
+        forgiving_redundancy(inputs, h, at.geometry.head_dim, kSimilar, to);
         if (out.shared())
           for (int i = 0; i < n; ++i) redundancy[i] += one[i] / static_cast<float>(heads.size());
       }
@@ -80,6 +80,7 @@ PolicyInfo rkv_zefan_cai_info() {
   info.signals = Signal::query_window | Signal::keys;
   info.score_parts = {"importance", "redundancy"};
   info.pairwise_similarity = true;
+  info.alike_above = kSimilar;
   return info;
 }
 

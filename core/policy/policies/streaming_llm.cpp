@@ -6,6 +6,7 @@ namespace {
 
 std::unique_ptr<Policy> with_sinks(PolicyInfo info) {
   info.rule.sinks = static_cast<int>(info.parameters[0].value);
+  info.cache_positions = info.parameters[1].value != 0;
   return std::make_unique<Recency>(std::move(info));
 }
 
@@ -29,9 +30,12 @@ PolicyInfo streaming_llm_info() {
   info.formula = "score = position; the first `sinks` positions are protected";
   info.paper = "arXiv 2309.17453";
   info.deviations = {
-      "the paper numbers positions inside the cache; like most reasoning papers this keeps absolute ones: "
-      "keys keep their original rotation"};
-  info.parameters = {{"sinks", 4, 0, 4096, "first positions that are never evicted"}};
+      "the paper numbers positions inside the cache (positions=cache): the sinks' keys are rotated again as "
+      "tokens go; like most reasoning papers the default keeps every key's original rotation",
+      "positions=cache keeps the newest token at its own position and moves the keys in front of an evicted "
+      "one, which gives the same differences of positions as numbering the cache from 0"};
+  info.parameters = {{"sinks", 4, 0, 4096, "first positions that are never evicted"},
+                     {"positions", 0, 0, 1, "what attention counts", {"absolute", "cache"}}};
   info.rule.granularity = Granularity::layer;
   info.rule.sinks = 4;
   return info;
@@ -47,6 +51,7 @@ PolicyInfo streaming_llm_kvpress_info() {
   info.deviations.push_back(
       "sinks are positions; in DecodingPress they are slots, and after a compaction any tokens may sit "
       "there");
+  info.deviations.push_back("positions=cache is KeyRerotationPress around it");
   return info;
 }
 

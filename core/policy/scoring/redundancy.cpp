@@ -17,8 +17,11 @@ std::vector<float> scaled_keys(std::span<const float> keys, int head_dim, bool b
   std::vector<float> unit(keys.size());
   const size_t d = head_dim;
   for (size_t i = 0; i < keys.size(); i += d) {
-    const float square = dot(&keys[i], &keys[i], d), norm = std::sqrt(square);
-    const float divisor = (by_square ? norm * norm : norm) + kEpsilon;
+    if (!by_square) {
+      unit_key(keys.subspan(i, d), &unit[i]);
+      continue;
+    }
+    const float norm = std::sqrt(dot(&keys[i], &keys[i], d)), divisor = norm * norm + kEpsilon;
     for (size_t j = 0; j < d; ++j) unit[i + j] = keys[i + j] / divisor;
   }
   return unit;
@@ -35,15 +38,11 @@ void mean_products(std::span<const float> unit, int head_dim, std::span<float> o
   for (size_t j = 0; j < n; ++j) out[j] = dot(mean.data(), &unit[j * d], d);
 }
 
-}  // namespace
-
-void forgiving_redundancy(std::span<const float> keys, int head_dim, float threshold, std::span<float> out) {
-  const std::vector<float> unit = scaled_keys(keys, head_dim, false);
-  const size_t n = out.size(), d = head_dim;
-  mean_products(unit, head_dim, out);
-  // Only the forgiven entry of a row must be known: the last one above the threshold. Found from the end,
-  // most rows need few products; kRows rows share the keys that they look at.
-  std::vector<float> forgiven(n, 0.0f), cosines(kRows * kChunk);
+// Each row's forgiven entry, added to its column. Only the last cosine above the threshold must be known:
+// found from the end, most rows need few products; kRows rows share the keys that they look at.
+void search_forgiven(std::span<const float> unit, size_t d, float threshold, std::span<float> forgiven) {
+  const size_t n = forgiven.size();
+  std::vector<float> cosines(kRows * kChunk);
   for (size_t first = 0; first < n; first += kRows) {
     const size_t rows = std::min(kRows, n - first);
     bool found[kRows] = {};
@@ -63,6 +62,30 @@ void forgiving_redundancy(std::span<const float> keys, int head_dim, float thres
       }
       end = begin;
     }
+  }
+}
+
+}  // namespace
+
+void unit_key(std::span<const float> key, float* out) {
+  const float divisor = std::sqrt(dot(key.data(), key.data(), key.size())) + kEpsilon;
+  for (size_t j = 0; j < key.size(); ++j) out[j] = key[j] / divisor;
+}
+
+void forgiving_redundancy(LayerInputs& inputs, int kv_head, int head_dim, float threshold,
+                          std::span<float> out) {
+  const std::vector<float> unit = scaled_keys(inputs.keys(kv_head), head_dim, false);
+  const size_t n = out.size(), d = head_dim;
+  mean_products(unit, head_dim, out);
+  std::vector<float> forgiven(n, 0.0f);
+  std::vector<int32_t> alike(n);
+  if (inputs.last_alike(kv_head, threshold, alike)) {
+    for (size_t i = 0; i < n; ++i) {
+      const auto j = static_cast<size_t>(std::max(alike[i], 0));  // slot 0 when nothing is alike
+      if (j != i) forgiven[j] += dot(&unit[i * d], &unit[j * d], d);
+    }
+  } else {
+    search_forgiven(unit, d, threshold, forgiven);
   }
   for (size_t i = 0; i < n; ++i) forgiven[i] += dot(&unit[i * d], &unit[i * d], d);
   const float scale = 1.0f / static_cast<float>(n);

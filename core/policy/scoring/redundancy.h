@@ -4,11 +4,17 @@
 
 #include <span>
 
+#include "core/policy/layer_inputs.h"
+
 namespace kvlapse {
+
+// A key divided by its norm as R-KV does it: what its cosines are products of.
+void unit_key(std::span<const float> key, float* out);
 
 // R-KV (Zefan-Cai/R-KV, cal_similarity with "last"): softmax over all slots of the mean over rows of the
 // keys' cosines, the diagonal and one entry a row forgiven: the last one above `threshold`, or slot 0.
-void forgiving_redundancy(std::span<const float> keys, int head_dim, float threshold, std::span<float> out);
+void forgiving_redundancy(LayerInputs& inputs, int kv_head, int head_dim, float threshold,
+                          std::span<float> out);
 
 // The LongFlow repository's port: keys divided by their squared norm, nothing forgiven.
 void plain_redundancy(std::span<const float> keys, int head_dim, std::span<float> out);

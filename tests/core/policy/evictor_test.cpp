@@ -98,6 +98,25 @@ TEST(Evictor, MeasuresWhatPrecisionDecides) {
   EXPECT_EQ(b.evictor.sensitivity().victims, 1);
   EXPECT_EQ(b.evictor.sensitivity().fp16, 1);
   EXPECT_EQ(b.evictor.sensitivity().ties, 0);
+  // A unit in the last place moves each position up, down or not at all: over many positions of one score
+  // each some victim changes, and none where scores lie far apart.
+  auto count_ulp = [](float step) {
+    std::vector<float> attention(40);
+    for (size_t i = 0; i < attention.size(); ++i) attention[i] = 0.01f + step * static_cast<float>(i % 2);
+    auto many = tova_bench("tova@kvpress:cadence=1", attention, 10);
+    many.evictor.count_sensitivity(true);
+    EXPECT_EQ(many.dropped().size(), 30u);
+    return many.evictor.sensitivity().ulp;
+  };
+  EXPECT_GT(count_ulp(0), 0);
+  EXPECT_GT(count_ulp(0.001f), 0);  // 20 of the higher score, 10 of which stay
+  std::vector<float> apart(40);
+  for (size_t i = 0; i < apart.size(); ++i) apart[i] = 0.001f * static_cast<float>(i + 1);
+  auto clear = tova_bench("tova@kvpress:cadence=1", apart, 10);
+  clear.evictor.count_sensitivity(true);
+  EXPECT_EQ(clear.dropped().size(), 30u);
+  EXPECT_EQ(clear.evictor.sensitivity().ulp, 0);
+  EXPECT_EQ(clear.evictor.sensitivity().fp16, 0);
   auto tie = tova_bench("tova", {0.1f, 0.1f, 0.8f}, 3);
   tie.evictor.count_sensitivity(true);
   tie.dropped();

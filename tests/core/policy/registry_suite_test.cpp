@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <optional>
 #include <set>
 #include <sstream>
 
@@ -11,6 +12,7 @@
 #include "core/base/rng.h"
 #include "core/engine/tensor_memory.h"
 #include "core/policy/registry.h"
+#include "tests/support/core/centres_file.h"
 
 namespace kvlapse {
 namespace {
@@ -73,18 +75,26 @@ std::string spec_of(const PolicyEntry& entry) {
 
 class EveryPolicy : public testing::TestWithParam<std::string> {
  protected:
-  // Default rules, but often enough for a short test.
+  // Default rules, but often enough for a short test; calibrated for these tokens where it asks for that.
+  std::unique_ptr<Policy> policy(const Tokens& tokens, const std::string& more = "") {
+    if (GetParam() != "triattention") return policy(more);
+    centres_.emplace(test::some_centres(tokens.geometry, 10000));
+    return policy(":calibration=" + centres_->path() + more);
+  }
   std::unique_ptr<Policy> policy(const std::string& more = "") const {
     std::string spec = GetParam() + more;
     if (make_policy(spec)->info().rule.cadence > 1) spec += ":cadence=16";
     return make_policy(spec);
   }
   static constexpr int kBudget = 300;  // above every default's protected set
+
+ private:
+  std::optional<test::CentresFile> centres_;
 };
 
 TEST_P(EveryPolicy, KeepsToItsBudget) {
   Tokens tokens(480, 4, 2, 16, 1);
-  auto p = policy();
+  auto p = policy(tokens);
   Outcome out = run(*p, tokens, 470, kBudget, 20);
   if (!p->info().evicts) return;
   const EvictionRule& rule = p->info().rule;
@@ -100,7 +110,7 @@ TEST_P(EveryPolicy, KeepsToItsBudget) {
 
 TEST_P(EveryPolicy, NeverDropsWhatIsProtected) {
   Tokens tokens(480, 4, 2, 16, 2);
-  auto p = policy(":pin_prompt=1");
+  auto p = policy(tokens, ":pin_prompt=1");
   // PyramidKV's last layer has little room beside a pinned prompt.
   const int budget = p->layer_budget(1, 2, kBudget) < kBudget ? 2000 : kBudget;
   Outcome out = run(*p, tokens, 470, budget, 24);
@@ -122,12 +132,13 @@ TEST_P(EveryPolicy, NeverDropsWhatIsProtected) {
 
 TEST_P(EveryPolicy, IsDeterministic) {
   Tokens tokens(400, 4, 2, 16, 3);
-  EXPECT_EQ(run(*policy(), tokens, 390, kBudget, 8).dropped, run(*policy(), tokens, 390, kBudget, 8).dropped);
+  EXPECT_EQ(run(*policy(tokens), tokens, 390, kBudget, 8).dropped,
+            run(*policy(tokens), tokens, 390, kBudget, 8).dropped);
 }
 
 TEST_P(EveryPolicy, CutsALongPrompt) {
   Tokens tokens(480, 4, 2, 16, 4);
-  auto p = policy(":pin_prompt=0");
+  auto p = policy(tokens, ":pin_prompt=0");
   Outcome out = run(*p, tokens, 450, kBudget, 400);
   if (!p->info().evicts) return;
   EXPECT_FALSE(out.dropped.empty());
@@ -137,7 +148,8 @@ TEST_P(EveryPolicy, CutsALongPrompt) {
 }
 
 TEST_P(EveryPolicy, OneHeadOfEachKindAndTheSmallestBudget) {
-  auto p = policy();
+  Tokens tokens(320, 1, 1, 2, 5);
+  auto p = policy(tokens);
   if (!p->info().evicts) return;
   int budget = 1;
   auto accepted = [&] {
@@ -149,20 +161,19 @@ TEST_P(EveryPolicy, OneHeadOfEachKindAndTheSmallestBudget) {
     }
   };
   while (!accepted()) ASSERT_LT(++budget, 1000);
-  Tokens tokens(320, 1, 1, 2, 5);
   EXPECT_FALSE(run(*p, tokens, 310, budget, 1, 1).dropped.empty());
 }
 
 TEST_P(EveryPolicy, ABudgetAboveTheSequenceDropsNothing) {
   Tokens tokens(64, 2, 1, 8, 6);
-  EXPECT_TRUE(run(*policy(), tokens, 60, 1000, 4).dropped.empty());
+  EXPECT_TRUE(run(*policy(tokens), tokens, 60, 1000, 4).dropped.empty());
 }
 
 TEST_P(EveryPolicy, SharedAndPerHeadBothWork) {
   Tokens tokens(420, 4, 2, 16, 7);
   for (const char* granularity : {":granularity=layer", ":granularity=kv_head"})
     for (const char* gqa : {":gqa=mean", ":gqa=max", ":gqa=sum"}) {
-      auto p = policy(std::string(granularity) + gqa);
+      auto p = policy(tokens, std::string(granularity) + gqa);
       Outcome out = run(*p, tokens, 400, kBudget, 8);
       if (p->info().rule.granularity == Granularity::layer && !p->info().rule.ragged) {
         EXPECT_EQ(out.held[0], out.held[1]);

@@ -64,6 +64,8 @@ std::vector<SessionCase> policy_cases() {
           {"longflow", "25%", DType::bf16, 0.7, false, 100},
           {"random", "9", DType::f32, 0, false, 60},
           {"streaming_llm:sinks=2", "10", DType::bf16, 0, false, 60},
+          {"streaming_llm:sinks=2:positions=cache", "10", DType::bf16, 0, true, 60},
+          {"streaming_llm@kvpress:sinks=2:positions=cache:cadence=8", "16", DType::f32, 0.7, true, 60},
           {"h2o", "12", DType::f16, 0, false, 60},
           {"tova", "12", DType::f32, 0, false, 60},
           {"snapkv:cadence=8:window=4", "16", DType::f32, 0, false, 60},
