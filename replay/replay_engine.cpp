@@ -1,7 +1,6 @@
 #include "replay/replay_engine.h"
 
 #include <tbb/global_control.h>
-#include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include <optional>
 
 #include "replay/future_tables.h"
+#include "replay/parallel_for.h"
 #include "replay/value_tile.h"
 
 namespace kvlapse {
@@ -44,20 +44,17 @@ void close_block(const SharedLayer& shared, std::vector<ValueTile>& tiles,
   const int begin = std::max({shared.begin(), shared.sequence().n_prompt, scope.step_begin}),
             end = shared.end();
   if (begin >= end) return;
-  tbb::parallel_for(
-      scope.head_begin, scope.head_end, 1,
-      [&](int h) {
-        ValueTile& tile = tiles[h];
-        tile.begin(shared, h);
-        for (const auto& run : runs) run->collector()->begin_outputs(h, begin, end);
-        for (int first = 0; first < end; first += ValueTile::kTokens) {
-          tile.load(first, std::min(end, first + ValueTile::kTokens));
-          for (const auto& run : runs) run->collector()->add_tile(h, tile);
-        }
-        tile.finish();
-        for (const auto& run : runs) run->collector()->finish_outputs(h, tile);
-      },
-      tbb::simple_partitioner());
+  parallel_for(scope.head_begin, scope.head_end, [&](int h) {
+    ValueTile& tile = tiles[h];
+    tile.begin(shared, h);
+    for (const auto& run : runs) run->collector()->begin_outputs(h, begin, end);
+    for (int first = 0; first < end; first += ValueTile::kTokens) {
+      tile.load(first, std::min(end, first + ValueTile::kTokens));
+      for (const auto& run : runs) run->collector()->add_tile(h, tile);
+    }
+    tile.finish();
+    for (const auto& run : runs) run->collector()->finish_outputs(h, tile);
+  });
 }
 
 int layer_capacity(const SharedLayer& shared, const ReplayConfig& config) {
@@ -216,9 +213,7 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
     for (int begin = first_attended_step(configs, rows); begin < n_steps; begin += kMetricSteps) {
       if (stop) return;
       shared.load(begin, std::min(n_steps, begin + kMetricSteps));
-      tbb::parallel_for(
-          size_t{0}, runs.size(), size_t{1}, [&](size_t c) { runs[c]->advance(); },
-          tbb::simple_partitioner());
+      parallel_for(size_t{0}, runs.size(), [&](size_t c) { runs[c]->advance(); });
       if (metrics && shared.end() > rows.n_prompt) close_block(shared, tiles, runs);
     }
     finished(layer, runs);
@@ -226,15 +221,12 @@ void ReplayEngine::over_layers(int sequence, const std::vector<ReplayConfig>& co
   arena.execute([&] {
     // `at_once` workers take layers in turn; inside one, configurations run in parallel. A worker that waits
     // for its own configurations must not start another layer: that would hold two layers' memory.
-    tbb::parallel_for(
-        0, at_once, 1,
-        [&](int) {
-          for (int layer = next++; layer < layer_end_ && !stop; layer = next++) {
-            tbb::this_task_arena::isolate([&] { over_layer(layer); });
-            if (options_.progress && !options_.progress(++done, n_layers)) stop = true;
-          }
-        },
-        tbb::simple_partitioner());
+    parallel_for(0, at_once, [&](int) {
+      for (int layer = next++; layer < layer_end_ && !stop; layer = next++) {
+        tbb::this_task_arena::isolate([&] { over_layer(layer); });
+        if (options_.progress && !options_.progress(++done, n_layers)) stop = true;
+      }
+    });
   });
   if (stop) throw Interrupted("replay: interrupted");
 }

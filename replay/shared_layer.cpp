@@ -1,6 +1,5 @@
 #include "replay/shared_layer.h"
 
-#include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 #include "core/base/row_math.h"
 #include "core/base/vector_math.h"
 #include "replay/dense_kernels.h"
+#include "replay/parallel_for.h"
 
 namespace kvlapse {
 namespace {
@@ -113,7 +113,7 @@ void SharedLayer::load(int begin, int end) {
                queries_.data() + static_cast<size_t>(read_from - first_query_) * query_floats);
   // Isolated: a caller may hold a lock that other work of this arena waits for.
   tbb::this_task_arena::isolate(
-      [&] { tbb::parallel_for(0, geometry_.n_kv_heads, [&](int h) { load_head(h, from); }); });
+      [&] { parallel_for(0, geometry_.n_kv_heads, [&](int h) { load_head(h, from); }); });
   n_compared_ = end;
 }
 
