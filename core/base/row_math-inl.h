@@ -307,13 +307,11 @@ HWY_INLINE void transpose8(const Vec8 (&row)[8], float* out, size_t out_stride) 
 template <int kLane, int kStep, int X, int K, size_t kDim>
 HWY_INLINE void column_sums(const float* columns, size_t any_dim, const float* const* x, Vec (&sum)[X][K]) {
   if constexpr (kStep == kVirtualLanes) {
-    const size_t dim = kDim ? kDim : any_dim;
 #pragma GCC unroll 4
     for (int j = 0; j < X; ++j)
 #pragma GCC unroll 2
       for (int k = 0; k < K; ++k) sum[j][k] = hn::Zero(Tag());
-#pragma GCC unroll 8
-    for (size_t i = kLane; i < dim; i += kVirtualLanes) {
+    auto add_column = [&](size_t i) HWY_ATTR {
       Vec a[K];
 #pragma GCC unroll 2
       for (int k = 0; k < K; ++k) {
@@ -326,6 +324,12 @@ HWY_INLINE void column_sums(const float* columns, size_t any_dim, const float* c
 #pragma GCC unroll 2
         for (int k = 0; k < K; ++k) sum[j][k] = hn::MulAdd(a[k], b, sum[j][k]);
       }
+    };
+    if constexpr (kDim) {
+#pragma GCC unroll 4
+      for (size_t i = kLane; i < kDim; i += kVirtualLanes) add_column(i);
+    } else {
+      for (size_t i = kLane; i < any_dim; i += kVirtualLanes) add_column(i);
     }
   } else {
     Vec other[X][K];

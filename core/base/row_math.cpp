@@ -65,11 +65,9 @@ void ToColumns(const RowView& rows, size_t n, size_t dim, float* columns) {
 void DotColumns(const float* columns, size_t n, size_t dim, const float* x, size_t x_stride, size_t n_x,
                 float factor, float* out, size_t out_stride) {
 #if KVLAPSE_SIMD
-  switch (dim) {
-    case 64: return dot_columns_of<64>(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
-    case 128: return dot_columns_of<128>(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
-    default: return dot_columns_of<0>(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
-  }
+  // Unrolled for the most usual short rows; longer ones pay less for the loop.
+  if (dim == 64) return dot_columns_of<64>(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
+  dot_columns_of<0>(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
 #else
   scalar::dot_columns(columns, n, dim, x, x_stride, n_x, factor, out, out_stride);
 #endif
