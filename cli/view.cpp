@@ -8,6 +8,7 @@
 #include "cli/command.h"
 #include "cli/doctor.h"
 #include "core/base/error.h"
+#include "kernels/cpu/bench/bench.h"
 
 namespace kvlapse::cli {
 namespace {
@@ -53,6 +54,10 @@ void view(const Options& options) {
     for (const Finding& finding : examine_machine())
       rows.push_back({finding.name, std::string(state_name(finding.state)), finding.detail, finding.advice});
     return rows;
+  };
+  view.measure_machine = [](int threads) {
+    constexpr size_t kBytes = size_t{192} << 20;  // beyond the last-level cache of most machines
+    return gui::MachineCeilings{read_bandwidth_gbps(threads, kBytes), multiply_add_gflops(threads)};
   };
   gui::run_view(view);
 }

@@ -31,6 +31,7 @@ struct Ui {
   WhatIfChoice what_if;  // shown beside the recording; empty policy: none
   std::shared_ptr<QualitySource> quality;
   std::function<std::vector<MachineFinding>()> examine_machine;  // slow; null: this program cannot
+  std::function<MachineCeilings(int threads)> measure_machine;   // slow; null: this program cannot
   Selection selection;
   Playback playback;
   Theme theme;

@@ -75,6 +75,7 @@ void run_view(const ViewOptions& options) {
   app_options.wake = [] { Platform::wake(); };
   app_options.scale = options.scale > 0 ? options.scale : 1;
   app_options.examine_machine = options.examine_machine;
+  app_options.measure_machine = options.measure_machine;
   if (!options.theme.empty()) app_options.theme = parse_theme(options.theme);
   Application app(app_options);
   for (const auto& file : options.files) app.open(file);

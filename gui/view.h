@@ -14,6 +14,11 @@ struct MachineFinding {
   std::string part, state, found, advice;
 };
 
+// What this machine's CPU can do at most, measured when asked for.
+struct MachineCeilings {
+  double read_gbps = 0, fp32_gflops = 0;
+};
+
 struct Screenshot {
   std::filesystem::path file;
   std::string panel;  // this one alone, NAME or NAME:STATE; "": all of them
@@ -28,6 +33,7 @@ struct ViewOptions {
   float scale = 1;                                               // of text and lines; 0: the display's
   std::string theme;                                             // "": the settings'
   std::function<std::vector<MachineFinding>()> examine_machine;  // shown in Trace info; called from a worker
+  std::function<MachineCeilings(int threads)> measure_machine;  // shown in the roofline; called from a worker
 };
 
 // Throws Error (no display, unreadable file) and UsageError (unknown panel or theme).

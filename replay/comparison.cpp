@@ -62,8 +62,9 @@ int most_slots(const std::vector<Sample>& samples) {
   return slots;
 }
 
-bool is_full(const std::string& policy) {
-  return policy == "full";
+// Bounds are no candidates for the best: nothing is evicted, or the future is known.
+bool is_bound(const std::string& policy) {
+  return policy == "full" || policy.starts_with("oracle_");
 }
 
 void mark_best(std::vector<ComparedRow>& rows, const Groups& groups, std::string_view metric,
@@ -71,7 +72,7 @@ void mark_best(std::vector<ComparedRow>& rows, const Groups& groups, std::string
   const bool higher = higher_is_better(metric);
   std::map<std::pair<std::string, std::string>, std::vector<ComparedRow*>> by_budget;
   for (ComparedRow& row : rows)
-    if (!is_full(row.policy)) by_budget[{row.budget, row.match}].push_back(&row);
+    if (!is_bound(row.policy)) by_budget[{row.budget, row.match}].push_back(&row);
   for (auto& [budget, members] : by_budget) {
     ComparedRow* best =
         *std::min_element(members.begin(), members.end(), [&](const ComparedRow* a, const ComparedRow* b) {
@@ -155,7 +156,7 @@ std::vector<Choice> choose_budgets(const Results& results, std::string_view metr
 
   std::vector<Choice> choices;
   for (auto& [policy, entries] : by_policy) {
-    if (is_full(policy)) continue;
+    if (policy == "full") continue;
     std::sort(entries.begin(), entries.end(),
               [](const auto* a, const auto* b) { return most_slots(a->second) < most_slots(b->second); });
     Choice choice;

@@ -9,6 +9,8 @@
 namespace kvlapse {
 namespace {
 
+constexpr size_t kKeptBytes = size_t{64} << 20;  // of rows of one window
+
 SharedLayerNeeds stream_needs(bool errors) {
   SharedLayerNeeds needs;
   needs.metrics = false;
@@ -48,17 +50,16 @@ class FutureTables::Stream {
     for (int h = 0; h < g.n_kv_heads; ++h) {
       float* out = row_.data() + static_cast<size_t>(h) * n_tokens;
       std::fill_n(out, step + 1, 0.0f);
-      const float* e = shared_.token_weights(h) + shared_.column(h * group, step);
-      const size_t columns = shared_.token_columns();
       for (int j = 0; j < group; ++j) {
         const int q = h * group + j;
+        const float* e = shared_.exps(q, step);
         const float inverse = 1.0f / shared_.row(q, step).total, share = 1.0f / static_cast<float>(group);
+        if (!errors_) {
+          for (int i = 0; i <= step; ++i) out[i] += e[i] * inverse * share;
+          continue;
+        }
         for (int i = 0; i <= step; ++i) {
-          const float weight = e[static_cast<size_t>(i) * columns + j] * inverse;
-          if (!errors_) {
-            out[i] += weight * share;
-            continue;
-          }
+          const float weight = e[i] * inverse;
           const float oo = shared_.row(q, step).output_norm2,
                       vv = norms_[static_cast<size_t>(h) * n_tokens + i];
           const float square = oo + vv - 2 * dot(shared_.output(q, step), shared_.value(h, i), dim);
@@ -82,10 +83,16 @@ class FutureTables::Window {
         horizon_(horizon > 0 ? horizon : owner.n_tokens_),
         width_(static_cast<size_t>(owner.geometry_.n_kv_heads) * n_tokens_),
         lead_(owner.source_, owner.sequence_, owner.layer_, errors),
-        lag_(owner.source_, owner.sequence_, owner.layer_, errors),
         ahead_(width_),
         behind_(width_),
-        sums_(static_cast<size_t>(kMetricSteps) * width_) {}
+        sums_(static_cast<size_t>(kMetricSteps) * width_) {
+    const size_t rows = static_cast<size_t>(std::min(horizon_, n_tokens_)) + 1;
+    if (rows * width_ * sizeof(float) <= kKeptBytes) {
+      kept_.resize(rows * width_);
+    } else {
+      lag_ = std::make_unique<Stream>(owner.source_, owner.sequence_, owner.layer_, errors);
+    }
+  }
 
   // Sums of kv head h by position, over the steps (step, step + horizon].
   const float* sums(int h, int step) {
@@ -96,7 +103,7 @@ class FutureTables::Window {
   }
 
  private:
-  static void add(std::vector<double>& to, const std::vector<float>& row, int step, int n_tokens) {
+  static void add(std::vector<double>& to, const float* row, int step, int n_tokens) {
     const size_t heads = to.size() / static_cast<size_t>(n_tokens);
     for (size_t h = 0; h < heads; ++h)
       for (size_t i = h * n_tokens; i <= h * n_tokens + static_cast<size_t>(step); ++i) to[i] += row[i];
@@ -106,17 +113,27 @@ class FutureTables::Window {
     const int begin = end_;
     end_ = std::min(n_tokens_, begin + kMetricSteps);
     for (int t = begin; t < end_; ++t) {
-      for (; lead_next_ < n_tokens_ && lead_next_ <= t + horizon_; ++lead_next_)
-        add(ahead_, lead_.row(lead_next_), lead_next_, n_tokens_);
-      add(behind_, lag_.row(t), t, n_tokens_);
+      for (; lead_next_ < n_tokens_ && lead_next_ <= t + horizon_; ++lead_next_) {
+        const std::vector<float>& row = lead_.row(lead_next_);
+        add(ahead_, row.data(), lead_next_, n_tokens_);
+        if (!lag_) std::ranges::copy(row, kept(lead_next_));
+      }
+      add(behind_, lag_ ? lag_->row(t).data() : kept(t), t, n_tokens_);
       float* out = sums_.data() + static_cast<size_t>(t % kMetricSteps) * width_;
-      for (size_t i = 0; i < width_; ++i) out[i] = static_cast<float>(ahead_[i] - behind_[i]);
+      for (size_t h = 0; h < width_; h += static_cast<size_t>(n_tokens_))
+        for (size_t i = h; i <= h + static_cast<size_t>(t); ++i)
+          out[i] = static_cast<float>(ahead_[i] - behind_[i]);
     }
+  }
+  float* kept(int step) {
+    return kept_.data() + static_cast<size_t>(step) % (kept_.size() / width_) * width_;
   }
 
   int n_tokens_, horizon_;
   size_t width_;
-  Stream lead_, lag_;
+  Stream lead_;
+  std::unique_ptr<Stream> lag_;  // where the rows between the two are too many to keep: made again
+  std::vector<float> kept_;      // otherwise: those rows, a ring
   int lead_next_ = 0, end_ = 0;
   std::vector<double> ahead_, behind_;  // [H][T] sums over steps up to the lead's and the lag's
   std::vector<float> sums_;             // [kMetricSteps][H][T]
@@ -171,7 +188,9 @@ FutureTables::~FutureTables() = default;
 
 size_t FutureTables::memory_bytes(const CacheGeometry& g, int n_tokens) {
   const size_t width = static_cast<size_t>(g.n_kv_heads) * n_tokens;
-  return 2 * SharedLayer::memory_bytes(g, n_tokens, stream_needs(true)) + width * (2 * 8 + 4 * kMetricSteps);
+  const size_t stream = SharedLayer::memory_bytes(g, n_tokens, stream_needs(true));
+  const size_t kept = std::min(kKeptBytes, width * sizeof(float) * (static_cast<size_t>(n_tokens) + 1));
+  return stream + std::max(stream, kept) + width * (2 * 8 + 4 * kMetricSteps);
 }
 
 FutureTables::Window& FutureTables::window(bool errors, int horizon) {

@@ -1,6 +1,7 @@
 #include "replay/knee.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace kvlapse {
 
@@ -17,6 +18,21 @@ int find_knee(std::span<const double> xs, std::span<const double> ys, bool highe
     if (gain > most) most = gain, knee = static_cast<int>(i);
   }
   return knee;
+}
+
+std::vector<int> find_front(std::span<const double> xs, std::span<const double> ys, bool higher_is_better) {
+  std::vector<int> order;
+  for (size_t i = 0; i < std::min(xs.size(), ys.size()); ++i) {
+    if (!std::isnan(xs[i]) && !std::isnan(ys[i])) order.push_back(static_cast<int>(i));
+  }
+  const auto better = [&](double a, double b) { return higher_is_better ? a > b : a < b; };
+  std::ranges::stable_sort(
+      order, [&](int a, int b) { return xs[a] != xs[b] ? xs[a] < xs[b] : better(ys[a], ys[b]); });
+  std::vector<int> front;
+  for (const int i : order) {
+    if (front.empty() || better(ys[i], ys[front.back()])) front.push_back(i);
+  }
+  return front;
 }
 
 }  // namespace kvlapse

@@ -4,11 +4,16 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
 namespace kvlapse {
 
 // xs ascending. Index into xs, -1: fewer than three points, no spread, or no point that beats the chord by
 // 0.02.
 int find_knee(std::span<const double> xs, std::span<const double> ys, bool higher_is_better);
+
+// The Pareto front: points that no other one beats or equals on both axes while being better on one. Indices
+// in order of x; of equal points the first. NaN points are on no front.
+std::vector<int> find_front(std::span<const double> xs, std::span<const double> ys, bool higher_is_better);
 
 }  // namespace kvlapse

@@ -81,6 +81,11 @@ class SharedLayer {
   float exp_of(int q_head, int step, int pos) const {
     return token_weights(q_head / group_)[static_cast<size_t>(pos) * token_columns() + column(q_head, step)];
   }
+  // The same as a row: [end()].
+  const float* exps(int q_head, int step) const {
+    return exps_.data() +
+           (static_cast<size_t>(q_head / group_) * token_columns() + column(q_head, step)) * stride_;
+  }
   const AttentionRow& row(int q_head, int step) const { return rows_[row_of(q_head, step)]; }
   // [D] output of the full cache. Only with needs.outputs, as AttentionRow::output_norm2.
   const float* output(int q_head, int step) const {

@@ -78,6 +78,7 @@ struct GpuDevice {
   std::string name, chip;
   int64_t memory_bytes = 0, l2_bytes = 0;
   int multiprocessors = 0, compute_major = 0, compute_minor = 0;
+  int64_t clock_hz = 0;  // highest of the multiprocessors; 0: not known
 };
 
 // A copy of `name` that lives as long as the program; there are few kernels. Any thread.

@@ -90,7 +90,9 @@ struct GpuRows::Impl {
                "overhead_ns) VALUES(?, ?, ?, ?, ?, ?, ?, ?)"),
         device(db,
                "INSERT INTO TARGET_INFO_GPU(vmId, id, name, isDiscrete, l2CacheSize, totalMemory, smCount, "
-               "chipName, cuDevice, computeMajor, computeMinor) VALUES(0, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?)"),
+               "chipName, cuDevice, computeMajor, computeMinor, clockRate) VALUES(0, ?, ?, 1, ?, ?, ?, ?, ?, "
+               "?, ?, "
+               "nullif(?, 0))"),
         start(db, "INSERT INTO TARGET_INFO_SESSION_START_TIME(utcEpochNs) VALUES(?)"),
         next_kernel(db.query_integer("SELECT coalesce(max(rowid), 0) + 1 FROM CUPTI_ACTIVITY_KIND_KERNEL")),
         next_range(db.query_integer("SELECT coalesce(max(eventId), 0) + 1 FROM NVTX_EVENTS")) {
@@ -183,7 +185,7 @@ void GpuRows::write(const GpuBatch& batch) {
   if (batch.utc_epoch_ns) to.start.run(*batch.utc_epoch_ns);
   for (const GpuDevice& d : batch.devices)
     to.device.run(d.id, std::string_view(d.name), d.l2_bytes, d.memory_bytes, d.multiprocessors,
-                  std::string_view(d.chip), d.id, d.compute_major, d.compute_minor);
+                  std::string_view(d.chip), d.id, d.compute_major, d.compute_minor, d.clock_hz);
   for (const GpuKernel& k : batch.kernels) to.write(k);
   for (const GpuCopy& c : batch.copies)
     to.copy.run(c.start_ns, c.end_ns, int64_t{c.device}, int64_t{c.context}, int64_t{c.stream},

@@ -65,6 +65,7 @@ Application::Application(ApplicationOptions options)
          .what_if = {},
          .quality = std::make_shared<QualitySource>(),
          .examine_machine = options_.examine_machine,
+         .measure_machine = options_.measure_machine,
          .selection = {},
          .playback = {},
          .theme = make_theme(settings_.theme),
@@ -190,6 +191,18 @@ const DrawModel* Application::shown_model(std::string_view name) const {
 bool Application::shows_current(std::string_view name) const {
   const PanelState* state = find(name);
   return state != nullptr && state->shown && state->submitted == state->shown_key;
+}
+
+Table Application::shown_table(std::string_view name) const {
+  const PanelState* state = find(name);
+  const bool shown = state != nullptr && state->shown && state->shown->absence.empty();
+  return shown ? state->panel->table(*state->shown) : Table{};
+}
+
+std::optional<Figure> Application::shown_figure(std::string_view name) const {
+  const PanelState* state = find(name);
+  const bool shown = state != nullptr && state->shown && state->shown->absence.empty();
+  return shown ? state->panel->figure(*ui_, *state->shown) : std::nullopt;
 }
 
 Application::PanelState* Application::focused() {
@@ -374,13 +387,15 @@ void Application::write_export(PanelState& state, const std::string& form,
                          static_cast<int>(window->Size.x), static_cast<int>(window->Size.y)};
       return;
     }
-    if (!state.shown) return ui_->toast(fmt::format("{}: nothing is shown yet", state.info->title));
-    const Table table = state.panel->table(*state.shown);
+    // A panel that says why it has no data has none to export.
+    if (!state.shown || !state.shown->absence.empty())
+      return ui_->toast(fmt::format("{}: nothing is shown yet", state.info->title));
+    const Table table = shown_table(state.info->name);
     if (form == "CSV") {
       if (table.columns.empty())
         return ui_->toast(fmt::format("{}: there is no table to export", state.info->title));
       write_csv(file, table);
-    } else if (const auto figure = state.panel->figure(*ui_, *state.shown)) {
+    } else if (const auto figure = shown_figure(state.info->name)) {
       write_svg(file, *figure);
     } else if (!table.columns.empty()) {
       write_svg(file, table, state.info->title);
@@ -457,6 +472,7 @@ void Application::draw_panel(size_t index) {
     if (!state.shown->notes.empty()) {
       std::string all;
       for (const std::string& note : state.shown->notes) all += (all.empty() ? "" : "   ") + note;
+      ImGui::AlignTextToFramePadding();
       cut_text(*ui_, all, ImGui::GetContentRegionAvail().x, true);
     }
     state.panel->draw(*ui_, *state.shown);
@@ -479,10 +495,11 @@ void Application::frame() {
   advance_playback();
   if (what_if_->finished() != seen_what_if_) {
     seen_what_if_ = what_if_->finished();
-    ui_->what_if = what_if_->choice();
+    const WhatIfChoice choice = what_if_->choice();
+    if (what_if_->shown()) ui_->what_if = choice;
     open_or_tell(what_if_->results());
-    ui_->toast(fmt::format("Replayed: {} at {}; see Compare and Token lives", ui_->what_if.policy,
-                           ui_->what_if.budget));
+    ui_->toast(fmt::format("Replayed: {} at {}; see Compare{}", choice.policy, choice.budget,
+                           what_if_->shown() ? " and Token lives" : ""));
   }
   commands_.dispatch_shortcuts();
   if (maximised_.empty()) draw_menu();

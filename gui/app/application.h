@@ -23,6 +23,7 @@ struct ApplicationOptions {
   std::string only_panel;              // this panel alone fills the window
   std::function<void()> wake = [] {};  // called from workers when a model is ready
   std::function<std::vector<MachineFinding>()> examine_machine;  // for Trace info; called from a worker
+  std::function<MachineCeilings(int threads)> measure_machine;   // for the roofline; called from a worker
 };
 
 class Application {
@@ -67,6 +68,9 @@ class Application {
   void set_panel_open(std::string_view name, bool open);
   const DrawModel* shown_model(std::string_view name) const;  // null: none yet
   bool shows_current(std::string_view name) const;            // the model of what it was asked for last
+  // What an export of the panel would write; empty: nothing is shown, or the panel has no such form.
+  Table shown_table(std::string_view name) const;
+  std::optional<Figure> shown_figure(std::string_view name) const;
 
  private:
   struct PanelState {

@@ -82,11 +82,12 @@ Theme make_theme(ThemeKind kind) {
   if (kind == ThemeKind::light) {
     theme.background = rgb(0xf3f4f6), theme.surface = rgb(0xffffff), theme.text = rgb(0x17191c),
     theme.muted = rgb(0x5b616b);
-    theme.grid = rgb(0xd4d8de), theme.accent = rgb(0x0b62b8), theme.selection = rgb(0xc2410c);
+    theme.grid = rgb(0xd4d8de), theme.accent = rgb(0x0b62b8), theme.selection = rgb(0x000000);
     theme.good = rgb(0x00795a), theme.warning = rgb(0x9a5b00), theme.bad = rgb(0xb3261e);
     theme.map_unborn = rgb(0xffffff), theme.map_alive = rgb(0x2f6fb0), theme.map_evicted = rgb(0xe3e6ea);
     theme.series = {rgb(0x0072b2), rgb(0xd55e00), rgb(0x00805f), rgb(0xb04a86),
                     rgb(0xa87400), rgb(0x2b8fc7), rgb(0x44474d)};
+    theme.missed = theme.series[2];
     theme.sequential = &viridis(), theme.heat = &inferno();
     theme.measured = rgb(0x00795a), theme.sampled = rgb(0x0b62b8), theme.modelled = rgb(0x9a5b00),
     theme.derived = rgb(0x6b5a9a);
@@ -94,17 +95,20 @@ Theme make_theme(ThemeKind kind) {
   }
   theme.background = rgb(0x15171b), theme.surface = rgb(0x1c1f25), theme.text = rgb(0xe7e9ed),
   theme.muted = rgb(0x9aa2ae);
-  theme.grid = rgb(0x363b45), theme.accent = rgb(0x58a6e8), theme.selection = rgb(0xffb000);
+  theme.grid = rgb(0x363b45), theme.accent = rgb(0x58a6e8), theme.selection = rgb(0xffffff);
   theme.good = rgb(0x2fbf95), theme.warning = rgb(0xf0b13c), theme.bad = rgb(0xff7b72);
   theme.map_unborn = rgb(0x1c1f25), theme.map_alive = rgb(0x4f9bd9), theme.map_evicted = rgb(0x2b3038);
   theme.series = {rgb(0x56b4e9), rgb(0xe69f00), rgb(0x2fbf95), rgb(0xdd8fbc),
                   rgb(0xf0e442), rgb(0xe8743b), rgb(0xc5cad3)};
+  theme.missed = theme.series[2];
   theme.sequential = &viridis(), theme.heat = &inferno();
   theme.measured = rgb(0x2fbf95), theme.sampled = rgb(0x58a6e8), theme.modelled = rgb(0xf0b13c),
   theme.derived = rgb(0xb39ddb);
   if (kind == ThemeKind::colour_blind) {
     theme.good = rgb(0x56b4e9), theme.warning = rgb(0xf0e442), theme.bad = rgb(0xe8743b);
-    theme.map_alive = rgb(0x56b4e9), theme.selection = rgb(0xf0e442);
+    theme.map_alive = rgb(0x56b4e9);
+    theme.missed =
+        rgb(0x9fdcff);  // light blue against yellow, which every kind of colour blindness leaves apart
     theme.sequential = &cividis(), theme.heat = &cividis();
     theme.measured = rgb(0x56b4e9), theme.sampled = rgb(0xdd8fbc), theme.modelled = rgb(0xf0e442),
     theme.derived = rgb(0xc5cad3);

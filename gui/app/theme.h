@@ -20,9 +20,11 @@ using Ramp = std::array<ImU32, 256>;
 
 struct Theme {
   ThemeKind kind = ThemeKind::dark;
-  ImU32 background, surface, text, muted, grid, accent, selection;
+  ImU32 background, surface, text, muted, grid, accent;
+  ImU32 selection;  // of no series and no ramp
   ImU32 good, warning, bad;
   ImU32 map_unborn, map_alive, map_evicted;  // life map: before birth, held, gone
+  ImU32 missed;                              // attention to what was evicted: no colour of the heat ramp
   std::array<ImU32, 7> series;
   const Ramp* sequential = nullptr;  // 0 dark .. 255 bright: amounts
   const Ramp* heat = nullptr;        // attention, regret

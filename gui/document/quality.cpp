@@ -40,6 +40,10 @@ QualityAnswer QualitySource::find(const TraceSource& trace, const std::vector<st
       }
     }
   }
+  if (header.tier != TraceTier::qkv)
+    return {nullptr,
+            fmt::format("a replay needs q, k and v, and this trace has tier {}; record with --tier qkv",
+                        tier_name(header.tier))};
   return {
       nullptr,
       own ? fmt::format("a run that evicts does not see what it evicted; run What if with {} at {}, or open "

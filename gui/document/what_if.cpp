@@ -25,11 +25,12 @@ std::string WhatIf::message() const {
   return message_;
 }
 
-bool WhatIf::start(const std::filesystem::path& trace, const WhatIfChoice& choice) {
+bool WhatIf::start(const std::filesystem::path& trace, const WhatIfChoice& choice, bool shown) {
   if (running_) return false;
   if (thread_.joinable()) thread_.join();
   running_ = true;
   choice_ = choice;
+  shown_ = shown;
   cancelled_ = false;
   progress_ = 0;
   {

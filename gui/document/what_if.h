@@ -25,13 +25,14 @@ class WhatIf {
   WhatIf(const WhatIf&) = delete;
   WhatIf& operator=(const WhatIf&) = delete;
 
-  // False while another run is going on.
-  bool start(const std::filesystem::path& trace, const WhatIfChoice& choice);
+  // False while another run is going on. Both may be lists; `shown`: the panels show it once it is there.
+  bool start(const std::filesystem::path& trace, const WhatIfChoice& choice, bool shown = true);
   void cancel() { cancelled_ = true; }
   bool running() const { return running_; }
   double progress() const { return progress_; }    // 0 to 1
   std::string message() const;                     // of the last run: "" or why it failed
   WhatIfChoice choice() const { return choice_; }  // of the last run
+  bool shown() const { return shown_; }            // of the last run
   int finished() const { return finished_; }       // counts finished runs
   const std::filesystem::path& results() const { return results_; }
 
@@ -39,6 +40,7 @@ class WhatIf {
   std::function<void()> wake_;
   std::filesystem::path results_;
   WhatIfChoice choice_;
+  bool shown_ = true;
   std::thread thread_;
   std::atomic<bool> running_{false}, cancelled_{false};
   std::atomic<double> progress_{0};

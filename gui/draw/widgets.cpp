@@ -69,14 +69,16 @@ void draw_absence(const Ui& ui, std::string_view title, std::string_view why) {
 }
 
 void cut_text(const Ui& ui, const std::string& text, float width, bool muted) {
-  const ImVec2 at = ImGui::GetCursorScreenPos();
+  const float drop = ImGui::GetCurrentWindow()->DC.CurrLineTextBaseOffset;  // beside framed items
+  const ImVec2 cursor = ImGui::GetCursorScreenPos(), at(cursor.x, cursor.y + drop);
   const ImVec2 size = ImGui::CalcTextSize(text.c_str());
   const float height = ImGui::GetTextLineHeight();
   ImGui::PushStyleColor(ImGuiCol_Text, muted ? ui.theme.muted : ui.theme.text);
-  ImGui::RenderTextEllipsis(ImGui::GetWindowDrawList(), at, ImVec2(at.x + width, at.y + height), at.x + width,
-                            text.c_str(), nullptr, &size);
+  // The clip rectangle leaves room for what hangs below the line.
+  ImGui::RenderTextEllipsis(ImGui::GetWindowDrawList(), at, ImVec2(at.x + width, at.y + height + ui.px(4)),
+                            at.x + width, text.c_str(), nullptr, &size);
   ImGui::PopStyleColor();
-  ImGui::Dummy(ImVec2(std::min(width, size.x), height));
+  ImGui::Dummy(ImVec2(std::min(width, size.x), height + drop));
   if (size.x > width) ImGui::SetItemTooltip("%s", text.c_str());
 }
 
@@ -102,6 +104,20 @@ void ramp_legend(const Ui& ui, const Ramp& ramp, const char* low, const char* hi
   ImGui::SameLine(0, ui.px(4));
   ImGui::TextUnformatted(high);
   ImGui::PopStyleColor();
+}
+
+void outline(const Ui& ui, ImDrawList* list, ImVec2 low, ImVec2 high, float width) {
+  list->AddRect(ImVec2(low.x - width / 2, low.y - width / 2), ImVec2(high.x + width / 2, high.y + width / 2),
+                ui.theme.background, 0, width * 2.4F);
+  list->AddRect(low, high, ui.theme.selection, 0, width);
+}
+
+void label(const Ui& ui, ImDrawList* list, ImVec2 at, const std::string& text) {
+  if (text.empty()) return;
+  const ImVec2 size = ImGui::CalcTextSize(text.c_str());
+  list->AddRectFilled(ImVec2(at.x - ui.px(2), at.y), ImVec2(at.x + size.x + ui.px(2), at.y + size.y),
+                      Theme::with_alpha(ui.theme.surface, 0.8F), ui.px(2));
+  list->AddText(at, ui.theme.muted, text.c_str());
 }
 
 bool choose(const char* label, int& index, const std::vector<const char*>& names, float width) {
@@ -173,8 +189,13 @@ void round_ticks(const Ui& ui, int axis, double low, double high, float pixels) 
   const double step = magnitude * (rest <= 1 ? 1 : rest <= 2 ? 2 : rest <= 5 ? 5 : 10);
   std::array<double, 64> ticks{};
   int n = 0;
-  for (double at = std::ceil(low / step) * step; at <= high && n < static_cast<int>(ticks.size()); at += step)
+  for (double at = std::ceil(low / step) * step; at <= high && n < static_cast<int>(ticks.size());
+       at += step) {
+    // A label that would reach beyond the panel's edge would be cut.
+    const double room = (high - at) / std::max(1e-9, high - low) * static_cast<double>(pixels) + ui.px(12);
+    if (axis == ImAxis_X1 && ImGui::CalcTextSize(fmt::format("{:.0f}", at).c_str()).x / 2 > room) break;
     ticks[static_cast<size_t>(n++)] = at;
+  }
   ImPlot::SetupAxisTicks(axis, ticks.data(), n);
 }
 

@@ -27,6 +27,11 @@ void cut_text(const Ui& ui, const std::string& text, float width, bool muted = f
 void ramp_legend(const Ui& ui, const Ramp& ramp, const char* low, const char* high, const char* title,
                  float width);
 
+// A frame in the colour of the selection that is seen on every ground.
+void outline(const Ui& ui, ImDrawList* list, ImVec2 low, ImVec2 high, float width);
+// Muted text over a plot, on a ground that keeps it legible.
+void label(const Ui& ui, ImDrawList* list, ImVec2 at, const std::string& text);
+
 // Combo over names; returns true when changed.
 bool choose(const char* label, int& index, const std::vector<const char*>& names, float width);
 

@@ -29,7 +29,31 @@ struct BandwidthModel final : DrawModel {
   std::array<std::vector<BandwidthLine>, 2> plots;  // MiB a step, GiB/s
   std::array<float, 2> highest{};
   Roofline roofline;
+  int view = kOverSteps;
 };
+
+// Measured once for each number of threads.
+struct MachineCache {
+  std::mutex mutex;
+  std::map<int, MachineCeilings> by_threads;
+};
+
+// A recording of the CPU holds no ceilings: those of this machine, which may be another one.
+void add_machine(Roofline& roofline, const std::function<MachineCeilings(int)>& measure,
+                 MachineCache& cache) {
+  const int threads = roofline.cpu_threads;
+  if (threads == 0) return;
+  const std::scoped_lock lock(cache.mutex);
+  auto found = cache.by_threads.find(threads);
+  if (found == cache.by_threads.end()) found = cache.by_threads.emplace(threads, measure(threads)).first;
+  const std::string from =
+      fmt::format("Measured just now with {} {} on this machine, which need not be the one that recorded",
+                  threads, threads == 1 ? "thread" : "threads");
+  roofline.memory_gbps = {found->second.read_gbps, Ceiling::Origin::measured_now,
+                          from + ": reading memory beyond the caches."};
+  roofline.compute_gflops = {found->second.fp32_gflops, Ceiling::Origin::measured_now,
+                             from + ": fused multiply-adds in registers."};
+}
 
 class BandwidthPanel final : public Panel {
  public:
@@ -37,9 +61,10 @@ class BandwidthPanel final : public Panel {
     const auto trace = ui.trace;
     const int sequence = ui.selection.sequence;
     return {mix_key({reinterpret_cast<uintptr_t>(trace.get()), trace ? trace->version() : 0,
-                     static_cast<uint64_t>(sequence)}),
-            [trace, sequence] {
+                     static_cast<uint64_t>(sequence), static_cast<uint64_t>(view_)}),
+            [trace, sequence, view = view_, measure = ui.measure_machine, machine = machine_] {
               auto model = std::make_shared<BandwidthModel>();
+              model->view = view;
               if (!trace) {
                 model->absence = "No trace is open. Open a .kvl file with Ctrl+O, or drop one here.";
                 return model;
@@ -60,7 +85,10 @@ class BandwidthPanel final : public Panel {
               };
               add(0, timeline.kv_read_mib, false), add(0, model->dram.mib, true);
               add(1, timeline.kv_gibps, false), add(1, model->dram.gibps, true);
-              model->roofline = read_roofline(trace->reader(), sequence);
+              if (view == kRoofline) {
+                model->roofline = read_roofline(trace->reader(), sequence);
+                if (measure) add_machine(model->roofline, measure, *machine);
+              }
               return model;
             }};
   }
@@ -69,11 +97,12 @@ class BandwidthPanel final : public Panel {
 
   void draw(Ui& ui, const DrawModel& base) override {
     const auto& model = static_cast<const BandwidthModel&>(base);
+    if (model.view != view_) return draw_absence(ui, "Bandwidth", "Preparing ...");
     if (view_ == kRoofline) return draw_roofline(ui, model.roofline);
     if (!model.dram.absence.empty()) {
       same_line_if_fits(ui.px(300));
       ImGui::AlignTextToFramePadding();
-      cut_text(ui, "Measured DRAM bytes: none. " + model.dram.absence + ".", ImGui::GetContentRegionAvail().x,
+      cut_text(ui, "No measured DRAM bytes: " + model.dram.absence + ".", ImGui::GetContentRegionAvail().x,
                true);
     }
     const float height = (ImGui::GetContentRegionAvail().y - 2 * ImGui::GetTextLineHeightWithSpacing()) / 2;
@@ -144,43 +173,72 @@ class BandwidthPanel final : public Panel {
   void set_state(std::string_view text) override { view_ = text == "1" ? kRoofline : kOverSteps; }
 
  private:
+  // `unit`: G... , or T... from a thousand on.
+  static void describe(const Ui& ui, const char* name, const Ceiling& ceiling, const char* unit) {
+    same_line_if_fits(ui.px(200));
+    ImGui::AlignTextToFramePadding();
+    if (!ceiling.known()) {
+      cut_text(ui, fmt::format("{}: {}", name, ceiling.from), ImGui::GetContentRegionAvail().x, true);
+      return;
+    }
+    const bool tera = ceiling.value >= 1000;
+    ImGui::TextDisabled("%s: %s %c%s", name, format_value(ceiling.value * (tera ? 1e-3 : 1)).c_str(),
+                        tera ? 'T' : 'G', unit);
+    ImGui::SameLine(0, ui.px(4));
+    const bool measured =
+        ceiling.origin == Ceiling::Origin::counted || ceiling.origin == Ceiling::Origin::measured_now;
+    badge(ui,
+          measured                                        ? Provenance::measured
+          : ceiling.origin == Ceiling::Origin::data_sheet ? Provenance::modelled
+                                                          : Provenance::derived,
+          ceiling.from.c_str());
+  }
+
   static void draw_roofline(Ui& ui, const Roofline& roofline) {
     if (!roofline.absence.empty()) return draw_absence(ui, "Roofline", "No point: " + roofline.absence + ".");
-    same_line_if_fits(ui.px(80));
+    same_line_if_fits(ui.px(110));
+    ImGui::TextDisabled("points");
+    ImGui::SameLine(0, ui.px(4));
     badge(ui, Provenance::derived,
           "Operations: 4 x head_dim a token and query head (modelled), over the measured time of attention. "
-          "Bytes: "
-          "counted where the point says so, otherwise K and V once.");
-    same_line_if_fits(ui.px(300));
-    cut_text(ui,
-             std::isnan(roofline.ceiling_gbps)
-                 ? roofline.ceiling_from
-                 : fmt::format("memory: {:.0f} GB/s, {}", roofline.ceiling_gbps, roofline.ceiling_from),
-             ImGui::GetContentRegionAvail().x, true);
+          "Bytes: counted where the point says so, otherwise K and V once; K and V that fit into a cache may "
+          "lie above the memory's ceiling.");
+    describe(ui, "memory", roofline.memory_gbps, "B/s");
+    describe(ui, "fp32", roofline.compute_gflops, "FLOP/s");
     double left = 1e30, right = 0, low = 1e30, high = 0;
     for (const RooflinePoint& point : roofline.points) {
       left = std::min(left, point.flop_per_byte), right = std::max(right, point.flop_per_byte);
       low = std::min(low, point.gflops), high = std::max(high, point.gflops);
     }
-    const bool ceiling = !std::isnan(roofline.ceiling_gbps);
+    const bool memory = roofline.memory_gbps.known(), compute = roofline.compute_gflops.known();
+    const double peak = roofline.compute_gflops.value;
+    const double ridge = memory && compute ? peak / roofline.memory_gbps.value : NAN;
     left /= 4, right *= 4;
-    if (ceiling) high = std::max(high, right * roofline.ceiling_gbps);
+    if (memory && compute) right = std::max(right, 3 * ridge);
+    if (memory) high = std::max(high, std::min(right, compute ? ridge : right) * roofline.memory_gbps.value);
+    if (compute) high = std::max(high, peak);
     if (!ImPlot::BeginPlot("##roofline", ImVec2(-1, -1), ImPlotFlags_NoTitle | ImPlotFlags_NoFrame)) return;
     ImPlot::SetupAxes("operations a byte of K and V", "GFLOP/s of attention");
     ImPlot::SetupAxisScale(ImAxis_X1, ImPlotScale_Log10);
     ImPlot::SetupAxisScale(ImAxis_Y1, ImPlotScale_Log10);
     ImPlot::SetupAxisLimits(ImAxis_X1, left, right, ImPlotCond_Once);
     ImPlot::SetupAxisLimits(ImAxis_Y1, low / 3, high * 2, ImPlotCond_Once);
-    ImPlot::SetupLegend(ImPlotLocation_NorthWest);
+    ImPlot::SetupLegend(ImPlotLocation_SouthEast);
     ImPlot::SetupFinish();
-    if (ceiling) {
-      const std::array<double, 2> xs = {left, right},
-                                  ys = {left * roofline.ceiling_gbps, right * roofline.ceiling_gbps};
+    const auto draw_ceiling = [&](const char* name, ImU32 colour, std::array<double, 2> xs,
+                                  std::array<double, 2> ys) {
       ImPlotSpec spec;
-      spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.muted);
-      spec.LineWeight = ui.px(1.6F);
-      ImPlot::PlotLine("memory's ceiling", xs.data(), ys.data(), 2, spec);
+      spec.LineColor = ImGui::ColorConvertU32ToFloat4(colour);
+      spec.LineWeight = ui.px(1.8F);
+      ImPlot::PlotLine(name, xs.data(), ys.data(), 2, spec);
+    };
+    const double first = left / 1e3, last = right * 1e3;  // beyond what zooming out shows
+    if (memory) {
+      const double end = compute ? ridge : last;
+      draw_ceiling("memory's ceiling", ui.theme.muted, {first, end},
+                   {first * roofline.memory_gbps.value, end * roofline.memory_gbps.value});
     }
+    if (compute) draw_ceiling("fp32 ceiling", ui.theme.text, {memory ? ridge : first, last}, {peak, peak});
     for (size_t i = 0; i < roofline.points.size(); ++i) {
       const RooflinePoint& point = roofline.points[i];
       ImPlotSpec spec;
@@ -195,6 +253,7 @@ class BandwidthPanel final : public Panel {
   }
 
   int view_ = kOverSteps;
+  std::shared_ptr<MachineCache> machine_ = std::make_shared<MachineCache>();
 };
 
 }  // namespace

@@ -26,16 +26,48 @@ struct PolicyLine {
   std::vector<double> xs, recall, error, topk;
   std::array<int, 3> knee = {-1, -1, -1};  // of recall, error, topk
 };
+struct Front {
+  std::vector<double> xs, ys;
+};
 struct CompareModel final : DrawModel {
   std::vector<ComparedRow> rows;  // open loop
   std::vector<EvalRow> evals;     // closed loop
   std::vector<PolicyLine> lines;
   std::map<std::string, std::pair<std::vector<double>, std::vector<std::array<double, 3>>>>
-      accuracy;  // mean, low, high
+      accuracy;                 // mean, low, high
+  std::array<Front, 3> fronts;  // of recall, error, topk; bounds do not count
   double most_mib = 0;
+  std::string missing;    // bounds that no row is of, as a list of policies; "": both are there
+  std::string budgets;    // of the rows, as a list
+  bool of_trace = false;  // rows are of the shown trace, and it holds what a replay needs
 };
 
-DrawModelPtr prepare(const std::vector<std::filesystem::path>& files) {
+constexpr const char* kLowerBound = "random:pin_prompt=1";
+constexpr const char* kUpperBound = "oracle_mass";
+
+// The null model that an informed policy must beat, and the best that eviction could do.
+void find_bounds(const Results& results, TraceSource* trace, CompareModel& model) {
+  const auto has = [&](std::string_view prefix) {
+    return std::ranges::any_of(model.lines,
+                               [&](const PolicyLine& line) { return line.policy.starts_with(prefix); });
+  };
+  for (const auto& [policy, prefix] : {std::pair{kLowerBound, kLowerBound}, {kUpperBound, "oracle_"}}) {
+    if (!model.rows.empty() && !has(prefix))
+      model.missing += fmt::format("{}{}", model.missing.empty() ? "" : ",", policy);
+  }
+  if (model.missing.empty()) return;
+  for (const ComparedRow& row : model.rows) {
+    if (row.policy != "full" && ("," + model.budgets + ",").find("," + row.budget + ",") == std::string::npos)
+      model.budgets += fmt::format("{}{}", model.budgets.empty() ? "" : ",", row.budget);
+  }
+  if (trace == nullptr || trace->reader().header().tier != TraceTier::qkv || model.budgets.empty()) return;
+  const std::string hash = trace->reader().content_hash();
+  model.of_trace =
+      std::ranges::all_of(results.traces, [&](const ResultTrace& of) { return of.hash == hash; });
+}
+
+DrawModelPtr prepare(const std::vector<std::filesystem::path>& files,
+                     const std::shared_ptr<TraceSource>& trace) {
   auto model = std::make_shared<CompareModel>();
   if (files.empty()) {
     model->absence =
@@ -43,46 +75,64 @@ DrawModelPtr prepare(const std::vector<std::filesystem::path>& files) {
         "longflow,rkv,random:pin_prompt=1,oracle_topb --budget 10%,25%,50% -o run.kvr";
     return model;
   }
+  Results all;  // of every file: equal cells count once
   for (const auto& file : files) {
-    const Results results = read_results(file);
-    const std::vector<ComparedRow> rows = compare(results);
-    model->rows.insert(model->rows.end(), rows.begin(), rows.end());
-    model->evals.insert(model->evals.end(), results.evals.begin(), results.evals.end());
+    Results results = read_results(file);
     if (!results.complete)
       model->notes.push_back(fmt::format("{}: not finished yet", file.filename().string()));
+    for (ResultTrace& of : results.traces) {
+      if (std::ranges::find(all.traces, of.hash, &ResultTrace::hash) == all.traces.end())
+        all.traces.push_back(std::move(of));
+    }
+    for (ResultCell& cell : results.cells) {
+      if (std::ranges::find(all.cells, cell.id, &ResultCell::id) == all.cells.end())
+        all.cells.push_back(std::move(cell));
+    }
+    model->evals.insert(model->evals.end(), results.evals.begin(), results.evals.end());
   }
+  model->rows = compare(all);
+  if (all.traces.size() > 1) model->notes.push_back(fmt::format("means over {} traces", all.traces.size()));
   if (model->rows.empty() && model->evals.empty()) model->absence = "The open results hold no row yet.";
-  std::map<std::string, PolicyLine> lines;
-  for (const ComparedRow& row : model->rows) {
-    PolicyLine& line = lines[row.policy];
-    line.policy = row.policy;
-    line.bound = row.policy.starts_with("oracle") || row.policy.starts_with("random");
-    line.xs.push_back(value_of(row.means, "kv_bytes_peak") / (1 << 20));
-    line.recall.push_back(row.recall.value.mean);
-    line.error.push_back(row.output_error.value.mean);
-    line.topk.push_back(value_of(row.means, "topk_recall"));
-    model->most_mib = std::max(model->most_mib, line.xs.back());
-  }
-  for (auto& [name, line] : lines) {
+  std::map<std::string, std::vector<const ComparedRow*>> by_policy;
+  for (const ComparedRow& row : model->rows) by_policy[row.policy].push_back(&row);
+  std::array<Front, 3> points;
+  for (auto& [policy, rows] : by_policy) {
+    PolicyLine line{.policy = policy,
+                    .bound = policy.starts_with("oracle") || policy.starts_with("random"),
+                    .xs = {},
+                    .recall = {},
+                    .error = {},
+                    .topk = {}};
+    std::ranges::stable_sort(rows, {},
+                             [](const ComparedRow* row) { return value_of(row->means, "kv_bytes_peak"); });
+    for (const ComparedRow* row : rows) {
+      line.xs.push_back(value_of(row->means, "kv_bytes_peak") / (1 << 20));
+      line.recall.push_back(row->recall.value.mean);
+      line.error.push_back(row->output_error.value.mean);
+      line.topk.push_back(value_of(row->means, "topk_recall"));
+      model->most_mib = std::max(model->most_mib, line.xs.back());
+    }
     line.knee = {find_knee(line.xs, line.recall, true), find_knee(line.xs, line.error, false),
                  find_knee(line.xs, line.topk, true)};
-    model->lines.push_back(line);
+    for (size_t i = 0; i < points.size() && !line.bound; ++i) {
+      const std::vector<double>& ys = i == 0 ? line.recall : i == 1 ? line.error : line.topk;
+      points[i].xs.insert(points[i].xs.end(), line.xs.begin(), line.xs.end());
+      points[i].ys.insert(points[i].ys.end(), ys.begin(), ys.end());
+    }
+    model->lines.push_back(std::move(line));
+  }
+  for (size_t i = 0; i < points.size(); ++i) {
+    for (const int at : find_front(points[i].xs, points[i].ys, i != 1)) {
+      model->fronts[i].xs.push_back(points[i].xs[static_cast<size_t>(at)]);
+      model->fronts[i].ys.push_back(points[i].ys[static_cast<size_t>(at)]);
+    }
   }
   for (const EvalRow& row : model->evals) {
     auto& [xs, ys] = model->accuracy[row.policy];
     xs.push_back(row.budget_slots);
     ys.push_back({row.accuracy, row.ci95_low, row.ci95_high});
   }
-  const auto has = [&](const char* prefix) {
-    return std::ranges::any_of(model->lines,
-                               [&](const PolicyLine& line) { return line.policy.starts_with(prefix); });
-  };
-  // The null model that an informed policy must beat, and the best that eviction could do.
-  for (const auto& [policy, bound] : {std::pair{"random:pin_prompt=1", "lower"}, {"oracle_", "upper"}}) {
-    if (model->rows.empty() || has(policy)) continue;
-    model->notes.push_back(fmt::format("The {} bound is missing: add {} to the sweep.", bound,
-                                       bound[0] == 'u' ? "oracle_mass" : policy));
-  }
+  find_bounds(all, trace.get(), *model);
   return model;
 }
 
@@ -92,7 +142,7 @@ class ComparePanel final : public Panel {
     const std::vector<std::filesystem::path> files = ui.document.results();
     return {
         mix_key({ui.document.version(), files.size(), static_cast<uint64_t>(ui.what_if_runner.finished())}),
-        [files] { return prepare(files); }};
+        [files, trace = ui.trace] { return prepare(files, trace); }};
   }
 
   void draw(Ui& ui, const DrawModel& base) override {
@@ -105,11 +155,15 @@ class ComparePanel final : public Panel {
                 "interval."
               : "Open loop: replayed over the recorded q, k and v; mean over steps and query heads.");
     same_line_if_fits(ui.px(300));
-    ImGui::TextDisabled(quality_ == kAccuracy
-                            ? "closed loop: evicted while generating"
-                            : "open loop: recorded q, k, v; a ring marks each policy's knee");
-    draw_plot(ui, model);
-    draw_rows(ui, model);
+    ImGui::AlignTextToFramePadding();
+    cut_text(
+        ui,
+        quality_ == kAccuracy
+            ? "closed loop: evicted while generating; bars: 95 %"
+            : "open loop: recorded q, k, v; ring: knee (of three budgets or more); broad line: Pareto front",
+        ImGui::GetContentRegionAvail().x, true);
+    if (quality_ != kAccuracy && !model.missing.empty()) draw_missing_bounds(ui, model);
+    if (draw_plot(ui, model)) draw_rows(ui, model);
   }
 
   Table table(const DrawModel& base) const override {
@@ -129,6 +183,12 @@ class ComparePanel final : public Panel {
                             fmt::format("{:.7g}", row.ci95_low), fmt::format("{:.7g}", row.ci95_high)});
     }
     return table;
+  }
+
+  std::string state() const override { return std::to_string(quality_); }
+  void set_state(std::string_view text) override {
+    quality_ =
+        std::clamp(std::atoi(std::string(text).c_str()), 0, static_cast<int>(kQualityNames.size()) - 1);
   }
 
   std::optional<Figure> figure(const Ui&, const DrawModel& base) const override {
@@ -160,54 +220,114 @@ class ComparePanel final : public Panel {
     return quality_ == kError ? line.error : quality_ == kTopK ? line.topk : line.recall;
   }
 
-  void draw_plot(Ui& ui, const CompareModel& model) {
+  // Random with the prompt pinned and an oracle stand in every comparison; one click adds what is missing.
+  static void draw_missing_bounds(Ui& ui, const CompareModel& model) {
+    WhatIf& runner = ui.what_if_runner;
+    if (model.of_trace && runner.running()) {
+      ImGui::ProgressBar(static_cast<float>(runner.progress()), ImVec2(ui.px(160), 0),
+                         fmt::format("{:.0f} %", runner.progress() * 100).c_str());
+      ImGui::SameLine();
+      if (ImGui::Button("Cancel")) runner.cancel();
+    } else if (model.of_trace && ImGui::Button("Add the missing bounds")) {
+      runner.start(ui.trace->file(), {model.missing, model.budgets}, false);
+    }
+    if (model.of_trace) ImGui::SameLine();
+    ImGui::AlignTextToFramePadding();
+    cut_text(
+        ui,
+        fmt::format("missing: {}; or kvlapse replay {} --policy {} --budget {} -o bounds.kvr", model.missing,
+                    model.of_trace ? ui.trace->name() : "TRACE.kvl", model.missing, model.budgets),
+        ImGui::GetContentRegionAvail().x, true);
+  }
+
+  // False where there is nothing to list either.
+  bool draw_plot(Ui& ui, const CompareModel& model) {
     const bool closed = quality_ == kAccuracy;
     if (closed ? model.evals.empty() : model.rows.empty()) {
-      ImGui::TextDisabled(
-          closed ? "No closed-loop rows are open: kvlapse eval --task ... -o evals.kvr makes them."
-                 : "No open-loop rows are open.");
-      return;
+      draw_absence(
+          ui, closed ? "No closed-loop rows are open" : "No open-loop rows are open",
+          closed
+              ? "Accuracy needs runs that really evict while they generate: kvlapse eval --task sort --n 32 "
+                "--policy longflow,rkv --budget 256,512 -o evals.kvr, then open evals.kvr here."
+              : "Recall and output error need a replay of a recording: kvlapse replay run.kvl --policy "
+                "longflow,rkv --budget 10%,25% -o run.kvr, then open run.kvr here.");
+      return false;
     }
     const float height = std::max(ui.px(150), ImGui::GetContentRegionAvail().y * 0.55F);
     // Room around the outermost points, so that their markers are drawn whole.
     ImPlot::PushStyleVar(ImPlotStyleVar_FitPadding, ImVec2(0.03F, 0.06F));
     if (!ImPlot::BeginPlot("##tradeoff", ImVec2(-1, height), ImPlotFlags_NoTitle | ImPlotFlags_NoFrame)) {
       ImPlot::PopStyleVar();
-      return;
+      return true;
     }
     ImPlot::SetupAxes(closed ? "budget, tokens a kv head" : "peak K and V, MiB",
                       kQualityNames[static_cast<size_t>(quality_)],
                       ImPlotAxisFlags_AutoFit | ImPlotAxisFlags_NoGridLines, ImPlotAxisFlags_AutoFit);
-    ImPlot::SetupLegend(ImPlotLocation_SouthEast);
+    if (quality_ != kError) ImPlot::SetupAxisLimitsConstraints(ImAxis_Y1, -0.02, 1.04);
+    // Where curves of this kind leave room; intervals leave none.
+    ImPlot::SetupLegend(closed               ? ImPlotLocation_East
+                        : quality_ == kError ? ImPlotLocation_NorthEast
+                                             : ImPlotLocation_SouthEast,
+                        closed ? ImPlotLegendFlags_Outside : ImPlotLegendFlags_None);
     ImPlot::SetupFinish();
     size_t index = 0;
-    const auto style = [&](bool bound) {
+    // Bounds are grey, so that the policies keep the colours.
+    const auto style = [&](bool bound, bool upper) {
       ImPlotSpec spec;
-      const ImU32 colour = bound ? ui.theme.muted : ui.theme.series[index % ui.theme.series.size()];
+      const ImU32 colour = upper   ? ui.theme.text
+                           : bound ? ui.theme.muted
+                                   : ui.theme.series[index % (ui.theme.series.size() - 1)];
       spec.LineColor = ImGui::ColorConvertU32ToFloat4(colour);
       spec.LineWeight = ui.px(bound ? 1.2F : 1.8F);
       spec.Marker = static_cast<ImPlotMarker>(ImPlotMarker_Circle + static_cast<int>(index % 6));
       spec.MarkerSize = ui.px(4);
       spec.MarkerFillColor = spec.MarkerLineColor = spec.LineColor;
-      ++index;
+      if (!bound) ++index;
       return spec;
     };
     if (closed) {
+      double widest = 1;
+      for (const auto& [policy, points] : model.accuracy)
+        for (const double x : points.first) widest = std::max(widest, x);
+      // Equal budgets stand a little apart, so that no interval hides another one.
+      double apart = 0;
       for (const auto& [policy, points] : model.accuracy) {
-        std::vector<double> mean, low, high;
+        std::vector<double> xs, mean, low, high;
+        for (const double x : points.first) xs.push_back(x + apart);
         for (const auto& [m, l, h] : points.second)
           mean.push_back(m), low.push_back(m - l), high.push_back(h - m);
-        const ImPlotSpec spec = style(policy.starts_with("random"));
-        ImPlot::PlotErrorBars(policy.c_str(), points.first.data(), mean.data(), low.data(), high.data(),
+        const bool bound = policy.starts_with("random");
+        if (policy == "full") {  // has no budget
+          ImPlotSpec spec;
+          spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.text);
+          spec.LineWeight = ui.px(1.2F);
+          spec.Flags = ImPlotInfLinesFlags_Horizontal;
+          ImPlot::PlotInfLines("bound: full, nothing evicted", mean.data(), static_cast<int>(mean.size()),
+                               spec);
+          continue;
+        }
+        const ImPlotSpec spec = style(bound, false);
+        const std::string name = (bound ? "bound: " : "") + policy;
+        ImPlot::PlotErrorBars(name.c_str(), xs.data(), mean.data(), low.data(), high.data(),
                               static_cast<int>(mean.size()), spec);
-        ImPlot::PlotLine(policy.c_str(), points.first.data(), mean.data(), static_cast<int>(mean.size()),
-                         spec);
+        ImPlot::PlotLine(name.c_str(), xs.data(), mean.data(), static_cast<int>(mean.size()), spec);
+        apart += widest * 0.008;
       }
     } else {
+      if (const Front& front = model.fronts[static_cast<size_t>(quality_)]; front.xs.size() > 1) {
+        ImPlotSpec spec;
+        spec.LineColor = ImGui::ColorConvertU32ToFloat4(Theme::with_alpha(ui.theme.text, 0.18F));
+        spec.LineWeight = ui.px(7);
+        ImPlot::PlotLine("Pareto front", front.xs.data(), front.ys.data(), static_cast<int>(front.xs.size()),
+                         spec);
+      }
       for (const PolicyLine& line : model.lines) {
-        const ImPlotSpec spec = style(line.bound);
-        ImPlot::PlotLine(line.policy.c_str(), line.xs.data(), values(line).data(),
-                         static_cast<int>(line.xs.size()), spec);
+        const bool upper = line.policy.starts_with("oracle");
+        ImPlotSpec spec = style(line.bound, upper);
+        if (line.bound) spec.Marker = upper ? ImPlotMarker_Up : ImPlotMarker_Down;
+        const std::string name = (line.bound ? "bound: " : "") + line.policy;
+        ImPlot::PlotLine(name.c_str(), line.xs.data(), values(line).data(), static_cast<int>(line.xs.size()),
+                         spec);
         if (const int knee = line.knee[static_cast<size_t>(quality_)]; knee >= 0 && !line.bound) {
           const ImVec2 at = ImPlot::PlotToPixels(line.xs[static_cast<size_t>(knee)],
                                                  values(line)[static_cast<size_t>(knee)]);
@@ -217,6 +337,7 @@ class ComparePanel final : public Panel {
     }
     ImPlot::EndPlot();
     ImPlot::PopStyleVar();
+    return true;
   }
 
   void draw_rows(Ui& ui, const CompareModel& model) {

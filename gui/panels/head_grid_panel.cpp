@@ -150,8 +150,9 @@ class HeadGridPanel final : public Panel {
       draw_list(ui, model);
     } else {
       if (model.low >= model.high) {
-        ImGui::TextDisabled("%s: %s everywhere", kMetricNames[static_cast<size_t>(model.metric)],
-                            format_count(static_cast<double>(model.low)).c_str());
+        ImGui::TextDisabled("%s: %s %s", kMetricNames[static_cast<size_t>(model.metric)],
+                            format_count(static_cast<double>(model.low)).c_str(),
+                            model.states.lost_layers.empty() ? "everywhere" : "wherever it can be read");
       } else {
         ramp_legend(ui, *ui.theme.sequential, format_count(static_cast<double>(model.low)).c_str(),
                     format_count(static_cast<double>(model.high)).c_str(),
@@ -164,6 +165,8 @@ class HeadGridPanel final : public Panel {
   Table table(const DrawModel& base) const override {
     const auto& model = static_cast<const GridModel&>(base);
     Table table{{"step", "layer", "kv_head", "held_tokens", "evicted_tokens", "entropy_nats", "recall"}, {}};
+    if (!model.replayed.empty())
+      table.columns.emplace_back(model.metric == kError ? "output_error" : "replayed_recall");
     const HeadStates& states = model.states;
     const auto number = [](float value) {
       return std::isnan(value) ? std::string() : fmt::format("{:.7g}", value);
@@ -173,6 +176,7 @@ class HeadGridPanel final : public Panel {
           {std::to_string(states.step), std::to_string(i / static_cast<size_t>(states.n_kv_heads)),
            std::to_string(i % static_cast<size_t>(states.n_kv_heads)), std::to_string(states.held[i]),
            std::to_string(states.evicted[i]), number(states.entropy[i]), number(states.recall[i])});
+      if (!model.replayed.empty()) table.rows.back().push_back(number(model.values[i]));
     }
     return table;
   }
@@ -226,6 +230,7 @@ class HeadGridPanel final : public Panel {
     }
     const int every_row = std::max(1, static_cast<int>(std::ceil(ImGui::GetTextLineHeight() / cell_h)));
     const float range = std::max(model.high - model.low, 1e-9F), gap = std::min(ui.px(1), cell_h / 8);
+    ImVec2 selected_low, selected_high;
     const bool writes = cell_h >= ImGui::GetTextLineHeight() && cell_w >= ui.px(40);
     for (int layer = 0; layer < rows; ++layer) {
       const float y = origin.y + header + cell_h * static_cast<float>(layer);
@@ -252,9 +257,10 @@ class HeadGridPanel final : public Panel {
           list->AddTriangleFilled(ImVec2(high.x - ui.px(7), low.y), ImVec2(high.x, low.y),
                                   ImVec2(high.x, low.y + ui.px(7)), ui.theme.bad);
         if (layer == ui.selection.layer && head == ui.selection.kv_head)
-          list->AddRect(low, high, ui.theme.selection, 0, ui.px(2));
+          selected_low = low, selected_high = high;
       }
     }
+    outline(ui, list, selected_low, selected_high, ui.px(2));  // over its neighbours
     ImGui::SetCursorScreenPos(ImVec2(origin.x + gutter, origin.y + header));
     const ImVec2 area(cell_w * static_cast<float>(columns), cell_h * static_cast<float>(rows));
     ImGui::InvisibleButton("##cells", area);

@@ -80,11 +80,16 @@ class KernelsPanel final : public Panel {
     badge(ui, Provenance::measured, "CUPTI activity records: start and end of each kernel on the device.");
     ImGui::SameLine();
     ImGui::TextDisabled("%s", model.range.c_str());
-    const float lanes =
-        std::min(ImGui::GetContentRegionAvail().y * 0.4F,
-                 ui.px(46) + ui.px(26) * static_cast<float>(std::max<size_t>(1, model.streams.size())));
-    draw_table(model, std::max(ui.px(80), ImGui::GetContentRegionAvail().y - lanes - ui.px(8)));
-    draw_lanes(ui, model);
+    // The table takes what its rows need, the lanes the rest, each at least a share.
+    const float space = ImGui::GetContentRegionAvail().y;
+    const float rows =
+        ImGui::GetTextLineHeightWithSpacing() * (static_cast<float>(model.summary.rows.size()) + 1.6F) +
+        ImGui::GetStyle().ScrollbarSize;
+    const float most_lanes =
+        ui.px(50) + ui.px(70) * static_cast<float>(std::max<size_t>(1, model.streams.size()));
+    const float lanes = std::min(most_lanes, std::max(space * 0.4F, space - rows - ui.px(8)));
+    draw_table(ui, model, std::max(ui.px(80), std::min(rows, space - lanes - ui.px(8))));
+    draw_lanes(ui, model, lanes);
   }
 
   Table table(const DrawModel& base) const override {
@@ -112,7 +117,12 @@ class KernelsPanel final : public Panel {
     return find_[0] == 0 || name.find(find_.data()) != std::string::npos;
   }
 
-  void draw_table(const KernelsModel& model, float height) {
+  // Of a kernel's launches in the lanes, and beside its name.
+  static ImU32 colour_of(const Theme& theme, int name) {
+    return theme.series[static_cast<size_t>(name) % theme.series.size()];
+  }
+
+  void draw_table(const Ui& ui, const KernelsModel& model, float height) {
     constexpr std::array<const char*, 9> kColumns = {"kernel",    "launches", "total, ms",
                                                      "mean, us",  "max, us",  "modelled each",
                                                      "DRAM each", "ratio",    "active warps"};
@@ -124,7 +134,7 @@ class KernelsPanel final : public Panel {
         "Measured",
         "Modelled: bytes that a launch should move through the GPU's memory",
         "Measured: DRAM bytes read and written by the launches that were counted (--counters kernels)",
-        "DRAM bytes over modelled bytes",
+        "DRAM bytes over modelled bytes of the same launches",
         "Measured: share of the peak, of the launches that were counted"};
     if (!ImGui::BeginTable("##kernels", static_cast<int>(kColumns.size()),
                            ImGuiTableFlags_RowBg | ImGuiTableFlags_ScrollY | ImGuiTableFlags_ScrollX |
@@ -146,8 +156,21 @@ class KernelsPanel final : public Panel {
     for (const KernelRow& row : model.summary.rows) {
       if (!shows(row.name)) continue;
       ImGui::TableNextRow();
+      ImGui::TableNextColumn();
+      const auto& names = model.launches.names;
+      const float side = ImGui::GetTextLineHeight() * 0.7F;
+      if (const auto found = std::ranges::find(names, row.name); found != names.end()) {
+        const ImVec2 at = ImGui::GetCursorScreenPos();
+        const float top = at.y + ImGui::GetTextLineHeight() * 0.15F;
+        ImGui::GetWindowDrawList()->AddRectFilled(
+            ImVec2(at.x, top), ImVec2(at.x + side, top + side),
+            colour_of(ui.theme, static_cast<int>(found - names.begin())));
+      }
+      ImGui::Dummy(ImVec2(side, 1));  // none ran in this step: no colour
+      ImGui::SameLine(0, ui.px(5));
+      ImGui::TextUnformatted(row.name.c_str());
       for (const std::string& field :
-           {row.name, std::to_string(row.launches), fmt::format("{:.3f}", row.total_ms),
+           {std::to_string(row.launches), fmt::format("{:.3f}", row.total_ms),
             fmt::format("{:.2f}", row.mean_us), fmt::format("{:.2f}", row.max_us), bytes(row.modelled_bytes),
             bytes(row.dram_bytes), std::isnan(row.bytes_ratio) ? "-" : fmt::format("{:.3f}", row.bytes_ratio),
             std::isnan(row.warps_percent) ? "-" : fmt::format("{:.0f} %", row.warps_percent)}) {
@@ -160,14 +183,14 @@ class KernelsPanel final : public Panel {
   }
 
   // Launches of the current step over time, a lane a stream.
-  void draw_lanes(Ui& ui, const KernelsModel& model) {
+  void draw_lanes(Ui& ui, const KernelsModel& model, float height) {
     if (model.launches.launches.empty()) {
       ImGui::TextDisabled("no kernel ran within step %d", model.step);
       return;
     }
     const double length_us = static_cast<double>(model.span.end_ns - model.span.begin_ns) * 1e-3;
     if (!ImPlot::BeginPlot(
-            "##launches", ImVec2(-1, -1),
+            "##launches", ImVec2(-1, height),
             ImPlotFlags_NoTitle | ImPlotFlags_NoFrame | ImPlotFlags_NoLegend | ImPlotFlags_NoMouseText))
       return;
     const double n = static_cast<double>(model.streams.size());
@@ -175,8 +198,16 @@ class KernelsPanel final : public Panel {
                                              model.launches.cut ? " (the first 4000 launches)" : "")
                                      .c_str());
     ImPlot::SetupAxis(ImAxis_Y1, "stream",
-                      ImPlotAxisFlags_NoTickLabels | ImPlotAxisFlags_NoTickMarks |
-                          ImPlotAxisFlags_NoGridLines | ImPlotAxisFlags_Lock);
+                      ImPlotAxisFlags_NoTickMarks | ImPlotAxisFlags_NoGridLines | ImPlotAxisFlags_Lock);
+    std::vector<double> middles;
+    std::vector<std::string> names;
+    std::vector<const char*> labels;
+    for (size_t i = 0; i < model.streams.size(); ++i) {
+      middles.push_back(n - static_cast<double>(i) - 0.5);
+      names.push_back(std::to_string(model.streams[i]));
+    }
+    for (const std::string& name : names) labels.push_back(name.c_str());
+    ImPlot::SetupAxisTicks(ImAxis_Y1, middles.data(), static_cast<int>(middles.size()), labels.data());
     ImPlot::SetupAxisLimits(ImAxis_X1, 0, length_us,
                             shown_step_ == model.step ? ImPlotCond_Once : ImPlotCond_Always);
     ImPlot::SetupAxisLimits(ImAxis_Y1, 0, n, ImPlotCond_Always);
@@ -200,7 +231,7 @@ class KernelsPanel final : public Panel {
         high.x = low.x + ui.px(3);
         drawn_to = high.x;
       }
-      const ImU32 fill = ui.theme.series[static_cast<size_t>(launch.name) % ui.theme.series.size()];
+      const ImU32 fill = colour_of(ui.theme, launch.name);
       list->AddRectFilled(low, high, fill);
       if (ImGui::CalcTextSize(name.c_str()).x + ui.px(6) < high.x - low.x)
         list->AddText(ImVec2(low.x + ui.px(3), (low.y + high.y - ImGui::GetTextLineHeight()) / 2),

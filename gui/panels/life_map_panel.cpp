@@ -82,10 +82,6 @@ uint32_t attention_colour(const Theme& theme, float weight) {
   return theme.heat_at(0.25F + 0.75F * at);
 }
 
-// No colour of the heat ramp: red would pass for attention received.
-uint32_t missed_colour(const Theme& theme) {
-  return theme.series[2];
-}
 // Of what both sides hold, so that the differences stand out.
 uint32_t both_colour(const Theme& theme) {
   return Theme::blend(theme.map_evicted, theme.map_alive, 0.45F);
@@ -131,7 +127,7 @@ void paint_positions(const LifeParams& params, LifeModel& model) {
     if (attention && held[i] >= kAttentionFloor) colour = attention_colour(theme, held[i]);
     if (attention && missed[i] >= kAttentionFloor) {
       const float at = std::clamp(1 + std::log10(missed[i]) / 3, 0.0F, 1.0F);
-      colour = Theme::blend(theme.map_evicted, missed_colour(theme), 0.35F + 0.65F * at);
+      colour = Theme::blend(theme.map_evicted, theme.missed, 0.35F + 0.65F * at);
     }
     model.pixels[i] = colour;
   }
@@ -313,7 +309,7 @@ class LifeMapPanel final : public Panel {
       ImGui::SameLine();
       choose("##colour", colour_, {"held", "attention"}, ui.px(96));
       ImGui::SetItemTooltip(
-          "attention: what each token received; green where an evicted token would have received it "
+          "attention: what each token received, and what evicted tokens would have received "
           "(regret)");
     }
     // Only sources that are there can be chosen.
@@ -328,8 +324,10 @@ class LifeMapPanel final : public Panel {
     if (other) names.push_back(against.c_str()), sources.push_back(kOther);
     if (sources.size() > 1) {
       int chosen = static_cast<int>(std::ranges::find(sources, source_of(ui)) - sources.begin());
-      ImGui::SameLine();
-      if (choose("##source", chosen, names, ui.px(130))) source_ = sources[static_cast<size_t>(chosen)];
+      const float width = std::clamp(ImGui::CalcTextSize(names[static_cast<size_t>(chosen)]).x + ui.px(44),
+                                     ui.px(130), ui.px(260));
+      same_line_if_fits(width);
+      if (choose("##source", chosen, names, width)) source_ = sources[static_cast<size_t>(chosen)];
       if (!ui.what_if.policy.empty())
         ImGui::SetItemTooltip("what if: %s at %s, replayed over the recorded q, k, v",
                               ui.what_if.policy.c_str(), ui.what_if.budget.c_str());
@@ -451,14 +449,18 @@ class LifeMapPanel final : public Panel {
   void draw_controls(Ui& ui, const LifeModel& model) {
     if (rows_ == kSlots) {
       same_line_if_fits(ui.px(230));
-      ramp_legend(ui, *ui.theme.sequential, "1", fmt::format("{}", model.n_steps).c_str(), "age, steps",
+      ramp_legend(ui, *ui.theme.sequential, "0", fmt::format("{}", model.n_steps).c_str(), "age, steps (log)",
                   ui.px(70));
-    } else if (colour_ == kAttention && scope_ == kHead) {
+    } else if (model.attention && model.attention->absence.empty()) {
       same_line_if_fits(ui.px(230));
-      ramp_legend(ui, *ui.theme.heat, "0.001", "1", "attention", ui.px(70));
+      Ramp ramp;
+      for (size_t i = 0; i < ramp.size(); ++i)
+        ramp[i] = attention_colour(
+            ui.theme, kAttentionFloor * std::pow(1 / kAttentionFloor, static_cast<float>(i) / 255.0F));
+      ramp_legend(ui, ramp, "0.001", "1", "attention (log)", ui.px(70));
       if (model.has_regret) {
         ImGui::SameLine();
-        swatch(ui, missed_colour(ui.theme), "missed");
+        swatch(ui, ui.theme.missed, "missed");
       }
     } else if (model.source >= kDifference) {
       same_line_if_fits(ui.px(280));

@@ -123,9 +123,9 @@ class MemoryPanel final : public Panel {
       ImPlot::SetupLegend(ImPlotLocation_NorthWest);
       round_ticks(ui, ImAxis_X1, 0, ui.n_steps, ImGui::GetContentRegionAvail().x - ui.px(60));
       ImPlot::SetupFinish();
-      for (size_t i = 0; i < model.drawn.size(); ++i) {
+      // Page tables per layer often agree with the others: drawn first and broader, so that all are seen.
+      for (const size_t i : {size_t{1}, size_t{0}, size_t{2}, size_t{3}}) {
         ImPlotSpec spec;
-        // Page tables per layer and per head often agree: the first is drawn broader, so that both are seen.
         constexpr std::array<size_t, 4> kSeries = {6, 2, 1, 0};
         spec.LineColor = ImGui::ColorConvertU32ToFloat4(ui.theme.series[kSeries[i]]);
         spec.LineWeight = ui.px(i == 1 ? 4.5F : 1.5F);

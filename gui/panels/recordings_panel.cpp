@@ -214,11 +214,11 @@ class RecordingsPanel final : public Panel {
     ImGui::TableHeadersRow();
     const int n = std::max(model.alignment.n_a, model.alignment.n_b);
     ImGui::PushFont(ui.fonts.mono, 0);
-    const double column = static_cast<double>(ImGui::GetContentRegionAvail().x) * 0.45,
-                 letter = static_cast<double>(ImGui::CalcTextSize("M").x);
+    const double column = static_cast<double>(ImGui::GetContentRegionAvail().x),  // of the last column
+        letter = static_cast<double>(ImGui::CalcTextSize("M").x);
     ImGui::PopFont();
     // Lines of equally many tokens, so that both sides stay in step; a tenth of room for longer ones.
-    const int per_line = std::clamp(static_cast<int>(0.9 * column / (model.letters * letter)), 4, 64);
+    const int per_line = std::clamp(static_cast<int>(0.9 * column / (model.letters * letter)), 4, 512);
     ImGuiListClipper clipper;
     clipper.Begin((n + per_line - 1) / per_line);
     while (clipper.Step()) {
@@ -245,20 +245,20 @@ class RecordingsPanel final : public Panel {
                           int first, int count) {
     ImGui::PushFont(ui.fonts.mono, 0);
     ImDrawList* list = ImGui::GetWindowDrawList();
-    ImVec2 at = ImGui::GetCursorScreenPos();
+    ImVec2 at = ImGui::GetCursorScreenPos(), selected_low, selected_high;
     const float height = ImGui::GetTextLineHeight();
     for (int pos = first; pos < first + count && pos < static_cast<int>(texts.size()); ++pos) {
       const std::string text = visible_token(texts[static_cast<size_t>(pos)]);
       const ImVec2 size = ImGui::CalcTextSize(text.c_str());
       const bool differs = pos >= model.alignment.n_common;
-      if (pos == model.step)
-        list->AddRect(at, ImVec2(at.x + size.x, at.y + height), ui.theme.selection, 0, ui.px(1.5F));
+      if (pos == model.step) selected_low = at, selected_high = ImVec2(at.x + size.x, at.y + height);
       list->AddText(at, differs ? ui.theme.warning : ui.theme.text, text.c_str());
       if (pos == model.alignment.first_divergence)
         list->AddRectFilled(ImVec2(at.x, at.y + height - ui.px(2)), ImVec2(at.x + size.x, at.y + height),
                             ui.theme.bad);
       at.x += size.x;
     }
+    if (selected_high.x > 0) outline(ui, list, selected_low, selected_high, ui.px(1.5F));
     ImGui::Dummy(ImVec2(1, height));
     ImGui::PopFont();
   }

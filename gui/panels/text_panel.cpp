@@ -209,6 +209,13 @@ DrawModelPtr prepare(const TextParams& params, TextCache& cache) {
       }
       model->raw = attention->missed;
       model->raw.resize(n, 0);
+      if (std::ranges::all_of(model->raw, [](float missed) { return missed == 0; })) {
+        model->absence = fmt::format(
+            "No regret: layer {}, kv head {} evicted no token that later steps would have attended to{}.",
+            selection.layer, selection.kv_head,
+            reader.header().policy.evicts ? "" : " (this recording evicts nothing)");
+        return model;
+      }
       model->most = std::max(1e-6F, *std::ranges::max_element(model->raw));
     }
   }
@@ -301,14 +308,27 @@ class TextPanel final : public Panel {
   }
 
  private:
+  // Of a token whose value is this share of the most; heat fades into the ground, so that little looks like
+  // little.
+  static ImU32 fill_of(const Theme& theme, bool heat, float value) {
+    return heat ? Theme::blend(theme.surface, theme.heat_at(0.15F + 0.85F * value), std::min(1.0F, value * 4))
+                : theme.ramp(value);
+  }
+
   void draw_controls(Ui& ui, const TextModel& model) {
     same_line_if_fits(ui.px(70));
     badge(ui, Provenance::derived, kModeFrom[static_cast<size_t>(model.mode)]);
-    const std::string most = model.mode == kHolders ? fmt::format("{} heads", model.n_heads)
-                                                    : format_value(static_cast<double>(model.most));
-    same_line_if_fits(ui.px(190));
+    const std::string most = model.mode == kHolders ? std::to_string(model.n_heads)
+                                                    : format_count(static_cast<double>(model.most));
+    constexpr std::array<const char*, 4> kLegends = {"kv heads", "steps", "weight", "attention missed"};
+    same_line_if_fits(ui.px(230));
     const bool heat = model.mode == kAttention || model.mode == kRegret;
-    ramp_legend(ui, heat ? *ui.theme.heat : *ui.theme.sequential, "0", most.c_str(), "", ui.px(60));
+    Ramp ramp;
+    for (size_t i = 0; i < ramp.size(); ++i) {
+      const float share = static_cast<float>(i) / 255.0F;
+      ramp[i] = fill_of(ui.theme, heat, heat ? std::sqrt(share) : share);
+    }
+    ramp_legend(ui, ramp, "0", most.c_str(), kLegends[static_cast<size_t>(model.mode)], ui.px(60));
     ImGui::SetNextItemWidth(ui.px(110));
     const bool entered = ImGui::InputTextWithHint("##search", "find", text_.data(), text_.size(),
                                                   ImGuiInputTextFlags_EnterReturnsTrue);
@@ -365,6 +385,11 @@ class TextPanel final : public Panel {
     const ImVec2 mouse = ImGui::GetMousePos();
     const int first = std::max(0, static_cast<int>(ImGui::GetScrollY() / height) - 1),
               last = std::min(n_lines, first + static_cast<int>(ImGui::GetWindowHeight() / height) + 3);
+    struct Frame {
+      ImVec2 low, high;
+      float width;
+    };
+    std::vector<Frame> frames;  // over the neighbours' fills
     for (int l = first; l < last; ++l) {
       const TextLine& line = layout.lines[static_cast<size_t>(l)];
       const float y = origin.y + static_cast<float>(l) * height;
@@ -376,10 +401,7 @@ class TextPanel final : public Panel {
         const float width = advance * static_cast<float>(layout.columns[i]);
         const ImVec2 low(x, y), high(x + width, y + height - ui.px(1));
         const float value = model.values[i];
-        const ImU32 fill = value < 0 ? ui.theme.surface
-                           : heat    ? Theme::blend(ui.theme.surface, ui.theme.heat_at(0.15F + 0.85F * value),
-                                                    std::min(1.0F, value * 4))
-                                     : ui.theme.ramp(value);
+        const ImU32 fill = value < 0 ? ui.theme.surface : fill_of(ui.theme, heat, value);
         if (value >= 0) list->AddRectFilled(low, high, fill);
         list->AddText(ImVec2(x, y + ui.px(1)),
                       value < 0 ? Theme::with_alpha(ui.theme.muted, 0.7F) : Theme::ink_on(fill),
@@ -388,10 +410,9 @@ class TextPanel final : public Panel {
           list->AddLine(ImVec2(low.x, high.y), ImVec2(high.x, high.y), ui.theme.series[0], ui.px(1));
         if (!model.is_match.empty() && model.is_match[i] != 0)
           list->AddRect(low, high, ui.theme.accent, 0, ui.px(1.5F));
-        if (token == ui.selection.step) list->AddRect(low, high, ui.theme.selection, 0, ui.px(1.5F));
+        if (token == ui.selection.step) frames.push_back({low, high, ui.px(1.5F)});
         if (token == ui.selection.pinned_token)
-          list->AddRect(ImVec2(low.x - 1, low.y - 1), ImVec2(high.x + 1, high.y + 1), ui.theme.selection, 0,
-                        ui.px(2.5F));
+          frames.push_back({ImVec2(low.x - 1, low.y - 1), ImVec2(high.x + 1, high.y + 1), ui.px(2.5F)});
         if (hovered && mouse.x >= low.x && mouse.x < high.x && mouse.y >= low.y && mouse.y < y + height) {
           if (ImGui::IsMouseClicked(ImGuiMouseButton_Left)) {
             if (ImGui::GetIO().KeyCtrl) {
@@ -418,6 +439,7 @@ class TextPanel final : public Panel {
         x += width;
       }
     }
+    for (const Frame& frame : frames) outline(ui, list, frame.low, frame.high, frame.width);
     ImGui::Dummy(ImVec2(1, static_cast<float>(n_lines) * height));
   }
 

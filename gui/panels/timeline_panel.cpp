@@ -14,6 +14,7 @@
 #include "implot.h"
 #include "trace/views/falls.h"
 #include "trace/views/kernel_view.h"
+#include "trace/views/lane_top.h"
 
 namespace kvlapse::gui {
 namespace {
@@ -59,11 +60,14 @@ struct LaneData {
   std::vector<float> values;
   LinePyramid pyramid;
   std::string absence;  // why there is no line
+  float top = 1;        // of the lane; rare peaks above it are cut, the highest value is written beside
   Provenance provenance = Provenance::measured;
   void set(std::vector<float> line, int first_step) {
     values = std::move(line);
     pyramid = LinePyramid(values, first_step);
+    top = lane_top(values);
   }
+  bool cuts() const { return pyramid.highest() > top; }
 };
 // Of one version of a trace's timeline.
 struct Lanes {
@@ -406,13 +410,17 @@ class TimelinePanel final : public Panel {
         if (text.x + ui.px(8) < high.x - low.x)
           list->AddText(ImVec2(left, (low.y + high.y - text.y) / 2), Theme::ink_on(colour), name.c_str());
       }
-      for (int step : timeline.compactions) {
-        const ImVec2 at = ImPlot::PlotToPixels(step, 0.0);
-        list->AddLine(at, ImVec2(at.x, at.y - height * 0.25F), ui.theme.text, ui.px(1));
-      }
       const auto near = [&](float x) {
         return ImPlot::IsPlotHovered() && std::abs(ImGui::GetMousePos().x - x) < ui.px(5);
       };
+      for (int step : timeline.compactions) {
+        const ImVec2 at = ImPlot::PlotToPixels(step, 0.0);
+        list->AddLine(at, ImVec2(at.x, at.y - height), Theme::with_alpha(ui.theme.text, 0.6F), ui.px(1));
+        if (near(at.x))
+          ImGui::SetTooltip(
+              "step %d: compaction, %.0f tokens evicted", step,
+              static_cast<double>(timeline.evicted_tokens[static_cast<size_t>(step - timeline.first_step)]));
+      }
       for (int step : model.lanes->counted) {
         const ImVec2 at = ImPlot::PlotToPixels(step, 0.0);
         list->AddLine(at, ImVec2(at.x, at.y - height * 0.5F), ui.theme.accent, ui.px(2));
@@ -464,10 +472,9 @@ class TimelinePanel final : public Panel {
     ImGui::SetCursorPos(ImVec2(start.x, start.y + ImGui::GetTextLineHeight() + ui.px(1)));
     cut_text(ui, value, gutter - ui.px(10), true);
     ImGui::SetCursorPos(ImVec2(start.x + gutter - ImGui::GetStyle().WindowPadding.x, start.y));
-    const float high = std::max(pyramid.highest(), 1e-9F);
     ImPlot::PushStyleVar(ImPlotStyleVar_PlotPadding, ImVec2(ui.px(16), ui.px(1)));
     if (ImPlot::BeginPlot("##lane", ImVec2(-1, height), ImPlotFlags_CanvasOnly | ImPlotFlags_NoFrame)) {
-      setup_axes(ui, labels, 0, static_cast<double>(high) * 1.1);
+      setup_axes(ui, labels, 0, static_cast<double>(std::max(data.top, 1e-9F)) * 1.1);
       ImPlot::SetupFinish();
       if (index == 0) width_ = std::clamp(static_cast<int>(ImPlot::GetPlotSize().x), 16, 16384);
       const DrawnLine& line = model.lines[static_cast<size_t>(index)];
@@ -476,18 +483,19 @@ class TimelinePanel final : public Panel {
           ui.theme.series[static_cast<size_t>(index) % ui.theme.series.size()]);
       spec.LineWeight = ui.px(1.2F);
       ImPlot::PlotLine("##line", line.xs.data(), line.ys.data(), static_cast<int>(line.xs.size()), spec);
-      const ImVec2 corner = ImPlot::GetPlotPos();
-      if (column.empty()) {
-        const std::string why = fmt::format("none: {}", data.absence);
-        ImPlot::GetPlotDrawList()->AddText(ImVec2(corner.x + ui.px(4), corner.y + ui.px(1)), ui.theme.muted,
-                                           why.c_str());
-        if (ImPlot::IsPlotHovered()) ImGui::SetTooltip("%s: %s", kind.name, data.absence.c_str());
-      }
-      const std::string top = column.empty() ? "" : format_count(static_cast<double>(pyramid.highest()));
-      ImPlot::GetPlotDrawList()->AddText(ImVec2(corner.x + ui.px(4), corner.y + ui.px(1)), ui.theme.muted,
-                                         top.c_str());
+      if (column.empty() && ImPlot::IsPlotHovered())
+        ImGui::SetTooltip("%s: %s", kind.name, data.absence.c_str());
       step_cursor(ui, true);
       drag_range(ui);
+      const ImVec2 corner = ImPlot::GetPlotPos();
+      const std::string highest = format_count(static_cast<double>(pyramid.highest()));
+      ImPlot::PushPlotClipRect();
+      label(ui, ImPlot::GetPlotDrawList(), ImVec2(corner.x + ui.px(4), corner.y + ui.px(1)),
+            column.empty() ? "none: " + data.absence
+            : data.cuts()
+                ? fmt::format("up to {}, drawn to {}", highest, format_count(static_cast<double>(data.top)))
+                : highest);
+      ImPlot::PopPlotClipRect();
       if (!column.empty() && ImPlot::IsPlotHovered() && ImGui::BeginTooltip()) {
         const int step = static_cast<int>(std::lround(ImPlot::GetPlotMousePos().x));
         const int row = step - timeline.first_step;

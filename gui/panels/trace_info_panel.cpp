@@ -78,12 +78,27 @@ DrawModelPtr prepare(const TraceSource& trace, const std::function<std::vector<M
     if (!facts.end_reason.empty()) section.rows.push_back({"ended by", facts.end_reason});
     model->sections.push_back(std::move(section));
   }
+  if (const std::vector<GpuSource> sources = reader.gpu_sources(); !sources.empty()) {
+    InfoSection gpu{"GPU sources while recording", {}};
+    for (const GpuSource& source : sources) {
+      gpu.rows.push_back(
+          {source.name,
+           fmt::format("{}, {}, records: {}{}{}{}{}", source.state(), source.provenance, source.records,
+                       source.dropped > 0 ? fmt::format(", {} dropped", source.dropped) : "",
+                       source.reason.empty() ? "" : "; " + source.reason,
+                       source.advice.empty() ? "" : "; " + source.advice,
+                       source.overhead_ns > 0 ? fmt::format("; cost the decoding thread {:.1f} ms",
+                                                            static_cast<double>(source.overhead_ns) * 1e-6)
+                                              : "")});
+    }
+    model->sections.push_back(std::move(gpu));
+  }
   InfoSection meta{"Recorded facts", {}};
   for (const auto& [key, value] : reader.meta()) meta.rows.push_back({key, value});
   if (meta.rows.empty()) meta.rows.push_back({"none", "the recorder stored no further facts"});
   model->sections.push_back(std::move(meta));
   if (examine) {
-    InfoSection machine{"This machine (kvlapse doctor)", {}};
+    InfoSection machine{"This machine now (kvlapse doctor)", {}};
     for (const MachineFinding& finding : examine())
       machine.rows.push_back({finding.part, fmt::format("{}: {}{}{}", finding.state, finding.found,
                                                         finding.advice.empty() ? "" : "; ", finding.advice)});

@@ -1,6 +1,6 @@
 // make_synthetic_trace OUT.kvl [key=value ...]: a labelled synthetic trace of any size through the real
 // writer, for timing and for pictures. Keys: layers q_heads kv_heads head_dim prompt steps budget cadence
-// shared tier seed sleep_us.
+// shared tier seed sleep_us gpu dtype.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "core/base/error.h"
+#include "tests/support/trace/synthetic_gpu.h"
 #include "tests/support/trace/synthetic_trace.h"
 
 namespace {
@@ -38,6 +39,7 @@ int main(int argc, char** argv) {
   process.geometry.n_layers = 6, process.geometry.n_q_heads = 8, process.geometry.n_kv_heads = 2,
   process.geometry.head_dim = 32;
   int sleep_us = 0;
+  bool gpu = false;
   try {
     for (int i = 2; i < argc; ++i) {
       const std::string argument = argv[i];
@@ -69,12 +71,17 @@ int main(int argc, char** argv) {
         process.layer_end = number;
       else if (key == "seed")
         process.seed = static_cast<uint64_t>(number);
+      else if (key == "dtype")
+        process.geometry.dtype = parse_dtype(value);
+      else if (key == "gpu")
+        gpu = number != 0;
       else if (key == "sleep_us")
         sleep_us = number;
       else
         fail_usage("{}: unknown key", key);
     }
     process.geometry.n_slots = process.n_steps + 1;
+    if (gpu) process = test::with_gpu(process);
     TraceWriterOptions options;
     options.force = true;
     options.token_text = word;

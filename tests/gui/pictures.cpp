@@ -15,6 +15,7 @@
 #include "core/base/error.h"
 #include "gui/app/application.h"
 #include "gui/app/platform.h"
+#include "replay/sweep.h"
 #include "tests/support/trace/synthetic_gpu.h"
 #include "tests/support/trace/synthetic_trace.h"
 
@@ -34,6 +35,7 @@ struct Picture {
   const char* trace;
   const char* panel;
   std::vector<int> series;  // colours of the theme that this picture draws lines with
+  bool replayed = false;    // with results of a replay, of which one is chosen
 };
 const std::vector<Picture>& pictures() {
   static const std::vector<Picture> all = {
@@ -55,6 +57,11 @@ const std::vector<Picture>& pictures() {
       {"kernels-gpu", "gpu.kvl", "kernels", {0, 1}},
       {"recordings", "a.kvl", "recordings", {0, 1, 2}},
       {"what-if", "a.kvl", "what-if", {}},
+      {"compare", "b.kvl", "compare", {0, 1}, true},
+      {"compare-error", "b.kvl", "compare:1", {0, 1}, true},
+      {"head-grid-error", "b.kvl", "head-grid:4 0", {}, true},
+      {"timeline-recall", "b.kvl", "timeline", {0, 2}, true},
+      {"life-map-difference", "b.kvl", "life-map:0 0 0 2", {1}, true},
   };
   return all;
 }
@@ -91,13 +98,18 @@ double share_wrong(const Blocks& a, const Blocks& b) {
 }
 
 // `hidden`: series whose colour is that of the background; -1: none.
-Blocks draw(const fs::path& trace, const std::string& panel, int hidden = -1) {
+Blocks draw(const Picture& picture, int hidden = -1) {
+  const std::string panel = picture.panel;
   ApplicationOptions options;
   options.persistent = false;
   options.builtin_font = true;
   options.only_panel = panel;
   Application app(options);
-  app.open(trace);
+  app.open(picture.trace);
+  if (picture.replayed) {
+    app.open("b.kvr");
+    app.ui().what_if = {"streaming_llm", "40%"};
+  }
   if (panel == "recordings" || panel == "life-map:0 0 0 3") app.open("b.kvl");
   if (hidden >= 0) app.ui().theme.series[static_cast<size_t>(hidden)] = app.ui().theme.background;
   Platform platform(PlatformKind::headless, kWidth, kHeight, "kvlapse");
@@ -138,13 +150,19 @@ int run(const fs::path& references, bool make) {
   process.budget = 96;
   process.cadence = 32;
   write_synthetic_trace("a.kvl", process);
+  test::SyntheticProcess wide = process;  // enough bytes for a share of the memory's peak
+  wide.geometry.head_dim = 128;
+  write_synthetic_trace("gpu.kvl", test::with_gpu(wide));
   process.budget = 0;  // nothing is evicted: the series of evictions is flat
   write_synthetic_trace("b.kvl", process);
-  fs::copy_file("a.kvl", "gpu.kvl");
-  test::add_gpu_rows("gpu.kvl", process.geometry.n_layers);
+  Sweep sweep({"b.kvl"}, parse_policy_list("streaming_llm,h2o,random:pin_prompt=1,oracle_mass"),
+              parse_budget_list("20%,40%,70%"), {});
+  ResultsFile results("b.kvr", ResultsFile::Open::create);
+  sweep.run(results);
+  results.finish();
   int failures = 0;
   for (const Picture& picture : pictures()) {
-    const Blocks found = draw(picture.trace, picture.panel);
+    const Blocks found = draw(picture);
     const fs::path file = references / (std::string(picture.name) + ".ppm");
     if (make) {
       write(file, found);
@@ -159,7 +177,7 @@ int run(const fs::path& references, bool make) {
       write(fs::temp_directory_path() / fmt::format("kvlapse-picture-{}.ppm", picture.name), found);
     }
     for (int series : picture.series) {
-      const double without = share_wrong(draw(picture.trace, picture.panel, series), reference);
+      const double without = share_wrong(draw(picture, series), reference);
       fmt::print("{} without series {}: {:.3f} % differ, must exceed the limit\n", picture.name, series,
                  100 * without);
       if (without <= kMostWrong) ++failures;
@@ -167,7 +185,8 @@ int run(const fs::path& references, bool make) {
   }
   if (make) return 0;
   for (const char* panel : {"timeline", "life-map", "memory"}) {
-    const double wrong = share_wrong(draw("b.kvl", panel), read(references / (std::string(panel) + ".ppm")));
+    const double wrong =
+        share_wrong(draw({panel, "b.kvl", panel, {}}), read(references / (std::string(panel) + ".ppm")));
     fmt::print("{} without evictions: {:.3f} % differ, must exceed the limit\n", panel, 100 * wrong);
     if (wrong <= kMostWrong) ++failures;
   }

@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
+#include <cstdio>
 
 #include "trace/sql.h"
 
@@ -15,13 +17,76 @@ double real(const SqlValue& value) {
   return number != nullptr ? *number : NAN;
 }
 
+bool has_table(const TraceReader& reader, std::string_view name) {
+  SqlQuery tables(reader.file(), fmt::format("SELECT count(*) FROM sqlite_master WHERE name = '{}'", name));
+  std::vector<SqlValue> row;
+  return tables.next(row) && std::get<int64_t>(row[0]) > 0;
+}
+
+// Peaks of NVIDIA's data sheets, fp32 without tensor cores; the first that the device's name contains.
+struct DataSheet {
+  std::string_view device;
+  double gflops, gbps;
+};
+constexpr std::array<DataSheet, 7> kDataSheets = {{{"H200", 66'900, 4800},
+                                                   {"H100 PCIe", 51'200, 2039},
+                                                   {"H100", 66'900, 3350},
+                                                   {"A100-SXM4-80GB", 19'500, 2039},
+                                                   {"A100 80GB PCIe", 19'500, 1935},
+                                                   {"A100-SXM4-40GB", 19'500, 1555},
+                                                   {"A100-PCIE-40GB", 19'500, 1555}}};
+
+// fp32 lanes of a multiprocessor (CUDA C++ Programming Guide, "Arithmetic instructions"); 0: not known.
+int fp32_lanes(int64_t major, int64_t minor) {
+  if (major == 8) return minor == 0 ? 64 : 128;
+  return major >= 9 ? 128 : 0;
+}
+
+// A multiply and an add in every lane and cycle, of the device that the profiler described.
+void add_described_device(const TraceReader& reader, Roofline& roofline) {
+  if (!has_table(reader, "TARGET_INFO_GPU")) return;
+  SqlQuery query(
+      reader.file(),
+      "SELECT smCount, computeMajor, computeMinor, clockRate FROM TARGET_INFO_GPU WHERE smCount > 0 "
+      "AND clockRate > 0 AND computeMajor IS NOT NULL AND computeMinor IS NOT NULL ORDER BY id");
+  std::vector<SqlValue> row;
+  if (!query.next(row)) return;
+  const int lanes = fp32_lanes(std::get<int64_t>(row[1]), std::get<int64_t>(row[2]));
+  if (lanes == 0) return;
+  roofline.compute_gflops = {2.0 * lanes * real(row[0]) * real(row[3]) * 1e-9, Ceiling::Origin::derived,
+                             fmt::format("{} multiprocessors x {} fp32 lanes x 2 x {:.0f} MHz", real(row[0]),
+                                         lanes, real(row[3]) * 1e-6)};
+}
+
+// What the device's name alone tells.
+void add_named_device(const TraceReader& reader, Roofline& roofline) {
+  const auto meta = reader.meta();
+  const auto device = meta.find("device");
+  const std::string name = device == meta.end() ? std::string() : device->second;
+  for (const DataSheet& sheet : kDataSheets) {
+    if (name.find(sheet.device) == std::string::npos) continue;
+    const std::string from = fmt::format("NVIDIA's data sheet of {}", sheet.device);
+    if (!roofline.memory_gbps.known()) roofline.memory_gbps = {sheet.gbps, Ceiling::Origin::data_sheet, from};
+    if (!roofline.compute_gflops.known())
+      roofline.compute_gflops = {sheet.gflops, Ceiling::Origin::data_sheet, from + ", fp32"};
+    break;
+  }
+  if (name.starts_with("cpu")) {
+    const size_t comma = name.find(", ");
+    if (comma != std::string::npos &&
+        std::sscanf(name.c_str() + comma, ", %d thread", &roofline.cpu_threads) != 1)
+      roofline.cpu_threads = 0;
+  }
+  if (!roofline.memory_gbps.known())
+    roofline.memory_gbps.from = "not in this trace: on a GPU it comes with --counters kernels";
+  if (!roofline.compute_gflops.known())
+    roofline.compute_gflops.from =
+        fmt::format("not known for the device of this trace ({})", name.empty() ? "none named" : name);
+}
+
 // Counted kernels whose launch we know to be attention, and the peak that their share of it implies.
 void add_counted(const TraceReader& reader, double flop_per_modelled_byte, Roofline& roofline) {
-  {
-    SqlQuery tables(reader.file(), "SELECT count(*) FROM sqlite_master WHERE name = 'KV_KERNEL_COUNTER'");
-    std::vector<SqlValue> row;
-    if (!tables.next(row) || std::get<int64_t>(row[0]) == 0) return;
-  }
+  if (!has_table(reader, "KV_KERNEL_COUNTER")) return;
   SqlQuery query(
       reader.file(),
       "SELECT launch, avg(modelled_bytes), avg(dram_read_bytes + dram_write_bytes), avg(duration_ns), "
@@ -37,8 +102,8 @@ void add_counted(const TraceReader& reader, double flop_per_modelled_byte, Roofl
     // The share of the largest kernel is the least rounded.
     if (percent > 1 && dram > heaviest) {
       heaviest = dram;
-      roofline.ceiling_gbps = dram / ns / (percent / 100);
-      roofline.ceiling_from = "counted DRAM bytes over the counted share of the peak";
+      roofline.memory_gbps = {dram / ns / (percent / 100), Ceiling::Origin::counted,
+                              "counted DRAM bytes over the counted share of the peak"};
     }
   }
 }
@@ -70,9 +135,8 @@ Roofline read_roofline(const TraceReader& reader, int sequence) {
                                false});
   }
   add_counted(reader, flop_per_byte, roofline);
-  if (std::isnan(roofline.ceiling_gbps))
-    roofline.ceiling_from =
-        "the memory's ceiling is not in this trace: it comes with --counters kernels on a GPU";
+  add_described_device(reader, roofline);
+  add_named_device(reader, roofline);
   return roofline;
 }
 

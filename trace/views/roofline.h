@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -16,11 +17,20 @@ struct RooflinePoint {
   double gflops = 0;         // 1e9 operations a second, over the measured time
   bool counted = false;      // bytes counted by hardware, otherwise modelled
 };
+// What the hardware can do at most.
+struct Ceiling {
+  enum class Origin : uint8_t { unknown, counted, derived, data_sheet, measured_now };
+  double value = NAN;
+  Origin origin = Origin::unknown;
+  std::string from;  // how it is known, or why not
+  bool known() const { return !std::isnan(value); }
+};
 struct Roofline {
   std::vector<RooflinePoint> points;
-  double ceiling_gbps = NAN;  // 1e9 bytes a second; NaN: no counter tells
-  std::string ceiling_from;   // how it is known, or why not
-  std::string absence;        // why there is no point
+  Ceiling memory_gbps;     // 1e9 bytes a second
+  Ceiling compute_gflops;  // 1e9 fp32 operations a second
+  int cpu_threads = 0;     // recorded on the CPU with so many; 0: elsewhere
+  std::string absence;     // why there is no point
 };
 Roofline read_roofline(const TraceReader& reader, int sequence);
 

@@ -36,6 +36,8 @@ Spread spread_of(std::vector<double>& values);
 
 // Bytes a second that n_threads read together from memory of that size, in GB/s.
 double read_bandwidth_gbps(int n_threads, size_t bytes);
+// fp32 operations a second that n_threads reach together with fused multiply-adds in registers, in 1e9.
+double multiply_add_gflops(int n_threads);
 
 struct AttentionBench {
   int n_threads = 2;

@@ -1,91 +1,115 @@
 #include "tests/support/trace/synthetic_gpu.h"
 
-#include <vector>
-
-#include "trace/sqlite.h"
+#include <array>
+#include <cmath>
 
 namespace kvlapse::test {
 namespace {
 
-// What the format's migration makes, for traces that were written without it.
-constexpr const char* kTables =
-    "CREATE TABLE IF NOT EXISTS StringIds(id INTEGER NOT NULL PRIMARY KEY, value TEXT NOT NULL);"
-    "CREATE TABLE IF NOT EXISTS CUPTI_ACTIVITY_KIND_KERNEL(start INTEGER NOT NULL, \"end\" INTEGER NOT NULL, "
-    "deviceId "
-    "INTEGER NOT NULL, contextId INTEGER NOT NULL, streamId INTEGER NOT NULL, demangledName INTEGER NOT "
-    "NULL, "
-    "shortName INTEGER NOT NULL, registersPerThread INTEGER NOT NULL, gridX INTEGER NOT NULL, gridY INTEGER "
-    "NOT NULL, "
-    "gridZ INTEGER NOT NULL, blockX INTEGER NOT NULL, blockY INTEGER NOT NULL, blockZ INTEGER NOT NULL, "
-    "staticSharedMemory INTEGER NOT NULL, dynamicSharedMemory INTEGER NOT NULL, localMemoryPerThread INTEGER "
-    "NOT NULL, "
-    "localMemoryTotal INTEGER NOT NULL, gridId INTEGER NOT NULL, tensorSizeMinusOneElements TEXT NOT NULL);"
-    "CREATE TABLE IF NOT EXISTS NVTX_EVENTS(start INTEGER NOT NULL, \"end\" INTEGER, eventType INTEGER NOT "
-    "NULL, text "
-    "TEXT, int64Value INTEGER, eventId INTEGER NOT NULL PRIMARY KEY);"
-    "CREATE TABLE IF NOT EXISTS KV_LAUNCH(kernel INTEGER NOT NULL PRIMARY KEY, step INTEGER NOT NULL, layer "
-    "INTEGER, "
-    "phase TEXT, launch TEXT, modelled_bytes INTEGER);"
-    "CREATE TABLE IF NOT EXISTS KV_KERNEL_COUNTER(step INTEGER NOT NULL, ordinal INTEGER NOT NULL, layer "
-    "INTEGER, phase "
-    "TEXT, launch TEXT, modelled_bytes INTEGER, duration_ns REAL NOT NULL, dram_read_bytes REAL NOT NULL, "
-    "dram_write_bytes REAL NOT NULL, l2_bytes REAL NOT NULL, dram_percent REAL NOT NULL, warps_percent REAL "
-    "NOT NULL, "
-    "bytes_ratio REAL, PRIMARY KEY(step, ordinal)) WITHOUT ROWID;"
-    "CREATE TABLE IF NOT EXISTS KV_DRAM_SAMPLE(start_ns INTEGER NOT NULL, end_ns INTEGER NOT NULL, "
-    "read_bytes INTEGER "
-    "NOT NULL, write_bytes INTEGER NOT NULL, l2_bytes INTEGER NOT NULL);";
+constexpr double kLaunchNs = 1500;  // what a kernel needs without any bytes
+constexpr int64_t kSampleNs = 20'000;
+
+struct MadeUpKernel {
+  const char* mangled;
+  const char* launch;
+  const char* phase;
+  uint32_t stream;
+  bool foreign;
+};
+constexpr std::array<MadeUpKernel, kGpuKernelsOfLayer> kKernels = {
+    {{"nvjet_synthetic_64x8", "projections", "matmul", 7, true},
+     {"_ZN7kvlapse12_GLOBAL__N_112fused_decodeILi128EEEvi", "fused_decode", "attention", 7, false},
+     {"_ZN7kvlapse12_GLOBAL__N_113lowest_scoresEi", "lowest_scores", "evict", 13, false},
+     {"nvjet_synthetic_128x16", "feed_forward", "matmul", 7, true}}};
+
+double kernel_ns(int64_t bytes) {
+  return kLaunchNs + static_cast<double>(bytes) / kDramGbps;
+}
+
+int64_t kernel_bytes(const SyntheticProcess& process, int kernel, int64_t held) {
+  const CacheGeometry& g = process.geometry;
+  const int64_t width = int64_t{g.n_q_heads} * g.head_dim;
+  switch (kernel) {
+    case 0: return 2 * width * (width + 2 * int64_t{g.n_kv_heads} * g.head_dim);
+    case 1: return synthetic_attention_bytes(process, held);
+    case 2: return held * g.n_kv_heads * 4;
+    default: return 2 * 3 * width * 3 * width;
+  }
+}
+
+void add_step(TraceWriter& writer, const SyntheticProcess& process, const StepSummary& summary,
+              int64_t held) {
+  const int64_t ordinal = raw(summary.pos) - (process.n_prompt - 1);
+  GpuBatch batch;
+  if (ordinal == 0) {
+    batch.devices = {{0, "synthetic GPU", "made up", int64_t{80} << 30, 50 << 20, 132, 9, 0, 1'980'000'000}};
+    batch.sources = {{"activity", "measured", "", "", 1, 0, 0},
+                     {"dram", "sampled", "", "", 1, 0, 0},
+                     {"kernels", "measured", "", "", 1, 0, 0}};
+  }
+  batch.steps = {{ordinal, summary.start_ns, summary.start_ns + summary.total_ns}};
+  std::vector<double> busy;  // bytes a ns over the samples of this step
+  const auto n_samples = static_cast<size_t>(summary.total_ns / kSampleNs);
+  busy.resize(n_samples);
+  double at = static_cast<double>(summary.start_ns) + 5000;
+  int ordinal_in_step = 0;
+  for (int layer = 0; layer < process.geometry.n_layers; ++layer) {
+    for (int kernel = 0; kernel < kGpuKernelsOfLayer; ++kernel) {
+      const MadeUpKernel& kind = kKernels[static_cast<size_t>(kernel)];
+      const int64_t bytes = kernel_bytes(process, kernel, held);
+      const double ns = kernel_ns(bytes);
+      const LaunchRecord launch{kind.launch, static_cast<uint64_t>(bytes), layer, kind.phase, kind.foreign};
+      GpuKernel row;
+      row.start_ns = static_cast<int64_t>(at), row.end_ns = static_cast<int64_t>(at + ns);
+      row.stream = kind.stream, row.context = 1;
+      row.mangled_name = intern_name(kind.mangled);
+      row.grid[0] = 132, row.grid[1] = row.grid[2] = 1;
+      row.block[0] = 128, row.block[1] = row.block[2] = 1;
+      row.registers = 64;
+      row.step = ordinal;
+      row.launch = launch;
+      batch.kernels.push_back(row);
+      const auto sample = static_cast<size_t>((at - static_cast<double>(summary.start_ns)) / kSampleNs);
+      if (sample < busy.size()) busy[sample] += kBytesRatio * static_cast<double>(bytes);
+      if (ordinal == kCountedStep) {
+        const double dram = kBytesRatio * static_cast<double>(bytes);
+        batch.counters.push_back({ordinal, ordinal_in_step, ns, 0.99 * dram, 0.01 * dram, 1.5 * dram,
+                                  100 * dram / ns / kPeakGbps, 35.0 + 5.0 * kernel, launch});
+      }
+      ++ordinal_in_step;
+      // The victims are chosen beside the feed-forward's product.
+      at += kernel == 2 ? 200 : ns + 300;
+    }
+  }
+  for (size_t i = 0; i < n_samples; ++i) {
+    const auto begin = summary.start_ns + static_cast<int64_t>(i) * kSampleNs;
+    const auto bytes = static_cast<int64_t>(busy[i]);
+    batch.dram.push_back({begin, begin + kSampleNs, bytes - bytes / 100, bytes / 100, bytes + bytes / 2});
+  }
+  writer.add_gpu(std::move(batch));
+}
 
 }  // namespace
 
-void add_gpu_rows(const std::filesystem::path& trace, int n_layers) {
-  Database database = Database::open_for_writing(trace);
-  Transaction transaction(database);
-  database.execute(kTables);
-  database.execute("INSERT INTO StringIds(id, value) VALUES(1, 'fused_decode'), (2, 'matmul')");
-  struct Step {
-    int64_t start, length;
+int64_t synthetic_attention_bytes(const SyntheticProcess& process, int64_t held_tokens) {
+  return held_tokens * process.geometry.n_kv_heads *
+         static_cast<int64_t>(process.geometry.head_token_bytes());
+}
+
+double synthetic_attention_ns(const SyntheticProcess& process, int64_t held_tokens) {
+  return kernel_ns(synthetic_attention_bytes(process, held_tokens));
+}
+
+SyntheticProcess with_gpu(SyntheticProcess process) {
+  process.on_step = [](TraceWriter& writer, const SyntheticProcess& made_up, StepSummary& summary,
+                       int64_t held) {
+    if (summary.sequence != 0) return;  // the batch's step is recorded once
+    const double n_layers = made_up.geometry.n_layers;
+    summary.phase_ns[static_cast<int>(StepPhase::attention)] =
+        static_cast<int64_t>(std::llround(n_layers * synthetic_attention_ns(made_up, held)));
+    add_step(writer, made_up, summary, held);
   };
-  std::vector<Step> steps;
-  {
-    Statement select(database, "SELECT start_ns, total_ns FROM KV_STEP WHERE sequence = 0 ORDER BY step");
-    while (select.step())
-      steps.push_back({select.integer(0), std::max<int64_t>(select.integer(1), 4 * n_layers)});
-  }
-  Statement kernel(
-      database,
-      "INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL(rowid, start, \"end\", deviceId, contextId, streamId, "
-      "demangledName, shortName, registersPerThread, gridX, gridY, gridZ, blockX, blockY, blockZ, "
-      "staticSharedMemory, dynamicSharedMemory, localMemoryPerThread, localMemoryTotal, gridId, "
-      "tensorSizeMinusOneElements) VALUES(?, ?, ?, 0, 1, 7, ?, ?, 64, 32, 1, 1, 128, 1, 1, 0, 0, 0, 0, 0, "
-      "'')");
-  Statement launch(database, "INSERT INTO KV_LAUNCH VALUES(?, ?, ?, ?, ?, ?)");
-  Statement range(database,
-                  "INSERT INTO NVTX_EVENTS(start, \"end\", eventType, text, int64Value, eventId) VALUES(?, "
-                  "?, 59, 'step', ?, ?)");
-  Statement sample(database, "INSERT INTO KV_DRAM_SAMPLE VALUES(?, ?, ?, ?, 0)");
-  Statement counter(database,
-                    "INSERT INTO KV_KERNEL_COUNTER VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 50.0, 40.0, ?)");
-  int64_t row = 0;
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const Step& step = steps[i];
-    const int64_t share = step.length / (2 * n_layers), ordinal = static_cast<int64_t>(i);
-    range.run(step.start, step.start + step.length, ordinal, ordinal + 1);
-    sample.run(step.start, step.start + step.length, kSampleBytes - 1000, 1000);
-    for (int layer = 0; layer < n_layers; ++layer) {
-      for (int part = 0; part < 2; ++part) {
-        const int64_t start = step.start + (2 * layer + part) * share;
-        const bool attention = part == 0;
-        const std::string_view name = attention ? "attention" : "matmul";
-        kernel.run(++row, start, start + share * (attention ? 9 : 6) / 10, part + 1, part + 1);
-        launch.run(row, ordinal, layer, name, name, attention ? kAttentionBytes : kAttentionBytes / 2);
-        if (i == 3 && attention)
-          counter.run(ordinal, 2 * layer + part, layer, name, name, kAttentionBytes, 1000.0,
-                      kBytesRatio * static_cast<double>(kAttentionBytes), 0.0, kBytesRatio);
-      }
-    }
-  }
-  transaction.commit();
+  return process;
 }
 
 }  // namespace kvlapse::test

@@ -250,6 +250,7 @@ bool SyntheticRun::step() {
     summary.start_ns = int64_t{1'000'000} * pos;
     summary.total_ns = 900'000;
     for (int p = 0; p < kStepPhases; ++p) summary.phase_ns[p] = 1000 * (p + 1);
+    if (process.on_step) process.on_step(impl_->writer, process, summary, impl_->held[0]);
     impl_->writer.step(summary);
   }
   ++impl_->pos;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -23,6 +24,9 @@ struct SyntheticProcess {
   int cadence = 1;      // 1: the victim's slot is taken by the next token; above: compaction
   bool shared = false;  // victims shared by the layer's heads
   uint64_t seed = 1;
+  // Called before a step is written, with the tokens that attention saw of each kv head of the last layer;
+  // may change the summary and add to the trace.
+  std::function<void(TraceWriter&, const SyntheticProcess&, StepSummary&, int64_t held)> on_step = {};
 
   TraceHeader header() const;
 };
