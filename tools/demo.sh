@@ -43,7 +43,7 @@ start "$kvlapse" replay --self "$out/longflow.kvl" --layer0-of "$out/full.kvl"
 start "$kvlapse" replay --self "$out/rkv.kvl" --layer0-of "$out/full.kvl"
 finish
 
-stage "4/4 replay: policies and budgets over the one recording"
-"$kvlapse" replay "$out/full.kvl" --policy streaming_llm,random:pin_prompt=1,longflow,rkv --budget 10%,25% --force -o "$out/compare.kvr"
+stage "4/4 replay: policies and budgets over the one recording, between random eviction and an oracle that knows the future"
+"$kvlapse" replay "$out/full.kvl" --policy streaming_llm,random:pin_prompt=1,longflow,rkv,oracle_mass --budget 10%,25% --force -o "$out/compare.kvr"
 
 printf '\nNext: %s view %s/full.kvl %s/compare.kvr\n' "$kvlapse" "$out" "$out"

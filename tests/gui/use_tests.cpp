@@ -641,8 +641,9 @@ void register_gpu_tests(ImGuiTestEngine* engine, Application* app) {
     pick(ctx, "//Kernels###kernels", "##range/all steps");
     settle(ctx, *app);
     // The first launches of the step, in the lane of the first stream.
-    IM_CHECK(hover_finds(ctx, point_of(ctx, "//Kernels###kernels", 0.05F, 0.5F),
-                         point_of(ctx, "//Kernels###kernels", 0.15F, 0.5F), "GB/s", 60));
+    const ImRect lanes = ctx->ItemInfo("//Kernels###kernels/##launches").RectFull;
+    const float y = lanes.Min.y + lanes.GetHeight() * 0.25F;
+    IM_CHECK(hover_finds(ctx, {lanes.Min.x, y}, {lanes.Min.x + lanes.GetWidth() * 0.15F, y}, "GB/s", 60));
   });
   add("roofline: both ceilings, each with its origin", [app](ImGuiTestContext* ctx) {
     app->set_panel_open("bandwidth", true);
