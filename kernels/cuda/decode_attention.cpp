@@ -128,6 +128,8 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.n_stages = plan_.n_stages;
   args.logits_bytes = plan_.logits_bytes;
   args.small_offset = plan_.small_offset;
+  args.state_ahead = plan_.state_ahead;
+  args.side_every_item = plan_.side_every_item;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape_.head_dim)));
   const int heads = shared ? shape_.n_q_heads : shape_.group();
   args.score_scale = 1.0f / static_cast<float>(score_uses_norm(score) ? heads * shape_.head_dim : heads);

@@ -186,20 +186,22 @@ class DecodeCta {
     RingCursor ring;
     int turn = 0;
     ItemState state;
-    read_position(first_item_, state);
-    read_state(first_item_, state);
+    const bool ahead = Traits::kBulk && args_.state_ahead;
+    if (ahead) read_item(first_item_, state);
     KVLAPSE_NO_UNROLL
     for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
+      if (!ahead) read_item(item, state);
       const ItemInfo info = resolve(state);
       if (lane_ == 0) publish(info, turn);
       const Tiles tiles = tiles_of(info.n);
-      // The next item's state is on its way while this one streams.
       KVLAPSE_NO_UNROLL
       for (int plane = 0; plane < 2; ++plane) {
-        if (plane == 0)
-          read_position(item + item_stride_, state);
-        else
-          read_state(item + item_stride_, state);
+        if (ahead) {
+          if (plane == 0)
+            read_position(item + item_stride_, state);
+          else
+            read_state(item + item_stride_, state);
+        }
         KVLAPSE_NO_UNROLL
         for (int tile = tiles.begin; tile < tiles.end; ++tile) {
           load_tile(plane, item, tile, info.n, ring, policy);
@@ -230,6 +232,10 @@ class DecodeCta {
     state.oldest = -1;
     if (appends && args_.recent > 0 && state.pos - args_.recent >= args_.pinned)
       state.oldest = args_.recent_slots[static_cast<int64_t>(item) * args_.recent + state.pos % args_.recent];
+  }
+  KVLAPSE_DEVICE void read_item(int item, ItemState& state) const {
+    read_position(item, state);
+    read_state(item, state);
   }
   // All lanes.
   KVLAPSE_DEVICE ItemInfo resolve(const ItemState& state) const {
@@ -395,7 +401,8 @@ class DecodeCta {
       const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
       const int first = tile * kTileSlots + part * 16;  // first slot of this warp
-      if (lane_ == 0 && turn > 0) prefetch_side(item, info.n, tile, tile < tiles.begin + args_.n_groups);
+      if (lane_ == 0 && turn > 0 && args_.side_every_item)
+        prefetch_side(item, info.n, tile, tile < tiles.begin + args_.n_groups);
       const bool writes = info.slot >= first && info.slot < first + 16;
       if (writes) write_row(data, info.slot, item, rows.k, args_.k);
       float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};

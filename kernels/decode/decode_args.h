@@ -85,8 +85,10 @@ struct DecodeArgs {
   float logit_scale;     // log2(e) / sqrt(D)
   float score_scale;     // factor of the published mean
   FusedScore score;
-  bool shared;       // the layer's heads share one victim
-  bool early_state;  // the kernel just before this one in the stream does not write this state or K, V
+  bool shared;           // the layer's heads share one victim
+  bool early_state;      // the kernel just before this one in the stream does not write this state or K, V
+  bool state_ahead;      // the next item's state is read while this one streams (copy engine only)
+  bool side_every_item;  // norms, scores and protection bits are asked into L2 for every item, not the first
 };
 
 }  // namespace kvlapse

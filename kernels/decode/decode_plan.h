@@ -46,7 +46,11 @@ struct DecodePlan {
   int logits_bytes = 0;
   int small_offset = 0;
   int smem_bytes = 0;
+  bool state_ahead = false, side_every_item = false;
 };
+
+// What a block asks for before it needs it, beyond K and V of its ring.
+enum class ReadAhead : uint8_t { chosen, first_item, state, side, both };
 
 // What a caller fixes; 0 leaves the choice to the plan.
 struct DecodeTuning {
@@ -54,6 +58,7 @@ struct DecodeTuning {
   int stages = 0;
   int ctas = 0;
   int blocks_per_multiprocessor = 0;  // 1, or 2: half the shared memory, one consumer group each
+  ReadAhead ahead = ReadAhead::chosen;
 };
 
 // Throws Error when the shape is not supported or does not fit.

@@ -107,6 +107,11 @@ TEST_P(GpuDecodePath, TunedPlansAsDefined) {
   c.shape = {20, 32, 8, 128, 1024, DType::bf16};
   c.tokens.assign(20, 1500);
   for (int splits : {1, 2, 3}) check(c, {.splits = splits, .blocks_per_multiprocessor = 2});
+  c.shape = {60, 32, 8, 128, 500, DType::bf16};  // items follow each other in a block
+  c.tokens.assign(60, 900);
+  c.tokens[7] = 20;
+  for (ReadAhead ahead : {ReadAhead::first_item, ReadAhead::state, ReadAhead::side, ReadAhead::both})
+    check(c, {.splits = 1, .blocks_per_multiprocessor = 1, .ahead = ahead});
 }
 
 // 1000 steps, each compared slot by slot with fp64 from the state that the step before left.
