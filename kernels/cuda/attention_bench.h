@@ -20,6 +20,7 @@ struct AttentionBenchOptions {
   std::vector<AttentionBenchCase> cases;  // empty: the standard table
   int n_q_heads = 32, n_kv_heads = 8, head_dim = 128;
   int min_batch = 1, max_batch = 1 << 20;  // of the standard table
+  bool fp8 = false;                        // the standard table over fp8 K and V, bf16 beside it
   bool overlapped_only = false;            // not the variants without overlap and by cp.async
   bool sweep = false;              // instead: splits, ring depths and block counts of one variant, bf16
   double seconds_per_case = 0.02;  // of measured replays

@@ -22,12 +22,11 @@ DecodeLimits limits(bool bulk) {
 
 class EmulatedDecode : public testing::TestWithParam<bool> {};
 
-TEST_P(EmulatedDecode, EveryCaseAsDefined) {
-  const std::vector<NamedDecodeCase> cases = decode_cases(/*small=*/true);
+void expect_as_defined(const std::vector<NamedDecodeCase>& cases, bool bulk) {
   // The two paths differ in the copies and the exchange only: every third case serves the second.
-  for (size_t i = 0; i < cases.size(); i += GetParam() ? 1 : 3) {
+  for (size_t i = 0; i < cases.size(); i += bulk ? 1 : 3) {
     const NamedDecodeCase& c = cases[i];
-    DecodeLimits l = limits(GetParam());
+    DecodeLimits l = limits(bulk);
     if (c.splits == 8) l.n_multiprocessors = 8;
     // Alternately one block with two groups of consumers, and two with one.
     const DecodePlan plan = plan_decode(
@@ -42,6 +41,12 @@ TEST_P(EmulatedDecode, EveryCaseAsDefined) {
     EXPECT_EQ(check.failure, "") << c.name;
     EXPECT_EQ(after.arrivals, before.arrivals) << c.name;
   }
+}
+TEST_P(EmulatedDecode, EveryCaseAsDefined) {
+  expect_as_defined(decode_cases(/*small=*/true), GetParam());
+}
+TEST_P(EmulatedDecode, EveryCaseWithFp8AsDefined) {
+  expect_as_defined(fp8_decode_cases(/*small=*/true), GetParam());
 }
 
 TEST_P(EmulatedDecode, ResultDoesNotDependOnTheOrderOfEvents) {
@@ -126,9 +131,10 @@ TEST(DecodePlan, ShapesThatWereMeasured) {
 
 // Every state that a step leaves is what the next one needs.
 TEST_P(EmulatedDecode, ClosedLoopStaysAsDefined) {
-  for (bool shared : {false, true}) {
+  for (auto [shared, dtype] :
+       {std::pair{false, DType::f16}, {true, DType::f16}, {false, DType::f8e4m3}, {true, DType::f8e4m3}}) {
     DecodeCase c;
-    c.shape = {2, 4, 2, 32, 70, DType::f16};
+    c.shape = {2, 4, 2, 32, 70, dtype, DType::f16};
     c.tokens = {57, 90};
     c.budget = 66, c.recent = 5, c.pinned = 2, c.shared = shared;
     c.score = shared ? FusedScore::contribution : FusedScore::accumulated_contribution;
