@@ -72,6 +72,12 @@ class KvStore {
   virtual std::span<const float> window_queries(int w) = 0;  // [rows, Hq, D]
   virtual std::span<const float> window_logits(const SlotTable& table, int q_head, int w) = 0;  // [rows, n]
 
+  // LayerInputs::redundancy of the held keys.
+  virtual bool redundancy(const SlotTable& /*table*/, int /*kv_head*/, float /*threshold*/,
+                          std::span<float> /*out*/) {
+    return false;
+  }
+
   // What AttendRow::choice of the last attention asked for, a row per kv head or one for the layer; null: the
   // backend leaves the choice to the host.
   virtual const Lowest* fused_lowest(int /*score_row*/) { return nullptr; }
