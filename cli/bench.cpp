@@ -171,7 +171,10 @@ void add_bench(CLI::App& app, Context& context) {
       ->capture_default_str();
   command->add_option("--budget", options->budget, "decode, record: slots per kv head; 0 keeps all")
       ->capture_default_str();
-  command->add_option("--kv-dtype", options->kv_dtype, "fp32, fp16 or bf16")->capture_default_str();
+  command
+      ->add_option("--kv-dtype", options->kv_dtype,
+                   "fp32, fp16 or bf16; attention on a GPU: or fp8, with bf16 beside it")
+      ->capture_default_str();
   command->add_option("--tier", options->tier, "record: events, sketch or qkv")->capture_default_str();
   add_products_option(*command, options->products);
   command->add_option("--threads", options->threads, "0: one per core")->capture_default_str();

@@ -135,8 +135,8 @@ struct DecodeSession::Impl {
     if (!options.observers.empty()) mark(StepPhase::observe);
   }
 
-  // Logits of some rows are ready: chooses a token for each and ends what is at its end.
-  void choose(std::span<const int> chosen, std::span<const Pos> fed, int64_t start_ns) {
+  // What is asked of a step's logits: known before they are.
+  void ask(std::span<const int> chosen) {
     samples.clear();
     for (size_t i = 0; i < chosen.size(); ++i) {
       const Sequence& s = sequences[chosen[i]];
@@ -146,6 +146,11 @@ struct DecodeSession::Impl {
       if (!s.teacher.empty()) row.forced = s.teacher[s.state.generated()];
       samples.push_back(row);
     }
+  }
+
+  // Logits of some rows are ready: chooses a token for each and ends what is at its end.
+  void choose(std::span<const int> chosen, std::span<const Pos> fed, int64_t start_ns) {
+    ask(chosen);
     results.resize(samples.size());
     backend.sample(samples, results);
     mark(StepPhase::sample);
@@ -285,6 +290,8 @@ struct DecodeSession::Impl {
       moved += backend.output_and_ffn(layer);
       mark(StepPhase::matmul);
     }
+    ask(live);
+    backend.expect_samples(samples);
     moved += backend.head(heads);
     mark(StepPhase::head);
     if (backend.queues_steps())

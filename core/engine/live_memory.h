@@ -49,6 +49,9 @@ class LiveMemory final : public LayerMemory {
   std::span<const float> value_row(int kv_head, Slot slot, int /*head_dim*/) override {
     return store_->value_row(kv_head, slot);
   }
+  bool redundancy(int kv_head, float threshold, std::span<float> out) override {
+    return store_->redundancy(*table_, kv_head, threshold, out);
+  }
   std::span<const float> window_queries(int w) override { return store_->window_queries(w); }
   std::span<const float> window_logits(int q_head, int w) override {
     return store_->window_logits(*table_, q_head, w);

@@ -72,6 +72,12 @@ class KvStore {
   virtual std::span<const float> window_queries(int w) = 0;  // [rows, Hq, D]
   virtual std::span<const float> window_logits(const SlotTable& table, int q_head, int w) = 0;  // [rows, n]
 
+  // LayerInputs::redundancy of the held keys.
+  virtual bool redundancy(const SlotTable& /*table*/, int /*kv_head*/, float /*threshold*/,
+                          std::span<float> /*out*/) {
+    return false;
+  }
+
   // What AttendRow::choice of the last attention asked for, a row per kv head or one for the layer; null: the
   // backend leaves the choice to the host.
   virtual const Lowest* fused_lowest(int /*score_row*/) { return nullptr; }
@@ -135,6 +141,9 @@ class Backend {
   virtual OpBytes attend_block(KvStore& store, int first_slots) = 0;
   // x += O(attention); x += down(silu(gate(norm x)) * up(norm x)).
   virtual OpBytes output_and_ffn(int layer) = 0;
+  // What sample() will be asked for behind the coming head(), one a row of it: a backend that queues steps
+  // chooses tokens in the same queue, so that a step waits for the device once.
+  virtual void expect_samples(std::span<const SampleRow> /*rows*/) {}
   // Final norm and logits of the given rows, logits row i for rows[i].
   virtual OpBytes head(std::span<const int> rows) = 0;
   // A token for each logits row.

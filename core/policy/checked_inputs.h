@@ -27,6 +27,9 @@ class CheckedInputs final : public LayerInputs {
   bool last_alike(int h, float threshold, std::span<int32_t> out) override {
     return need(Signal::keys, "keys"), inputs_.last_alike(h, threshold, out);
   }
+  bool redundancy(int h, float threshold, std::span<float> out) override {
+    return need(Signal::keys, "keys"), inputs_.redundancy(h, threshold, out);
+  }
   std::span<const float> window_queries(int w) override { return need_window(w), inputs_.window_queries(w); }
   std::span<const float> window_logits(int h, int w) override {
     return need_window(w), inputs_.window_logits(h, w);

@@ -60,6 +60,9 @@ class LayerInputs {
   // For each slot the last other one whose key has a cosine above `threshold` with its own, -1: none. False:
   // whoever holds K has not compared them, and the caller does. Declared as Signal::keys.
   virtual bool last_alike(int /*kv_head*/, float /*threshold*/, std::span<int32_t> /*out*/) { return false; }
+  // forgiving_redundancy (core/policy/scoring/redundancy.h) of a head's keys, where whoever holds K computes
+  // it there, with the same bits; false: not here. Declared as Signal::keys.
+  virtual bool redundancy(int /*kv_head*/, float /*threshold*/, std::span<float> /*out*/) { return false; }
 
   // The lowest scores of a decision's row, where whoever holds K and V has found them itself by the policy's
   // FusedScore; null: the policy's own scores decide.

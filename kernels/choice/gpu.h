@@ -41,7 +41,7 @@ struct CudaAttentionBench {
   int device = 0;
   int batch = 0, n_slots = 0;  // 0: the standard table
   int n_q_heads = 32, n_kv_heads = 8, head_dim = 128;
-  DType dtype = DType::bf16;  // or f16
+  DType dtype = DType::bf16;  // or f16; or f8e4m3, with bf16's step beside it
 };
 std::vector<BenchRow> bench_cuda_attention(const CudaAttentionBench& bench);
 

@@ -48,6 +48,7 @@ class Layers {
         new_rows_(2 * static_cast<size_t>(shape.n_items()) * shape.head_dim),
         out_(q_.size()),
         value_l1_(static_cast<size_t>(n) * slots(shape)),
+        scales_(shape.fp8() ? 2 * static_cast<size_t>(n) * shape.n_items() * shape.scale_stride() : 0),
         importance_(slots(shape)),
         split_softmax_(kernel_.split_softmax_floats()),
         split_output_(kernel_.split_output_floats()),
@@ -58,8 +59,9 @@ class Layers {
         arrivals_(static_cast<size_t>(shape.batch) * kMaxDecodeSplits),
         flags_(1),
         barrier_(static_cast<size_t>(shape.n_items())) {
-    launch_fill_random(stream.get(), q_.data(), q_.size(), shape.dtype, 11);
-    launch_fill_random(stream.get(), new_rows_.data(), new_rows_.size(), shape.dtype, 12);
+    launch_fill_random(stream.get(), q_.data(), q_.size(), shape.io(), 11);
+    launch_fill_random(stream.get(), new_rows_.data(), new_rows_.size(), shape.io(), 12);
+    if (shape.fp8()) launch_fill_uniform(stream.get(), scales_.data(), scales_.size(), 0.008f, 0.012f, 14);
     launch_fill_uniform(stream.get(), value_l1_.data(), value_l1_.size(), 60, 140, 13);
     stream.synchronize();
     protect_.fill_bytes(0);
@@ -76,6 +78,10 @@ class Layers {
       args.v_new = new_rows_.data() + new_rows_.size() / 2;
       args.out = out_.data();
       args.value_l1 = value_l1_.data() + static_cast<size_t>(i) * slots(shape);
+      if (shape.fp8()) {
+        args.k_scale = scales_.data() + scales_.size() / n * i;
+        args.v_scale = args.k_scale + scales_.size() / n / 2;
+      }
       args.importance = variant.shared ? importance_.data() : nullptr;
       args.protect = protect_.data() + protect_.size() / n * i;
       args.recent_slots = recent_.data() + recent_.size() / n * i;
@@ -110,7 +116,7 @@ class Layers {
   DecodeKernel kernel_;
   int n_;
   DeviceBuffer<uint16_t> q_, new_rows_, out_;
-  DeviceBuffer<float> value_l1_, importance_, split_softmax_, split_output_;
+  DeviceBuffer<float> value_l1_, scales_, importance_, split_softmax_, split_output_;
   DeviceBuffer<uint16_t> protect_;
   DeviceBuffer<int32_t> recent_, step_pos_;
   DeviceBuffer<uint64_t> keys_;
@@ -181,7 +187,8 @@ constexpr Variant kVariants[] = {
 
 std::vector<AttentionBenchCase> standard_cases(const AttentionBenchOptions& options) {
   std::vector<AttentionBenchCase> cases;
-  for (DType dtype : {DType::bf16, DType::f16})
+  for (DType dtype : options.fp8 ? std::vector<DType>{DType::f8e4m3, DType::bf16}
+                                 : std::vector<DType>{DType::bf16, DType::f16})
     for (auto [batch, slots] : {std::pair{1, 1024},
                                 {1, 3276},
                                 {1, 16384},
@@ -223,6 +230,22 @@ std::vector<Work> sweep_work() {
     for (int batch : {16, 32, 64, 128}) add(batch, 1024, {.splits = 1, .blocks_per_multiprocessor = blocks});
     for (int batch : {16, 32, 128}) add(batch, 3276, {.splits = blocks, .blocks_per_multiprocessor = blocks});
   }
+  // What is read ahead, where blocks take one item after another, and on the path without the copy engine.
+  for (ReadAhead ahead : {ReadAhead::first_item, ReadAhead::state, ReadAhead::side, ReadAhead::both}) {
+    add(64, 1024, {.ahead = ahead});
+    add(128, 1024, {.ahead = ahead});
+    add(32, 3276, {.ahead = ahead});
+    add(128, 3276, {.ahead = ahead});
+    if (ahead == ReadAhead::state || ahead == ReadAhead::both) continue;
+    add(32, 3276, {.ahead = ahead});
+    work.back().variant = kVariants[4];
+    work.back().variant.tuning = {.ahead = ahead};
+  }
+  for (int blocks : {1, 2}) {  // a victim that the layer shares
+    add(1, 1024, {.blocks_per_multiprocessor = blocks});
+    work.back().variant = kVariants[1];
+    work.back().variant.tuning = {.blocks_per_multiprocessor = blocks};
+  }
   for (int splits : {6, 7, 8, 9}) add(1, 16384, {.splits = splits});
   for (int splits : {2, 3, 4}) add(8, 16384, {.splits = splits});
   return work;
@@ -240,8 +263,11 @@ void bench_attention(const AttentionBenchOptions& options,
       for (const AttentionBenchCase& c : !variant.overlapped && options.overlapped_only
                                              ? std::vector<AttentionBenchCase>()
                                          : options.cases.empty() ? standard_cases(options)
-                                                                 : options.cases)
+                                                                 : options.cases) {
+        // Of bf16, which fp8 is set beside, the step with a victim a head alone.
+        if (options.fp8 && c.dtype != DType::f8e4m3 && variant.name != kVariants[0].name) continue;
         work.push_back({c, variant});
+      }
 
   AttentionBenchRow row;
   row.device = device_name();
@@ -260,7 +286,12 @@ void bench_attention(const AttentionBenchOptions& options,
   DType filled = DType::f32;
   for (const Work& w : work) {
     const DecodeShape shape = shape_of(w.at);
-    if (filled != w.at.dtype) launch_fill_random(stream.get(), pool.data(), pool_bytes / 2, w.at.dtype, 1);
+    if (filled != w.at.dtype) {
+      if (shape.fp8())
+        launch_fill_fp8(stream.get(), pool.data(), pool_bytes, 1);
+      else
+        launch_fill_random(stream.get(), pool.data(), pool_bytes / 2, w.at.dtype, 1);
+    }
     stream.synchronize();
     filled = w.at.dtype;
     row.at = w.at;
@@ -275,6 +306,7 @@ void bench_attention(const AttentionBenchOptions& options,
       row.variant = w.variant.name;
       row.n_splits = layers.plan().n_splits, row.n_stages = layers.plan().n_stages,
       row.n_ctas = layers.plan().n_ctas, row.n_groups = layers.plan().n_groups;
+      row.state_ahead = layers.plan().state_ahead, row.side_every_item = layers.plan().side_every_item;
       row.counted_bytes = decode_bytes(shape, w.at.slots, w.variant.score, w.variant.shared);
       row.median_us = us[us.size() / 2] / n, row.min_us = us.front() / n, row.max_us = us.back() / n;
       row.runs = static_cast<int>(us.size());
@@ -291,14 +323,14 @@ void bench_attention(const AttentionBenchOptions& options,
 std::string attention_bench_json(const AttentionBenchRow& r) {
   return fmt::format(
       R"({{"bench":"attention","case":"{} B{} S{} {}","device":"{}","variant":"{}","dtype":"{}","batch":{},"slots":{},)"
-      R"("q_heads":{},"kv_heads":{},"head_dim":{},"splits":{},"stages":{},"ctas":{},"groups":{},"kv_bytes":{},"counted_bytes":{},"median_us":{:.3f},)"
+      R"("q_heads":{},"kv_heads":{},"head_dim":{},"splits":{},"stages":{},"ctas":{},"groups":{},"state_ahead":{},"side_every_item":{},"kv_bytes":{},"counted_bytes":{},"median_us":{:.3f},)"
       R"("floor_us":{:.3f},"read_ceiling_gbps":{:.1f},"share_of_ceiling":{:.4f},"with_importance":{},)"
       R"("with_eviction":{},"median":{:.3f},"unit":"us","limit":{:.3f},"ratio_to_limit":{:.4f},"runs":{},"spread":{:.4f}}})",
       r.variant, r.at.batch, r.at.slots, dtype_name(r.at.dtype), r.device, r.variant, dtype_name(r.at.dtype),
       r.at.batch, r.at.slots, r.n_q_heads, r.n_kv_heads, r.head_dim, r.n_splits, r.n_stages, r.n_ctas,
-      r.n_groups, r.kv_bytes, r.counted_bytes, r.median_us, r.floor_us(), r.read_ceiling_gbps,
-      r.floor_us() / r.median_us, r.with_importance, r.with_eviction, r.median_us, r.floor_us(),
-      r.median_us / r.floor_us(), r.runs, (r.max_us - r.min_us) / r.median_us);
+      r.n_groups, r.state_ahead, r.side_every_item, r.kv_bytes, r.counted_bytes, r.median_us, r.floor_us(),
+      r.read_ceiling_gbps, r.floor_us() / r.median_us, r.with_importance, r.with_eviction, r.median_us,
+      r.floor_us(), r.median_us / r.floor_us(), r.runs, (r.max_us - r.min_us) / r.median_us);
 }
 
 }  // namespace kvlapse

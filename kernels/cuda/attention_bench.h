@@ -20,7 +20,8 @@ struct AttentionBenchOptions {
   std::vector<AttentionBenchCase> cases;  // empty: the standard table
   int n_q_heads = 32, n_kv_heads = 8, head_dim = 128;
   int min_batch = 1, max_batch = 1 << 20;  // of the standard table
-  bool overlapped_only = false;  // not the variants without overlap and by cp.async
+  bool fp8 = false;                        // the standard table over fp8 K and V, bf16 beside it
+  bool overlapped_only = false;            // not the variants without overlap and by cp.async
   bool sweep = false;              // instead: splits, ring depths and block counts of one variant, bf16
   double seconds_per_case = 0.02;  // of measured replays
 };
@@ -33,6 +34,7 @@ struct AttentionBenchRow {
   uint64_t kv_bytes = 0, counted_bytes = 0;
   double median_us = 0, min_us = 0, max_us = 0, read_ceiling_gbps = 0;
   int runs = 0;
+  bool state_ahead = false, side_every_item = false;
   bool with_importance = false, with_eviction = false;
   double floor_us() const { return static_cast<double>(kv_bytes) / read_ceiling_gbps * 1e-3; }
 };

@@ -11,6 +11,8 @@ namespace kvlapse {
 // n 16-bit elements, roughly normal, of this mean and variance 1. Never time on zeros.
 void launch_fill_random(cudaStream_t stream, void* data, uint64_t n, DType dtype, uint64_t seed,
                         float mean = 0);
+// n e4m3 bytes, roughly normal, of variance 100 squared.
+void launch_fill_fp8(cudaStream_t stream, void* data, uint64_t n, uint64_t seed);
 // n floats, uniform in [low, high).
 void launch_fill_uniform(cudaStream_t stream, float* data, uint64_t n, float low, float high, uint64_t seed);
 

@@ -86,6 +86,9 @@ class CudaDevice final : public DeviceApi {
   void launch(const exact::ChooseArgs& a) override { launch_exact(stream_->get(), a); }
   void launch(const exact::VictimArgs& a) override { launch_exact(stream_->get(), a); }
   void launch(const exact::GatherArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::UnitKeysArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::MeanKeyArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::SimilarKeyArgs& a) override { launch_exact(stream_->get(), a); }
 
   void run_graph(uint64_t key, const std::function<void()>& record) override {
     std::unique_ptr<Graph>& graph = graphs_[key];

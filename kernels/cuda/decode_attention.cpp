@@ -33,14 +33,20 @@ CUtensorMap plane_map(const DecodeShape& s, void* plane) {
   const cuuint64_t dims[] = {static_cast<cuuint64_t>(s.head_dim), static_cast<cuuint64_t>(s.n_slots),
                              static_cast<cuuint64_t>(s.n_items())};
   const cuuint64_t strides[] = {row, row * static_cast<uint64_t>(s.n_slots)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(std::min(s.head_dim, 64)), kDecodeTileSlots, 1};
+  const int element = static_cast<int>(dtype_bytes(s.dtype)), box_bytes = std::min(s.head_dim * element, 128);
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_bytes / element), kDecodeTileSlots, 1};
   const cuuint32_t step[] = {1, 1, 1};
   CUtensorMap map{};
-  const CUresult result = encode_function()(
-      &map, s.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
-      plane, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      s.head_dim < 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode_function()(&map,
+                        s.fp8()                 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                        : s.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                        3, plane, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                        : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                          : CU_TENSOR_MAP_SWIZZLE_32B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     fail("CUDA: tensor map of [{}, {}, {}]: error {} (planes must be 16-byte aligned)", s.n_items(),
          s.n_slots, s.head_dim, static_cast<int>(result));
@@ -57,7 +63,8 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, const Deco
   if (path == DecodePath::bulk && !has_bulk)
     fail("decode kernel: bulk path: expected compute capability 9.0, found {}.{}", major, minor);
   const bool bulk = path == DecodePath::bulk || (path == DecodePath::best && has_bulk);
-  kernel_ = (bulk ? decode_kernel_bulk : decode_kernel_cp_async)(shape.head_dim, shape.dtype);
+  kernel_ = shape.fp8() ? (bulk ? decode_kernel_fp8_bulk : decode_kernel_fp8_cp_async)(shape.head_dim)
+                        : (bulk ? decode_kernel_bulk : decode_kernel_cp_async)(shape.head_dim, shape.dtype);
   if (kernel_ == nullptr)
     fail("decode kernel: no kernel for head_dim {} and {}", shape.head_dim, dtype_name(shape.dtype));
 
@@ -128,10 +135,13 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.n_stages = plan_.n_stages;
   args.logits_bytes = plan_.logits_bytes;
   args.small_offset = plan_.small_offset;
+  args.state_ahead = plan_.state_ahead;
+  args.side_every_item = plan_.side_every_item;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape_.head_dim)));
   const int heads = shared ? shape_.n_q_heads : shape_.group();
   args.score_scale = 1.0f / static_cast<float>(score_uses_norm(score) ? heads * shape_.head_dim : heads);
   args.score = score;
+  args.io_bf16 = shape_.io() == DType::bf16;
   args.shared = shared;
   return args;
 }
@@ -150,6 +160,7 @@ void DecodeKernel::launch(cudaStream_t stream, const CudaDecodeArgs& args, Launc
     require(!score_accumulates(args.score) || args.accumulated != nullptr, "accumulated");
     require(!args.shared || (args.importance != nullptr && args.arrivals != nullptr), "importance, arrivals");
   }
+  require(!shape_.fp8() || (args.k_scale != nullptr && args.v_scale != nullptr), "k_scale, v_scale");
   require(args.recent == 0 || args.recent_slots != nullptr, "recent_slots");
   require(split_softmax_floats() == 0 || (args.split_softmax != nullptr && args.split_output != nullptr &&
                                           args.split_barrier != nullptr),

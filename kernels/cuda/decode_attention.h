@@ -45,5 +45,7 @@ class DecodeKernel {
 using DecodeKernelFunction = void (*)(CudaDecodeArgs);
 DecodeKernelFunction decode_kernel_bulk(int head_dim, DType dtype);
 DecodeKernelFunction decode_kernel_cp_async(int head_dim, DType dtype);
+DecodeKernelFunction decode_kernel_fp8_bulk(int head_dim);
+DecodeKernelFunction decode_kernel_fp8_cp_async(int head_dim);
 
 }  // namespace kvlapse

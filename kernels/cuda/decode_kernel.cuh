@@ -15,8 +15,14 @@
 //   timing:
 //      the result is bitwise repeatable for a given number of splits.
 // Probabilities enter the matrix unit as 2^(s - max), so fp16 keeps them normal; 1/sum is applied in fp32.
+//
+// fp8: bytes are widened to fp16 between shared memory and the matrix unit; the slots' scales travel with
+// their tile. K's scale multiplies the logit, V's the probability, relative to the largest scale that the
+// warp has met (a power of two, so that its sums are rescaled exactly), and q enters relative to its row's
+// largest value. Dimensions are taken in the order that widening leaves them in: even bytes, then odd ones.
 #pragma once
 
+#include "core/base/fp8.h"
 #include "kernels/decode/decode_args.h"
 
 namespace kvlapse::device {
@@ -50,17 +56,32 @@ static_assert(sizeof(DecodeSmall) == kDecodeSmallBytes);
 template <int kHeadDimension, class ElementTag, bool kBulkCopy>
 struct DecodeTraits {
   using Element = ElementTag;
+  static constexpr bool kFp8 = __is_same(Element, E4m3);
   static constexpr int kHeadDim = kHeadDimension;
+  static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);
   static constexpr bool kBulk =
       kBulkCopy;  // copy engine and clusters (sm_90), otherwise cp.async and global memory
-  static constexpr int kBoxElements = kHeadDim < 64 ? kHeadDim : 64;
-  static constexpr int kBoxes = kHeadDim / kBoxElements;
-  static constexpr int kBoxChunks = kBoxElements / 8;  // 16-byte chunks of a row inside a box
-  static constexpr int kRowChunks = kHeadDim / 8;
-  static constexpr uint32_t kSwizzle = kBoxElements == 64 ? 0x70u : 0x30u;
-  static constexpr int kBoxBytes = kTileSlots * kBoxElements * 2;
+  static constexpr int kBoxRowBytes = kRowBytes < 128 ? kRowBytes : 128;
+  static constexpr int kBoxes = kRowBytes / kBoxRowBytes;
+  static constexpr int kBoxElements = kHeadDim / kBoxes;
+  static constexpr int kBoxChunks = kBoxRowBytes / 16;  // 16-byte chunks of a row inside a box
+  static constexpr int kRowChunks = kRowBytes / 16;
+  static constexpr int kNewChunks = kHeadDim / 8;  // of a row as it comes in
+  static constexpr uint32_t kSwizzle = kBoxRowBytes == 128 ? 0x70u : kBoxRowBytes == 64 ? 0x30u : 0x10u;
+  static constexpr int kBoxBytes = kTileSlots * kBoxRowBytes;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
-  static constexpr int kSteps = kHeadDim / 16;  // matrix instructions over D
+  static constexpr int kScaleBytes = kFp8 ? kTileSlots * 4 : 0;  // of a tile
+  static constexpr int kSteps = kHeadDim / 16;                   // matrix instructions over D
+};
+
+// What the matrix unit multiplies.
+template <class Element>
+struct MatrixElement {
+  using Type = Element;
+};
+template <>
+struct MatrixElement<E4m3> {
+  using Type = F16;
 };
 
 struct ItemInfo {
@@ -103,7 +124,8 @@ class DecodeCta {
       : args_(args),
         small_(*reinterpret_cast<DecodeSmall*>(shared + args.small_offset)),
         ring_(smem_address(shared)),
-        logits_(ring_ + static_cast<uint32_t>(args.n_stages * Traits::kTileBytes)),
+        scales_(ring_ + static_cast<uint32_t>(args.n_stages * Traits::kTileBytes)),
+        logits_(scales_ + static_cast<uint32_t>(args.n_stages * Traits::kScaleBytes)),
         received_(logits_ + static_cast<uint32_t>(args.logits_bytes)),
         n_threads_(args.n_groups * kGroupWarps * 32),
         warp_(thread_index() / 32),
@@ -123,6 +145,7 @@ class DecodeCta {
   }
 
  private:
+  using Matrix = typename MatrixElement<typename Traits::Element>::Type;
   struct Tiles {
     int begin, end;
     KVLAPSE_DEVICE int count() const { return end - begin; }
@@ -142,16 +165,23 @@ class DecodeCta {
     return {tiles * rank_ / args_.n_splits, tiles * (rank_ + 1) / args_.n_splits};
   }
   // 16-byte chunk of a row in a tile, as the copy engine swizzles rows of 128 bytes (address bits 4..6 ^=
-  // bits 7..9) and of 64 bytes (bits 4..5 ^= bits 7..8): 8 rows of one column lie in 8 different bank groups.
+  // bits 7..9), of 64 bytes (bits 4..5 ^= bits 7..8: 8 rows of one column lie in 8 different bank groups) and
+  // of 32 bytes (bit 4 ^= bit 7).
   KVLAPSE_DEVICE static uint32_t chunk_offset(int row, int chunk) {
-    const uint32_t at =
-        static_cast<uint32_t>(row * (Traits::kBoxElements * 2) + (chunk % Traits::kBoxChunks) * 16);
+    const uint32_t at = static_cast<uint32_t>(row * Traits::kBoxRowBytes + (chunk % Traits::kBoxChunks) * 16);
     return static_cast<uint32_t>(chunk / Traits::kBoxChunks) * Traits::kBoxBytes +
            (at ^ ((at >> 3) & Traits::kSwizzle));
   }
   KVLAPSE_DEVICE const unsigned char* row_of(const void* plane, int item, int slot) const {
     return static_cast<const unsigned char*>(plane) +
-           (static_cast<int64_t>(item) * args_.n_slots + slot) * (Traits::kHeadDim * 2);
+           (static_cast<int64_t>(item) * args_.n_slots + slot) * Traits::kRowBytes;
+  }
+  KVLAPSE_DEVICE int64_t scale_index(int item, int slot) const {
+    return static_cast<int64_t>(item) * ((args_.n_slots + kTileSlots - 1) / kTileSlots * kTileSlots) + slot;
+  }
+  // Of a slot of the tile in a stage.
+  KVLAPSE_DEVICE SmemAddress scale_address(int stage, int slot) const {
+    return scales_ + static_cast<uint32_t>(stage * Traits::kScaleBytes + slot * 4);
   }
   KVLAPSE_DEVICE int64_t slot_index(int item, int slot) const {
     return static_cast<int64_t>(item) * args_.n_slots + slot;
@@ -186,20 +216,22 @@ class DecodeCta {
     RingCursor ring;
     int turn = 0;
     ItemState state;
-    read_position(first_item_, state);
-    read_state(first_item_, state);
+    const bool ahead = Traits::kBulk && args_.state_ahead;
+    if (ahead) read_item(first_item_, state);
     KVLAPSE_NO_UNROLL
     for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
+      if (!ahead) read_item(item, state);
       const ItemInfo info = resolve(state);
       if (lane_ == 0) publish(info, turn);
       const Tiles tiles = tiles_of(info.n);
-      // The next item's state is on its way while this one streams.
       KVLAPSE_NO_UNROLL
       for (int plane = 0; plane < 2; ++plane) {
-        if (plane == 0)
-          read_position(item + item_stride_, state);
-        else
-          read_state(item + item_stride_, state);
+        if (ahead) {
+          if (plane == 0)
+            read_position(item + item_stride_, state);
+          else
+            read_state(item + item_stride_, state);
+        }
         KVLAPSE_NO_UNROLL
         for (int tile = tiles.begin; tile < tiles.end; ++tile) {
           load_tile(plane, item, tile, info.n, ring, policy);
@@ -230,6 +262,10 @@ class DecodeCta {
     state.oldest = -1;
     if (appends && args_.recent > 0 && state.pos - args_.recent >= args_.pinned)
       state.oldest = args_.recent_slots[static_cast<int64_t>(item) * args_.recent + state.pos % args_.recent];
+  }
+  KVLAPSE_DEVICE void read_item(int item, ItemState& state) const {
+    read_position(item, state);
+    read_state(item, state);
   }
   // All lanes.
   KVLAPSE_DEVICE ItemInfo resolve(const ItemState& state) const {
@@ -263,19 +299,24 @@ class DecodeCta {
     if constexpr (Traits::kBulk) {
       if (lane_ != 0) return;
       mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1);
-      mbarrier_arrive_expect(full, Traits::kTileBytes);
+      mbarrier_arrive_expect(full, Traits::kTileBytes + Traits::kScaleBytes);
       for (int box = 0; box < Traits::kBoxes; ++box)
         bulk_load_3d(to + static_cast<uint32_t>(box * Traits::kBoxBytes),
                      plane == 0 ? &args_.k_map : &args_.v_map, box * Traits::kBoxElements, tile * kTileSlots,
                      item, full, policy);
+      if constexpr (Traits::kFp8)
+        bulk_load(scale_address(ring.stage, 0), scales_of(plane) + scale_index(item, tile * kTileSlots),
+                  Traits::kScaleBytes, full, policy);
     } else {
       mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1);
       const unsigned char* from = row_of(plane == 0 ? args_.k : args_.v, item, tile * kTileSlots);
       const int rows = n - tile * kTileSlots;
+      constexpr int kAtOnce =
+          Traits::kRowChunks * kTileSlots / 32 < 8 ? Traits::kRowChunks * kTileSlots / 32 : 8;
       KVLAPSE_NO_UNROLL
-      for (int i = lane_; i < kTileSlots * Traits::kRowChunks; i += 32 * 8) {
+      for (int i = lane_; i < kTileSlots * Traits::kRowChunks; i += 32 * kAtOnce) {
         KVLAPSE_UNROLL
-        for (int u = 0; u < 8; ++u) {
+        for (int u = 0; u < kAtOnce; ++u) {
           const int chunk = i + u * 32;
           const int row = chunk / Traits::kRowChunks;
           const bool valid = row < rows;
@@ -283,8 +324,15 @@ class DecodeCta {
                        valid);
         }
       }
+      if constexpr (Traits::kFp8)
+        if (lane_ < Traits::kScaleBytes / 16)
+          copy_async16(scale_address(ring.stage, lane_ * 4),
+                       scales_of(plane) + scale_index(item, tile * kTileSlots + lane_ * 4), true);
       copy_async_arrive(full);
     }
+  }
+  KVLAPSE_DEVICE const float* scales_of(int plane) const {
+    return plane == 0 ? args_.k_scale : args_.v_scale;
   }
 
   // ---- consumers ----
@@ -357,36 +405,120 @@ class DecodeCta {
   KVLAPSE_DEVICE NewRows load_new_rows(int item, const ItemInfo& info, const Tiles& tiles) const {
     NewRows rows{};
     const int tile = info.slot / kTileSlots;
-    if (info.slot < 0 || tile < tiles.begin || tile >= tiles.end || lane_ >= Traits::kRowChunks ||
+    if (info.slot < 0 || tile < tiles.begin || tile >= tiles.end || lane_ >= Traits::kNewChunks ||
         (tile - tiles.begin) % args_.n_groups != warp_ / kGroupWarps ||
         info.slot % kTileSlots / 16 != warp_ % kGroupWarps)
       return rows;
-    const int64_t at = static_cast<int64_t>(item) * Traits::kRowChunks + lane_;
+    const int64_t at = static_cast<int64_t>(item) * Traits::kNewChunks + lane_;
     rows.k = static_cast<const Float4*>(args_.k_new)[at];
     rows.v = static_cast<const Float4*>(args_.v_new)[at];
     return rows;
   }
-  // Puts the new token's row over what the copy brought, and into the cache for the steps to come.
-  KVLAPSE_DEVICE void write_row(SmemAddress tile, int slot, int item, const Float4& row, void* plane) {
-    if (lane_ < Traits::kRowChunks) {
+  // Puts the new token's row over what the copy brought, and into the cache for the steps to come. All lanes.
+  KVLAPSE_DEVICE void write_row(int stage, int slot, int item, const Float4& row, int plane) {
+    const SmemAddress tile = ring_ + static_cast<uint32_t>(stage * Traits::kTileBytes);
+    unsigned char* to = const_cast<unsigned char*>(row_of(plane == 0 ? args_.k : args_.v, item, slot));
+    if constexpr (Traits::kFp8) {
+      // A lane quantises 8 values; lanes without a part of the row hold zeros.
+      const float words[4] = {row.x, row.y, row.z, row.w};
+      float values[8], largest = 0;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 4; ++i) unpack_io(float_bits(words[i]), values[2 * i], values[2 * i + 1]);
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const float size = values[i] < 0 ? -values[i] : values[i];
+        largest = size > largest ? size : largest;
+      }
+      const Fp8Scale scale = fp8_scale(bits_float(warp_largest(float_bits(largest))));
+      uint64_t bytes = 0;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 8; ++i)
+        bytes |= static_cast<uint64_t>(f32_to_e4m3(values[i] * scale.inverse)) << (8 * i);
+      if (lane_ < Traits::kNewChunks) {
+        smem_store_u64(
+            tile + chunk_offset(slot % kTileSlots, lane_ / 2) + static_cast<uint32_t>(lane_ % 2 * 8), bytes);
+        reinterpret_cast<uint64_t*>(to)[lane_] = bytes;
+      }
+      if (lane_ == 0) {
+        smem_store(scale_address(stage, slot % kTileSlots), scale.scale);
+        (plane == 0 ? args_.k_scale : args_.v_scale)[scale_index(item, slot)] = scale.scale;
+      }
+    } else if (lane_ < Traits::kRowChunks) {
       smem_store4(tile + chunk_offset(slot % kTileSlots, lane_), row);
-      reinterpret_cast<Float4*>(const_cast<unsigned char*>(row_of(plane, item, slot)))[lane_] = row;
+      reinterpret_cast<Float4*>(to)[lane_] = row;
     }
     warp_sync();
+  }
+
+  // Two 16-bit values as q, new rows and output hold them.
+  KVLAPSE_DEVICE void unpack_io(uint32_t packed, float& low, float& high) const {
+    if constexpr (!Traits::kFp8)
+      unpack2<typename Traits::Element>(packed, low, high);
+    else if (args_.io_bf16)
+      unpack2<Bf16>(packed, low, high);
+    else
+      unpack2<F16>(packed, low, high);
+  }
+  KVLAPSE_DEVICE uint32_t pack_io(float low, float high) const {
+    if constexpr (!Traits::kFp8)
+      return pack2<typename Traits::Element>(low, high);
+    else
+      return args_.io_bf16 ? pack2<Bf16>(low, high) : pack2<F16>(low, high);
+  }
+  // The smallest power of two that is not below a value of these bits (0 for 0), as bits; and one over it.
+  KVLAPSE_DEVICE static uint32_t power_above(uint32_t bits) {
+    const uint32_t up = (bits + 0x7fffffu) & 0xff800000u;
+    return up < 0x7e800000u ? up : 0x7e800000u;
+  }
+  KVLAPSE_DEVICE static float one_over_power(uint32_t bits) { return bits_float(0x7f000000u - bits); }
+
+  // Q^T as the second operand: lane (g, t) holds head g, d = 16 i + 2t, +1, +8, +9; for fp8 d = 16 i + 4t,
+  // +2, +1, +3, divided by a power of two that comes back for this lane's columns, heads 2t and 2t + 1.
+  KVLAPSE_DEVICE void load_query(int item, uint32_t (&query)[Traits::kSteps][2], float (&scale)[2]) const {
+    const int g = lane_ / 4, t = lane_ % 4;
+    const uint32_t* q = static_cast<const uint32_t*>(args_.q) +
+                        (static_cast<int64_t>(item) * args_.group + g) * (Traits::kHeadDim / 2);
+    constexpr int kSecond = Traits::kFp8 ? 1 : 4, kLane = Traits::kFp8 ? 2 : 1;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < Traits::kSteps; ++i) {
+      query[i][0] = g < args_.group ? q[i * 8 + t * kLane] : 0;
+      query[i][1] = g < args_.group ? q[i * 8 + t * kLane + kSecond] : 0;
+    }
+    scale[0] = scale[1] = 1;
+    if constexpr (Traits::kFp8) {
+      float largest = 0;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < Traits::kSteps * 2; ++i) {
+        float a, b;
+        unpack_io(query[i / 2][i % 2], a, b);
+        a = a < 0 ? -a : a, b = b < 0 ? -b : b;
+        largest = a > largest ? a : largest, largest = b > largest ? b : largest;
+      }
+      for (int mask = 1; mask < 4; mask *= 2) {
+        const float other = shuffle_xor(largest, mask);
+        largest = other > largest ? other : largest;
+      }
+      const uint32_t power = power_above(float_bits(largest));
+      const float inverse = one_over_power(power);
+      KVLAPSE_UNROLL
+      for (int i = 0; i < Traits::kSteps; ++i) {
+        float a, b, c, d;
+        unpack_io(query[i][0], a, b);
+        unpack_io(query[i][1], c, d);
+        query[i][0] = pack2<F16>(a * inverse, c * inverse);
+        query[i][1] = pack2<F16>(b * inverse, d * inverse);
+      }
+      scale[0] = shuffle_from(bits_float(power), 2 * t * 4);
+      scale[1] = shuffle_from(bits_float(power), (2 * t + 1) * 4);
+    }
   }
 
   KVLAPSE_DEVICE void attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles, RingCursor at,
                                   const NewRows& rows, Softmax& softmax) {
     const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, g = lane_ / 4, t = lane_ % 4;
-    // Q^T as the second operand: lane (g, t) holds head g, d = 16 i + 2t, +1, +8, +9.
     uint32_t query[Traits::kSteps][2];
-    const uint32_t* q = static_cast<const uint32_t*>(args_.q) +
-                        (static_cast<int64_t>(item) * args_.group + g) * (Traits::kHeadDim / 2);
-    KVLAPSE_UNROLL
-    for (int i = 0; i < Traits::kSteps; ++i) {
-      query[i][0] = g < args_.group ? q[i * 8 + t] : 0;
-      query[i][1] = g < args_.group ? q[i * 8 + 4 + t] : 0;
-    }
+    float query_scale[2];
+    load_query(item, query, query_scale);
     const int row =
         part * 16 + (lane_ & 7) + ((lane_ >> 3) & 1) * 8;  // that this lane addresses for load_matrix4
     float sum[2] = {0, 0};
@@ -395,16 +527,32 @@ class DecodeCta {
       const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
       const int first = tile * kTileSlots + part * 16;  // first slot of this warp
-      if (lane_ == 0 && turn > 0) prefetch_side(item, info.n, tile, tile < tiles.begin + args_.n_groups);
+      if (lane_ == 0 && turn > 0 && args_.side_every_item)
+        prefetch_side(item, info.n, tile, tile < tiles.begin + args_.n_groups);
       const bool writes = info.slot >= first && info.slot < first + 16;
-      if (writes) write_row(data, info.slot, item, rows.k, args_.k);
+      if (writes) write_row(at.stage, info.slot, item, rows.k, 0);
       float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
       KVLAPSE_UNROLL
       for (int i = 0; i < Traits::kSteps; ++i) {
-        uint32_t a[4];
-        load_matrix4(a, data + chunk_offset(row, 2 * i + (lane_ >> 4)));
-        multiply_add_16x8x16<typename Traits::Element>(i % 2 ? odd : even, a, query[i][0], query[i][1]);
+        if constexpr (Traits::kFp8) {
+          if (i % 2 != 0) continue;
+          uint32_t r[4], a[4], b[4];  // rows g and g + 8 of 16 dimensions, then of the next 16
+          load_matrix4(r, data + chunk_offset(row, i + (lane_ >> 4)));
+          widen_e4m3(r[0], a[0], a[2]);
+          widen_e4m3(r[1], a[1], a[3]);
+          multiply_add_16x8x16<Matrix>(even, a, query[i][0], query[i][1]);
+          widen_e4m3(r[2], b[0], b[2]);
+          widen_e4m3(r[3], b[1], b[3]);
+          multiply_add_16x8x16<Matrix>(odd, b, query[i + 1][0], query[i + 1][1]);
+        } else {
+          uint32_t a[4];
+          load_matrix4(a, data + chunk_offset(row, 2 * i + (lane_ >> 4)));
+          multiply_add_16x8x16<Matrix>(i % 2 ? odd : even, a, query[i][0], query[i][1]);
+        }
       }
+      float slot_scale[2] = {1, 1};
+      if constexpr (Traits::kFp8)
+        for (int j = 0; j < 2; ++j) slot_scale[j] = smem_load(scale_address(at.stage, part * 16 + g + j * 8));
       release(at, writes);
       at.advance(args_.n_groups, args_.n_stages);
 
@@ -412,7 +560,9 @@ class DecodeCta {
       KVLAPSE_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int slot = first + g + (j / 2) * 8;
-        s[j] = slot < info.n ? (even[j] + odd[j]) * args_.logit_scale : -kInfinity;
+        float product = even[j] + odd[j];
+        if constexpr (Traits::kFp8) product *= slot_scale[j / 2] * query_scale[j % 2];
+        s[j] = slot < info.n ? product * args_.logit_scale : -kInfinity;
       }
       if (t < half_group())
         smem_store4(logit_address((tile - tiles.begin) * kGroupWarps + part), {s[0], s[1], s[2], s[3]});
@@ -523,6 +673,7 @@ class DecodeCta {
     const int row = part * 16 + (lane_ & 7) + (lane_ >> 4) * 8;
     const bool scores = args_.score != FusedScore::none;
     uint64_t best = ~uint64_t{0};
+    uint32_t top = 0;  // fp8: power of two above the scales that this warp has met, as bits
     KVLAPSE_NO_UNROLL
     for (int tile = tiles.begin + group; tile < tiles.end; tile += args_.n_groups) {
       const SlotSide next =
@@ -535,29 +686,74 @@ class DecodeCta {
         p[0] = exp2_approximate(s.x - softmax.max[0]), p[1] = exp2_approximate(s.y - softmax.max[1]);
         p[2] = exp2_approximate(s.z - softmax.max[0]), p[3] = exp2_approximate(s.w - softmax.max[1]);
       }
-      const uint32_t b0 = transpose_matrix(pack2<typename Traits::Element>(p[0], p[1]));
-      const uint32_t b1 = transpose_matrix(pack2<typename Traits::Element>(p[2], p[3]));
+      uint32_t b0 = 0, b1 = 0;
+      if constexpr (!Traits::kFp8) {
+        b0 = transpose_matrix(pack2<Matrix>(p[0], p[1]));
+        b1 = transpose_matrix(pack2<Matrix>(p[2], p[3]));
+      }
 
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
       const bool writes = info.slot >= first && info.slot < first + 16;
       const bool tail = first + 16 > info.n;
       if (writes) {
-        write_row(data, info.slot, item, rows.v, args_.v);
-        note_new_token(data, info, item, side);
+        write_row(at.stage, info.slot, item, rows.v, 1);
+        note_new_token(at.stage, info, item, side);
       }
       if (tail) clear_rows(data, part, info.n - first);
+      if constexpr (Traits::kFp8) {
+        const int g = lane_ / 4;
+        float scale[2];
+        KVLAPSE_UNROLL
+        for (int j = 0; j < 2; ++j)
+          scale[j] =
+              first + g + j * 8 < info.n ? smem_load(scale_address(at.stage, part * 16 + g + j * 8)) : 0.0f;
+        const uint32_t above =
+            power_above(warp_largest(float_bits(scale[0] > scale[1] ? scale[0] : scale[1])));
+        if (above > top) {
+          const float rescale = bits_float(top) * one_over_power(above);
+          KVLAPSE_UNROLL
+          for (int i = 0; i < Traits::kSteps; ++i)
+            for (int j = 0; j < 4; ++j) output[i][j] *= rescale;
+          top = above;
+        }
+        const float low = scale[0] * one_over_power(top), high = scale[1] * one_over_power(top);
+        b0 = transpose_matrix(pack2<Matrix>(p[0] * low, p[1] * low));
+        b1 = transpose_matrix(pack2<Matrix>(p[2] * high, p[3] * high));
+      }
       KVLAPSE_UNROLL
       for (int i = 0; i < Traits::kSteps; ++i) {
-        uint32_t a[4];
-        load_matrix4_transposed(a, data + chunk_offset(row, 2 * i + ((lane_ >> 3) & 1)));
-        multiply_add_16x8x16<typename Traits::Element>(output[i], a, b0, b1);
+        if constexpr (Traits::kFp8) {
+          if (i % 2 != 0) continue;
+          uint32_t r[4], a[4],
+              b[4];  // pairs of dimensions of slots 2t, 2t + 1; of 16 dimensions, of the next 16
+          load_matrix4_transposed(r, data + chunk_offset(row, i + ((lane_ >> 3) & 1)));
+          widen_e4m3(r[0], a[0], a[1]);
+          widen_e4m3(r[2], a[2], a[3]);
+          multiply_add_16x8x16<Matrix>(output[i], a, b0, b1);
+          widen_e4m3(r[1], b[0], b[1]);
+          widen_e4m3(r[3], b[2], b[3]);
+          multiply_add_16x8x16<Matrix>(output[i + 1], b, b0, b1);
+        } else {
+          uint32_t a[4];
+          load_matrix4_transposed(a, data + chunk_offset(row, 2 * i + ((lane_ >> 3) & 1)));
+          multiply_add_16x8x16<Matrix>(output[i], a, b0, b1);
+        }
       }
       release(at, writes || tail);
       at.advance(args_.n_groups, args_.n_stages);
       if (scores) best = min_key(best, score_slots(item, info, tile, p, softmax, side));
       side = next;
     }
+    if constexpr (Traits::kFp8) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < Traits::kSteps; ++i)
+        for (int j = 0; j < 4; ++j) output[i][j] *= bits_float(top);
+    }
     return best;
+  }
+  // Dimension of an output that a lane holds.
+  KVLAPSE_DEVICE static int output_dim(int step, int row, int second) {
+    return Traits::kFp8 ? step * 16 + row * 2 + second : step * 16 + row + second * 8;
   }
 
   // Rows past the last valid slot may hold anything; 0 * NaN must not reach the sum.
@@ -570,7 +766,8 @@ class DecodeCta {
   }
 
   // By the warp that holds the new slot, all lanes: its norm, position and empty history.
-  KVLAPSE_DEVICE void note_new_token(SmemAddress data, const ItemInfo& info, int item, SlotSide& side) {
+  KVLAPSE_DEVICE void note_new_token(int stage, const ItemInfo& info, int item, SlotSide& side) {
+    const SmemAddress data = ring_ + static_cast<uint32_t>(stage * Traits::kTileBytes);
     float norm = 0;
     if (score_uses_norm(args_.score)) {
       if (lane_ < Traits::kRowChunks) {
@@ -578,12 +775,18 @@ class DecodeCta {
         const float words[4] = {v.x, v.y, v.z, v.w};
         KVLAPSE_UNROLL
         for (int i = 0; i < 4; ++i) {
-          float low, high;
-          unpack2<typename Traits::Element>(float_bits(words[i]), low, high);
-          norm += (low < 0 ? -low : low) + (high < 0 ? -high : high);
+          uint32_t pairs[2] = {float_bits(words[i]), 0};
+          if constexpr (Traits::kFp8) widen_e4m3(float_bits(words[i]), pairs[0], pairs[1]);
+          KVLAPSE_UNROLL
+          for (int pair = 0; pair < (Traits::kFp8 ? 2 : 1); ++pair) {
+            float low, high;
+            unpack2<Matrix>(pairs[pair], low, high);
+            norm += (low < 0 ? -low : low) + (high < 0 ? -high : high);
+          }
         }
       }
       for (int mask = 16; mask > 0; mask >>= 1) norm += shuffle_xor(norm, mask);
+      if constexpr (Traits::kFp8) norm *= smem_load(scale_address(stage, info.slot % kTileSlots));
     }
     const int slot = info.slot % 16;
     if (lane_ == (slot % 8) * 4 + slot / 8) {
@@ -692,7 +895,7 @@ class DecodeCta {
       for (int j = 0; j < 4; ++j) {
         const int head = 2 * t + j % 2;
         if (head < args_.group)
-          smem_store(partial_address(warp_, head, i * 16 + g + (j / 2) * 8), output[i][j]);
+          smem_store(partial_address(warp_, head, output_dim(i, g, j / 2)), output[i][j]);
       }
     }
   }
@@ -715,8 +918,8 @@ class DecodeCta {
   KVLAPSE_DEVICE void store_output(int item, int chunk, const Float4& v) {
     const float scale = small_.inverse_sum[chunk / kHeadChunks];
     uint32_t* to = static_cast<uint32_t*>(args_.out) + (static_cast<int64_t>(item) * n_chunks() + chunk) * 2;
-    to[0] = pack2<typename Traits::Element>(v.x * scale, v.y * scale);
-    to[1] = pack2<typename Traits::Element>(v.z * scale, v.w * scale);
+    to[0] = pack_io(v.x * scale, v.y * scale);
+    to[1] = pack_io(v.z * scale, v.w * scale);
   }
 
   KVLAPSE_DEVICE void write_output(int item) {
@@ -822,7 +1025,7 @@ class DecodeCta {
 
   const Args& args_;
   DecodeSmall& small_;
-  const SmemAddress ring_, logits_, received_;
+  const SmemAddress ring_, scales_, logits_, received_;
   const int n_threads_;  // that consume
   const int warp_, lane_, rank_, first_item_, item_stride_;
 };

@@ -19,6 +19,7 @@ namespace kvlapse::device {
 
 struct F16 {};  // element tags
 struct Bf16 {};
+struct E4m3 {};
 using TensorMap = CUtensorMap;
 using SmemAddress = uint32_t;
 
@@ -146,6 +147,17 @@ KVLAPSE_DEVICE void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, in
       : "memory");
 #endif
 }
+// `bytes` in a row, a multiple of 16, both ends 16-byte aligned; completes on `bar` by bytes.
+KVLAPSE_DEVICE void bulk_load(SmemAddress to, const void* from, uint32_t bytes, SmemAddress bar,
+                              uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], %4;" ::"r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(bar), "l"(policy)
+      : "memory");
+#endif
+}
 KVLAPSE_DEVICE void prefetch_tensor_map(const TensorMap* map) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
@@ -236,6 +248,23 @@ template <>
 KVLAPSE_DEVICE void unpack2<Bf16>(uint32_t packed, float& low, float& high) {
   low = __uint_as_float(packed << 16), high = __uint_as_float(packed & 0xffff0000u);
 }
+// Four e4m3 bytes as fp16 pairs: bytes 0 and 2, bytes 1 and 3. Exact.
+KVLAPSE_DEVICE void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd) {
+#if __CUDA_ARCH__ >= 890
+  asm("{ .reg .b32 p; .reg .b16 low, high; prmt.b32 p, %2, 0, 0x3120; mov.b32 {low, high}, p; "
+      "cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+      : "=r"(even), "=r"(odd)
+      : "r"(bytes));
+#else
+  // Exponent and mantissa one place to the right of the sign are 2^-8 of the value (NaN bytes become 480).
+  const uint32_t low = ((bytes << 8) & 0x80008000u) | ((bytes << 7) & 0x3f803f80u);
+  const uint32_t high = (bytes & 0x80008000u) | ((bytes >> 1) & 0x3f803f80u);
+  const __half2 scale = __floats2half2_rn(256.0f, 256.0f);
+  const __half2 a = __hmul2(*reinterpret_cast<const __half2*>(&low), scale),
+                b = __hmul2(*reinterpret_cast<const __half2*>(&high), scale);
+  even = *reinterpret_cast<const uint32_t*>(&a), odd = *reinterpret_cast<const uint32_t*>(&b);
+#endif
+}
 KVLAPSE_DEVICE uint32_t float_bits(float v) {
   return __float_as_uint(v);
 }
@@ -264,6 +293,13 @@ KVLAPSE_DEVICE void shared_add(uint64_t* to, uint64_t v) {
 template <class T>
 KVLAPSE_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+template <class T>
+KVLAPSE_DEVICE T shuffle_from(T v, int lane) {
+  return __shfl_sync(0xffffffffu, v, lane);
+}
+KVLAPSE_DEVICE uint32_t warp_largest(uint32_t v) {
+  return __reduce_max_sync(0xffffffffu, v);
 }
 KVLAPSE_DEVICE void warp_sync() {
   __syncwarp();

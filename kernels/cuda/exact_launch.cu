@@ -40,6 +40,9 @@ KVLAPSE_EXACT_KERNEL(exact_silu, SiluArgs)
 KVLAPSE_EXACT_KERNEL(exact_choose, ChooseArgs)
 KVLAPSE_EXACT_KERNEL(exact_victim, VictimArgs)
 KVLAPSE_EXACT_KERNEL(exact_gather, GatherArgs)
+KVLAPSE_EXACT_KERNEL(exact_unit_keys, UnitKeysArgs)
+KVLAPSE_EXACT_KERNEL(exact_mean_key, MeanKeyArgs)
+KVLAPSE_EXACT_KERNEL(exact_similar_key, SimilarKeyArgs)
 
 bool has_exact_kernels() {
   cudaFuncAttributes found{};

@@ -22,5 +22,8 @@ void launch_exact(cudaStream_t stream, const exact::SiluArgs& args);
 void launch_exact(cudaStream_t stream, const exact::ChooseArgs& args);
 void launch_exact(cudaStream_t stream, const exact::VictimArgs& args);
 void launch_exact(cudaStream_t stream, const exact::GatherArgs& args);
+void launch_exact(cudaStream_t stream, const exact::UnitKeysArgs& args);
+void launch_exact(cudaStream_t stream, const exact::MeanKeyArgs& args);
+void launch_exact(cudaStream_t stream, const exact::SimilarKeyArgs& args);
 
 }  // namespace kvlapse

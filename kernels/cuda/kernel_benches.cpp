@@ -26,17 +26,21 @@ BenchRow row_of(const char* bench, std::string name, const std::string& device, 
 }  // namespace
 
 std::vector<BenchRow> bench_cuda_attention(const CudaAttentionBench& bench) {
-  if (bench.dtype != DType::f16 && bench.dtype != DType::bf16)
-    fail("bench attention: --kv-dtype: expected fp16 or bf16 on a GPU, found {}", dtype_name(bench.dtype));
+  if (bench.dtype == DType::f32)
+    fail("bench attention: --kv-dtype: expected fp16, bf16 or fp8 on a GPU, found fp32");
   use_gpu(bench.device);
   AttentionBenchOptions options;
-  if (bench.batch > 0) options.cases = {{bench.batch, bench.n_slots, bench.dtype}};
+  options.fp8 = bench.dtype == DType::f8e4m3;
+  if (bench.batch > 0) {
+    options.cases = {{bench.batch, bench.n_slots, bench.dtype}};
+    if (options.fp8) options.cases.push_back({bench.batch, bench.n_slots, DType::bf16});
+  }
   options.n_q_heads = bench.n_q_heads, options.n_kv_heads = bench.n_kv_heads,
   options.head_dim = bench.head_dim;
   options.overlapped_only = true;
   std::vector<BenchRow> rows;
   bench_attention(options, [&](const AttentionBenchRow& r) {
-    if (bench.batch == 0 && r.at.dtype != bench.dtype) return;
+    if (bench.batch == 0 && r.at.dtype != bench.dtype && !options.fp8) return;
     BenchRow row = row_of(
         "attention", fmt::format("{} B{} S{} {}", r.variant, r.at.batch, r.at.slots, dtype_name(r.at.dtype)),
         r.device, r.median_us, r.floor_us(), r.min_us, r.max_us, r.runs);

@@ -23,21 +23,24 @@ RkvCompaction::RkvCompaction(const RkvShape& shape) : shape_(shape) {
       DeviceBuffer<float>(static_cast<size_t>(shape.n_items()) * shape.row_blocks() * shape.head_dim);
   softmax_ =
       DeviceBuffer<float>(static_cast<size_t>(shape.n_items()) * shape.row_blocks() * shape.window * 2);
-  projection_ = DeviceBuffer<float>(slots);
+  own_ = DeviceBuffer<float>(slots);
   cosine_ = DeviceBuffer<float>(slots);
   similar_ = DeviceBuffer<int32_t>(slots);
   scalars_.inverse_norm = inverse_norm_.data();
   scalars_.logits = logits_.data();
   scalars_.partial_sum = partial_sum_.data();
   scalars_.softmax = softmax_.data();
-  scalars_.projection = projection_.data();
+  scalars_.own = own_.data();
   scalars_.cosine = cosine_.data();
   scalars_.similar = similar_.data();
   kernels_ = rkv_kernels(shape.head_dim, shape.dtype);
   const int element = static_cast<int>(dtype_bytes(shape.dtype));
-  allow_shared_memory(kernels_.measure, rkv_measure_smem_bytes(shape.head_dim, element));
-  allow_shared_memory(kernels_.similar, rkv_similar_smem_bytes(shape.head_dim, element));
+  allow_shared_memory(kernels_.rows, rkv_rows_smem_bytes(shape.head_dim, element));
   allow_shared_memory(kernels_.select, rkv_select_smem_bytes(shape.n_slots, shape.budget));
+  int device = 0, major = 0;
+  KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
+  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  overlaps_ = major >= 9;
 }
 
 RkvArgs RkvCompaction::arguments() const {
@@ -55,16 +58,15 @@ void RkvCompaction::launch(cudaStream_t stream, const RkvArgs& args, LaunchLog* 
   LaunchShape rows;
   rows.n_blocks = args.n_items * args.row_blocks;
   rows.n_threads = kRkvThreads;
-  rows.smem_bytes = rkv_measure_smem_bytes(shape_.head_dim, element);
-  launch_kernel(stream, {"rkv_measure", k_bytes, log}, rows, kernels_.measure, args);
-  rows.smem_bytes = rkv_similar_smem_bytes(shape_.head_dim, element);
-  launch_kernel(stream, {"rkv_similar", k_bytes, log}, rows, kernels_.similar, args);
+  rows.smem_bytes = rkv_rows_smem_bytes(shape_.head_dim, element);
+  launch_kernel(stream, {"rkv_rows", k_bytes, log}, rows, kernels_.rows, args);
   LaunchShape select;
   select.n_blocks = args.n_items;
   select.n_threads = kRkvSelectThreads;
   select.smem_bytes = rkv_select_smem_bytes(shape_.n_slots, shape_.budget);
-  launch_kernel(stream, {"rkv_select", rkv_bytes(shape_, shape_.n_slots) - k_bytes, log}, select,
-                kernels_.select, args);
+  select.dependent = overlaps_;
+  launch_kernel(stream, {"rkv_select", rkv_bytes(shape_, shape_.n_slots), log}, select, kernels_.select,
+                args);
 }
 
 }  // namespace kvlapse

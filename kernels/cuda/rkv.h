@@ -9,8 +9,7 @@
 namespace kvlapse {
 
 struct RkvKernels {
-  void (*measure)(RkvArgs);
-  void (*similar)(RkvArgs);
+  void (*rows)(RkvArgs);
   void (*select)(RkvArgs);
 };
 RkvKernels rkv_kernels(int head_dim, DType dtype);  // of a supported shape
@@ -24,15 +23,16 @@ class RkvCompaction {
   // Scalars and scratch are set; the caller sets q, k, v, order, count and what it wants of the optional
   // ones.
   RkvArgs arguments() const;
-  // Three kernels; heads below the budget cost a look at their count.
+  // Two kernels; heads below the budget cost a look at their count.
   void launch(cudaStream_t stream, const RkvArgs& args, LaunchLog* log = nullptr) const;
 
  private:
   RkvShape shape_;
   RkvArgs scalars_{};
-  DeviceBuffer<float> inverse_norm_, logits_, softmax_, partial_sum_, projection_, cosine_;
+  DeviceBuffer<float> inverse_norm_, logits_, softmax_, partial_sum_, own_, cosine_;
   DeviceBuffer<int32_t> similar_;
   RkvKernels kernels_{};
+  bool overlaps_ = false;  // the second kernel may be launched before the first ends
 };
 
 }  // namespace kvlapse

@@ -6,15 +6,12 @@
 namespace kvlapse {
 namespace {
 
+// Three blocks a multiprocessor, which is what shared memory holds of 16-bit keys of 128.
 template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(kRkvThreads) rkv_measure_kernel(const __grid_constant__ RkvArgs args) {
+__global__ void __launch_bounds__(kRkvThreads, device::RkvElement<Element>::kBytes == 4 ? 1 : 3)
+    rkv_rows_kernel(const __grid_constant__ RkvArgs args) {
   extern __shared__ __align__(16) unsigned char shared[];
-  device::RkvRows<kHeadDim, Element>(args, shared).measure();
-}
-template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(kRkvThreads) rkv_similar_kernel(const __grid_constant__ RkvArgs args) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  device::RkvRows<kHeadDim, Element>(args, shared).similar();
+  device::RkvRows<kHeadDim, Element>(args, shared).run();
 }
 template <int kHeadDim, class Element>
 __global__ void __launch_bounds__(kRkvSelectThreads) rkv_select_kernel(const __grid_constant__ RkvArgs args) {
@@ -25,15 +22,9 @@ __global__ void __launch_bounds__(kRkvSelectThreads) rkv_select_kernel(const __g
 template <class Element>
 RkvKernels kernels_of(int head_dim) {
   switch (head_dim) {
-    case 32:
-      return {rkv_measure_kernel<32, Element>, rkv_similar_kernel<32, Element>,
-              rkv_select_kernel<32, Element>};
-    case 64:
-      return {rkv_measure_kernel<64, Element>, rkv_similar_kernel<64, Element>,
-              rkv_select_kernel<64, Element>};
-    default:
-      return {rkv_measure_kernel<128, Element>, rkv_similar_kernel<128, Element>,
-              rkv_select_kernel<128, Element>};
+    case 32: return {rkv_rows_kernel<32, Element>, rkv_select_kernel<32, Element>};
+    case 64: return {rkv_rows_kernel<64, Element>, rkv_select_kernel<64, Element>};
+    default: return {rkv_rows_kernel<128, Element>, rkv_select_kernel<128, Element>};
   }
 }
 

@@ -1,10 +1,12 @@
-// The three kernels of an R-KV compaction (contract: kernels/decode/rkv_args.h), written in the operations of
+// The two kernels of an R-KV compaction (contract: kernels/decode/rkv_args.h), written in the operations of
 // device_ops.cuh only, so that the CPU emulator of the tests compiles the same text; include device_ops.cuh
 // (or the emulator) first.
-//   1. measure: norms, the window's logits, partial sums of unit keys; a block of rows each.
-//   2. similar: every row's last similar key, by products of 128 rows with 64 keys at a time from the end;
-//   exits early.
-//   3. select: softmax, pool, scores, order, moves; one block a head.
+//   1. rows: norms, the window's logits, partial sums of unit keys, every row's last similar key; a block of
+//   128
+//      rows each, which stay in shared memory. The search multiplies them with 64 keys at a time from the end
+//      and stops when every row has its key.
+//   2. select: softmax, pool, projections on the sum of unit keys (the second and last reading of K), scores,
+//      order, moves; one block a head.
 #pragma once
 
 #include "kernels/decode/rkv_args.h"
@@ -113,243 +115,116 @@ class RkvRows {
         warp_(thread_ / 32),
         lane_(thread_ % 32),
         rows_(smem_address(shared)),
-        keys_(rows_ + static_cast<uint32_t>(kRkvRows * Tile::kRowBytes)) {}
+        keys_(rows_ + static_cast<uint32_t>(kRkvRows * Tile::kRowBytes)),
+        row_norms_(keys_ + static_cast<uint32_t>(rkv_keys_bytes(kHeadDim, Tile::kBytes))),
+        key_norms_(row_norms_ + kRkvRows * 4),
+        shares_(key_norms_ + 2 * kRkvColumns * 4),
+        flags_(shares_ + kRkvThreads * 8) {}
 
-  // Norms, logits of the window's queries, sums of unit keys.
-  KVLAPSE_DEVICE void measure() {
+  KVLAPSE_DEVICE void run() {
+    allow_next_kernel();
     if (held_ < args_.budget || first_ >= held_) return;
-    const SmemAddress products = keys_ + static_cast<uint32_t>(kRkvColumns * Tile::kRowBytes);
-    const SmemAddress norms = products + static_cast<uint32_t>(kRkvRows * kStride * 4);
+    int slots[kTileChunks];
+    Float4 tile[kTileChunks];
+    const int last_tile = (held_ - 1) / kRkvColumns;
+    find_slots<kRkvColumns>(slots, last_tile * kRkvColumns);
     load_rows();
+    gather(tile, slots);  // the first keys of the search: on their way from here
+    find_slots<kRkvColumns>(slots, (last_tile - 1) * kRkvColumns);
     load_queries();
     block_sync();
-    if (thread_ < kRkvRows) {
-      const float inverse = inverse_norm(row_address(thread_));
-      smem_store(norms + static_cast<uint32_t>(thread_ * 4), first_ + thread_ < held_ ? inverse : 0.0f);
-      if (first_ + thread_ < held_) args_.inverse_norm[at(first_ + thread_)] = inverse;
-    }
-    float c[kColumnTiles][4];
-    Tile::products(c, row_address(warp_ * 16), keys_, lane_, args_.window * args_.group);
-    const int g = lane_ / 4, t = lane_ % 4;
-    KVLAPSE_UNROLL
-    for (int n = 0; n < kColumnTiles; ++n) {
-      KVLAPSE_UNROLL
-      for (int j = 0; j < 4; ++j)
-        smem_store(products + static_cast<uint32_t>(
-                                  ((warp_ * 16 + g + (j / 2) * 8) * kStride + 8 * n + 2 * t + j % 2) * 4),
-                   c[n][j]);
-    }
+    weigh_queries();
+    sum_units();
+    block_sync();  // products and shares are read; the keys' place is free
+    store_keys(tile, 0);
     block_sync();
-    for (int i = thread_; i < args_.window * kRkvRows; i += kRkvThreads) {
-      const int row = i % kRkvRows, query = i / kRkvRows;
-      if (first_ + row >= held_) continue;
-      const SmemAddress from = products + static_cast<uint32_t>((row * kStride + query * args_.group) * 4);
-      float most = smem_load(from);
-      for (int head = 1; head < args_.group; ++head) {
-        const float next = smem_load(from + static_cast<uint32_t>(head * 4));
-        most = next > most ? next : most;
-      }
-      args_.logits[(static_cast<int64_t>(item_) * args_.window + query) * args_.n_slots + first_ + row] =
-          most * args_.logit_scale;
-    }
-    weigh_block(products);
-    // Every thread sums one pair of components over a share of the rows.
-    constexpr int kPairs = kHeadDim / 2, kShares = kRkvThreads / kPairs;
-    float low = 0, high = 0;
-    const int pair = thread_ % kPairs, share = thread_ / kPairs;
-    for (int row = share; row < kRkvRows; row += kShares) {
-      float a, b;
-      Tile::load_pair(row_address(row), 2 * pair, a, b);
-      const float inverse = smem_load(norms + static_cast<uint32_t>(row * 4));
-      low += a * inverse, high += b * inverse;
-    }
-    block_sync();  // the products are read; their place takes the shares
-    smem_store(products + static_cast<uint32_t>((share * kHeadDim + 2 * pair) * 4), low);
-    smem_store(products + static_cast<uint32_t>((share * kHeadDim + 2 * pair + 1) * 4), high);
-    block_sync();
-    if (thread_ >= kHeadDim) return;
-    float total = 0;
-    for (int i = 0; i < kShares; ++i)
-      total += smem_load(products + static_cast<uint32_t>((i * kHeadDim + thread_) * 4));
-    args_.partial_sum[(static_cast<int64_t>(item_) * args_.row_blocks + first_ / kRkvRows) * kHeadDim +
-                      thread_] = total;
-  }
-
-  // Each row's last similar key, and its part of the column sums.
-  KVLAPSE_DEVICE void similar() {
-    if (held_ < args_.budget || first_ >= held_) return;
-    const SmemAddress row_norms = keys_ + static_cast<uint32_t>(2 * kRkvColumns * Tile::kRowBytes);
-    const SmemAddress key_norms = row_norms + kRkvRows * 4, sum = key_norms + 2 * kRkvColumns * 4,
-                      flags = sum + kHeadDim * 4;
-    load_rows();
-    if (thread_ < kRkvRows)
-      smem_store(row_norms + static_cast<uint32_t>(thread_ * 4),
-                 first_ + thread_ < held_ ? args_.inverse_norm[at(first_ + thread_)] : 0.0f);
-    if (thread_ < kHeadDim) {
-      float total = 0;
-      KVLAPSE_UNROLL_8
-      for (int block = 0; block * kRkvRows < held_; ++block)
-        total +=
-            args_.partial_sum[(static_cast<int64_t>(item_) * args_.row_blocks + block) * kHeadDim + thread_];
-      smem_store(sum + static_cast<uint32_t>(thread_ * 4), total);
-    }
-    int tile = (held_ - 1) / kRkvColumns, buffer = 0;
-    load_keys(tile, buffer, key_norms);
-    block_sync();
-    if (thread_ < kRkvRows && first_ + thread_ < held_) {
-      float dot = 0, square = 0;
-      for (int chunk = 0; chunk < Tile::kRowChunks; ++chunk) {
-        float v[Tile::kChunkValues];
-        Tile::load_chunk(row_address(thread_), chunk, v);
-        KVLAPSE_UNROLL
-        for (int i = 0; i < Tile::kChunkValues; ++i) {
-          dot += v[i] * smem_load(sum + static_cast<uint32_t>((chunk * Tile::kChunkValues + i) * 4));
-          square += v[i] * v[i];
-        }
-      }
-      const float inverse = smem_load(row_norms + static_cast<uint32_t>(thread_ * 4));
-      args_.projection[at(first_ + thread_)] = dot * inverse - square * inverse * inverse;
-    }
-
-    const int g = lane_ / 4, t = lane_ % 4;
-    const int low_row = first_ + warp_ * 16 + g;  // and + 8
-    uint64_t found[2] = {0, 0};                   // (rank + 1) << 32 | bits of the cosine
-    KVLAPSE_NO_UNROLL
-    for (; tile >= 0; --tile, buffer ^= 1) {
-      Prefetched next;
-      if (tile > 0) prefetch_keys(next, tile - 1);
-      float c[kColumnTiles][4];
-      Tile::products(c, row_address(warp_ * 16),
-                     keys_ + static_cast<uint32_t>(buffer * kRkvColumns * Tile::kRowBytes), lane_);
-      bool done = true;
-      KVLAPSE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int row = low_row + half * 8;
-        const float inverse = smem_load(row_norms + static_cast<uint32_t>((row - first_) * 4));
-        uint64_t best = 0, fallback = 0;
-        KVLAPSE_UNROLL
-        for (int n = 0; n < kColumnTiles; ++n) {
-          KVLAPSE_UNROLL
-          for (int j = 0; j < 2; ++j) {
-            const int column = 8 * n + 2 * t + j, key = tile * kRkvColumns + column;
-            const float cosine =
-                key == row
-                    ? 0.0f
-                    : c[n][half * 2 + j] * inverse *
-                          smem_load(key_norms + static_cast<uint32_t>((buffer * kRkvColumns + column) * 4));
-            const uint64_t packed = (static_cast<uint64_t>(key + 1) << 32) | float_bits(cosine);
-            if (key < held_ && cosine > args_.threshold) best = best > packed ? best : packed;
-            if (key == 0) fallback = packed;
-          }
-        }
-        best = quad_max(best);
-        if (tile == 0) fallback = quad_max(fallback);
-        if (found[half] == 0) found[half] = best != 0 ? best : fallback;
-        done = done && (found[half] != 0 || row >= held_);
-      }
-      const bool all = warp_ballot(done) == 0xffffffffu;
-      if (lane_ == 0) smem_store(flags + static_cast<uint32_t>(warp_ * 4), all ? 1.0f : 0.0f);
-      if (tile > 0) store_keys(next, buffer ^ 1, key_norms);
-      block_sync();
-      bool everyone = true;
-      for (int w = 0; w < kWarps; ++w)
-        everyone = everyone && smem_load(flags + static_cast<uint32_t>(w * 4)) != 0;
-      block_sync();  // the flags and the buffer just read are written again
-      if (everyone) break;
-    }
-    if (t != 0) return;
-    for (int half = 0; half < 2; ++half) {
-      const int row = low_row + half * 8;
-      if (row >= held_) continue;
-      args_.similar[at(row)] = static_cast<int32_t>(found[half] >> 32) - 1;
-      args_.cosine[at(row)] = bits_float(static_cast<uint32_t>(found[half]));
-    }
-  }
-
-  // Max and sum of exp of each query's logits over this block's rows before the window, a warp a query.
-  KVLAPSE_DEVICE void weigh_block(SmemAddress products) const {
-    constexpr int kRowsOfLane = kRkvRows / 32;
-    const int n = held_ - args_.window - first_;
-    for (int query = warp_; query < args_.window; query += kWarps) {
-      float value[kRowsOfLane], most = kNothing;
-      KVLAPSE_UNROLL
-      for (int i = 0; i < kRowsOfLane; ++i) {
-        const int row = lane_ + 32 * i;
-        const SmemAddress from = products + static_cast<uint32_t>((row * kStride + query * args_.group) * 4);
-        value[i] = smem_load(from);
-        for (int head = 1; head < args_.group; ++head) {
-          const float next = smem_load(from + static_cast<uint32_t>(head * 4));
-          value[i] = next > value[i] ? next : value[i];
-        }
-        value[i] = row < n ? value[i] * args_.logit_scale : kNothing;
-        most = value[i] > most ? value[i] : most;
-      }
-      for (int mask = 16; mask > 0; mask >>= 1) {
-        const float other = shuffle_xor(most, mask);
-        most = other > most ? other : most;
-      }
-      float sum = 0;
-      KVLAPSE_UNROLL
-      for (int i = 0; i < kRowsOfLane; ++i)
-        if (lane_ + 32 * i < n) sum += exponential(value[i] - most);
-      for (int mask = 16; mask > 0; mask >>= 1) sum += shuffle_xor(sum, mask);
-      if (lane_ != 0) continue;
-      float* to =
-          args_.softmax +
-          ((static_cast<int64_t>(item_) * args_.row_blocks + first_ / kRkvRows) * args_.window + query) * 2;
-      to[0] = most, to[1] = sum;
-    }
+    search(last_tile, slots);
   }
 
  private:
   static constexpr float kNothing = -1e30f;
   static constexpr int kStride = kRkvColumns + 1;
-  struct Prefetched {
-    Float4 chunks[kRkvColumns * Tile::kRowChunks / kRkvThreads];
-    float norm;
-  };
+  static constexpr int kTileChunks = kRkvColumns * Tile::kRowChunks / kRkvThreads;
+  static constexpr int kRowsChunks = kRkvRows * Tile::kRowChunks / kRkvThreads;
+  static_assert(kRkvColumns * Tile::kRowChunks % kRkvThreads == 0);
 
   KVLAPSE_DEVICE int64_t at(int rank) const { return static_cast<int64_t>(item_) * args_.n_slots + rank; }
   KVLAPSE_DEVICE SmemAddress row_address(int row) const {
     return rows_ + static_cast<uint32_t>(row * Tile::kRowBytes);
   }
-  // All loads of a thread are in flight together: slots, then rows.
-  template <int kRowCount>
-  KVLAPSE_DEVICE void gather(Float4 (&to)[kRowCount * Tile::kRowChunks / kRkvThreads], int first) const {
-    constexpr int kChunks = kRowCount * Tile::kRowChunks / kRkvThreads;
-    int slot[kChunks];
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kChunks; ++i) {
-      const int rank = first + (thread_ + i * kRkvThreads) / Tile::kRowChunks;
-      slot[i] = rank < held_ ? args_.order[at(rank)] : -1;
-    }
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kChunks; ++i)
-      to[i] =
-          slot[i] < 0
-              ? Float4{0, 0, 0, 0}
-              : static_cast<const Float4*>(
-                    args_.k)[at(slot[i]) * Tile::kRowChunks + (thread_ + i * kRkvThreads) % Tile::kRowChunks];
+  KVLAPSE_DEVICE SmemAddress norm_address(int row) const {
+    return row_norms_ + static_cast<uint32_t>(row * 4);
   }
+
+  // ---- rows on their way: chunk `thread + i * threads` of a block of rows belongs to a thread ----
   template <int kRowCount>
-  KVLAPSE_DEVICE void spread(const Float4 (&from)[kRowCount * Tile::kRowChunks / kRkvThreads],
-                             SmemAddress to) const {
+  KVLAPSE_DEVICE void find_slots(int (&slots)[kRowCount * Tile::kRowChunks / kRkvThreads], int first) const {
     KVLAPSE_UNROLL
     for (int i = 0; i < kRowCount * Tile::kRowChunks / kRkvThreads; ++i) {
-      const int chunk = thread_ + i * kRkvThreads;
-      smem_store4(to + static_cast<uint32_t>(chunk / Tile::kRowChunks * Tile::kRowBytes +
-                                             chunk % Tile::kRowChunks * 16),
-                  from[i]);
+      const int rank = first + (thread_ + i * kRkvThreads) / Tile::kRowChunks;
+      slots[i] = rank >= 0 && rank < held_ ? args_.order[at(rank)] : -1;
     }
   }
+  template <int kChunks>
+  KVLAPSE_DEVICE void gather(Float4 (&to)[kChunks], const int (&slots)[kChunks]) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kChunks; ++i)
+      to[i] = slots[i] < 0
+                  ? Float4{0, 0, 0, 0}
+                  : static_cast<const Float4*>(args_.k)[at(slots[i]) * Tile::kRowChunks +
+                                                        (thread_ + i * kRkvThreads) % Tile::kRowChunks];
+  }
+  // Into shared memory; norm(row, square) once a row.
+  template <int kChunks, class Norm>
+  KVLAPSE_DEVICE void spread(const Float4 (&from)[kChunks], SmemAddress to, Norm norm) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kChunks; ++i) {
+      const int chunk = thread_ + i * kRkvThreads, row = chunk / Tile::kRowChunks;
+      smem_store4(to + static_cast<uint32_t>(row * Tile::kRowBytes + chunk % Tile::kRowChunks * 16), from[i]);
+      const float parts[4] = {from[i].x, from[i].y, from[i].z, from[i].w};
+      float square = 0;
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (Tile::kBytes == 4) {
+          square += parts[j] * parts[j];
+        } else {
+          float a, b;
+          unpack2<Element>(float_bits(parts[j]), a, b);
+          square += a * a;
+          square += b * b;
+        }
+      }
+      KVLAPSE_UNROLL
+      for (int mask = Tile::kRowChunks / 2; mask > 0; mask >>= 1) square += shuffle_xor(square, mask);
+      if (chunk % Tile::kRowChunks == 0) norm(row, square);
+    }
+  }
+  KVLAPSE_DEVICE static float inverse_of(float square) { return 1.0f / (square_root(square) + 1e-8f); }
+
   KVLAPSE_DEVICE void load_rows() const {
-    Float4 chunks[kRkvRows * Tile::kRowChunks / kRkvThreads];
-    gather<kRkvRows>(chunks, first_);
-    spread<kRkvRows>(chunks, rows_);
+    int slots[kRowsChunks];
+    Float4 chunks[kRowsChunks];
+    find_slots<kRkvRows>(slots, first_);
+    gather(chunks, slots);
+    spread(chunks, rows_, [&](int row, float square) {
+      const float inverse = inverse_of(square);
+      smem_store(norm_address(row), first_ + row < held_ ? inverse : 0.0f);
+      if (first_ + row >= held_) return;
+      args_.inverse_norm[at(first_ + row)] = inverse;
+      args_.own[at(first_ + row)] = square * inverse * inverse;
+    });
+  }
+  KVLAPSE_DEVICE void store_keys(const Float4 (&chunks)[kTileChunks], int buffer) const {
+    spread(chunks, keys_ + static_cast<uint32_t>(buffer * kRkvColumns * Tile::kRowBytes),
+           [&](int row, float square) {
+             smem_store(key_norms_ + static_cast<uint32_t>((buffer * kRkvColumns + row) * 4),
+                        inverse_of(square));
+           });
   }
   KVLAPSE_DEVICE void load_queries() const {
     const int b = item_ / args_.n_kv_heads, h = item_ % args_.n_kv_heads,
               n_q_heads = args_.n_kv_heads * args_.group;
+    KVLAPSE_UNROLL
     for (int i = thread_; i < kRkvColumns * Tile::kRowChunks; i += kRkvThreads) {
       const int row = i / Tile::kRowChunks, query = row / args_.group,
                 head = h * args_.group + row % args_.group;
@@ -362,30 +237,168 @@ class RkvRows {
       smem_store4(keys_ + static_cast<uint32_t>(row * Tile::kRowBytes + i % Tile::kRowChunks * 16), v);
     }
   }
-  KVLAPSE_DEVICE void prefetch_keys(Prefetched& to, int tile) const {
-    gather<kRkvColumns>(to.chunks, tile * kRkvColumns);
-    const int rank = tile * kRkvColumns + thread_;
-    to.norm = thread_ < kRkvColumns && rank < held_ ? args_.inverse_norm[at(rank)] : 0.0f;
-  }
-  KVLAPSE_DEVICE void store_keys(const Prefetched& from, int buffer, SmemAddress norms) const {
-    spread<kRkvColumns>(from.chunks, keys_ + static_cast<uint32_t>(buffer * kRkvColumns * Tile::kRowBytes));
-    if (thread_ < kRkvColumns)
-      smem_store(norms + static_cast<uint32_t>((buffer * kRkvColumns + thread_) * 4), from.norm);
-  }
-  KVLAPSE_DEVICE void load_keys(int tile, int buffer, SmemAddress norms) const {
-    Prefetched keys;
-    prefetch_keys(keys, tile);
-    store_keys(keys, buffer, norms);
-  }
-  KVLAPSE_DEVICE static float inverse_norm(SmemAddress row) {
-    float square = 0;
-    for (int chunk = 0; chunk < Tile::kRowChunks; ++chunk) {
-      float v[Tile::kChunkValues];
-      Tile::load_chunk(row, chunk, v);
+
+  // Logits of the window's queries, max over the group; then max and sum of exp of each query over this
+  // block's rows before the window, a warp a query.
+  KVLAPSE_DEVICE void weigh_queries() const {
+    const SmemAddress products = keys_;
+    float c[kColumnTiles][4];
+    Tile::products(c, row_address(warp_ * 16), keys_, lane_, args_.window * args_.group);
+    block_sync();  // the queries are read; the products take their place
+    const int g = lane_ / 4, t = lane_ % 4;
+    KVLAPSE_UNROLL
+    for (int n = 0; n < kColumnTiles; ++n) {
       KVLAPSE_UNROLL
-      for (int i = 0; i < Tile::kChunkValues; ++i) square += v[i] * v[i];
+      for (int j = 0; j < 4; ++j)
+        smem_store(products + static_cast<uint32_t>(
+                                  ((warp_ * 16 + g + (j / 2) * 8) * kStride + 8 * n + 2 * t + j % 2) * 4),
+                   c[n][j]);
     }
-    return 1.0f / (square_root(square) + 1e-8f);
+    block_sync();
+    constexpr int kRowsOfLane = kRkvRows / 32;
+    const int before_window = held_ - args_.window - first_;
+    for (int query = warp_; query < args_.window; query += kWarps) {
+      float value[kRowsOfLane], most = kNothing;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kRowsOfLane; ++i) {
+        const int row = lane_ + 32 * i;
+        const SmemAddress from = products + static_cast<uint32_t>((row * kStride + query * args_.group) * 4);
+        value[i] = smem_load(from);
+        for (int head = 1; head < args_.group; ++head) {
+          const float next = smem_load(from + static_cast<uint32_t>(head * 4));
+          value[i] = next > value[i] ? next : value[i];
+        }
+        value[i] *= args_.logit_scale;
+        if (first_ + row < held_)
+          args_.logits[(static_cast<int64_t>(item_) * args_.window + query) * args_.n_slots + first_ + row] =
+              value[i];
+        if (row >= before_window) value[i] = kNothing;
+        most = value[i] > most ? value[i] : most;
+      }
+      for (int mask = 16; mask > 0; mask >>= 1) {
+        const float other = shuffle_xor(most, mask);
+        most = other > most ? other : most;
+      }
+      float sum = 0;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kRowsOfLane; ++i)
+        if (lane_ + 32 * i < before_window) sum += exponential(value[i] - most);
+      for (int mask = 16; mask > 0; mask >>= 1) sum += shuffle_xor(sum, mask);
+      if (lane_ != 0) continue;
+      float* to =
+          args_.softmax +
+          ((static_cast<int64_t>(item_) * args_.row_blocks + first_ / kRkvRows) * args_.window + query) * 2;
+      to[0] = most, to[1] = sum;
+    }
+  }
+
+  // Sum of unit keys of the block: every thread sums one pair of components over a share of the rows.
+  KVLAPSE_DEVICE void sum_units() const {
+    constexpr int kPairs = kHeadDim / 2, kShares = kRkvThreads / kPairs;
+    float low = 0, high = 0;
+    const int pair = thread_ % kPairs, share = thread_ / kPairs;
+    KVLAPSE_UNROLL_8
+    for (int row = share; row < kRkvRows; row += kShares) {
+      float a, b;
+      Tile::load_pair(row_address(row), 2 * pair, a, b);
+      const float inverse = smem_load(norm_address(row));
+      low += a * inverse, high += b * inverse;
+    }
+    smem_store(shares_ + static_cast<uint32_t>((share * kHeadDim + 2 * pair) * 4), low);
+    smem_store(shares_ + static_cast<uint32_t>((share * kHeadDim + 2 * pair + 1) * 4), high);
+    block_sync();
+    if (thread_ >= kHeadDim) return;
+    float total = 0;
+    for (int i = 0; i < kShares; ++i)
+      total += smem_load(shares_ + static_cast<uint32_t>((i * kHeadDim + thread_) * 4));
+    args_.partial_sum[(static_cast<int64_t>(item_) * args_.row_blocks + first_ / kRkvRows) * kHeadDim +
+                      thread_] = total;
+  }
+
+  // Each row's last similar key. `slots`: of the keys behind the tile that is in shared memory.
+  KVLAPSE_DEVICE void search(int last_tile, int (&slots)[kTileChunks]) const {
+    const int g = lane_ / 4, t = lane_ % 4;
+    const int low_row = first_ + warp_ * 16 + g;  // and + 8
+    uint64_t found[2] = {0, 0};                   // (rank + 1) << 32 | bits of the cosine
+    const float inverse[2] = {smem_load(norm_address(low_row - first_)),
+                              smem_load(norm_address(low_row + 8 - first_))};
+    bool done = first_ + warp_ * 16 >= held_;  // of all rows of the warp
+    int buffer = 0;
+    KVLAPSE_NO_UNROLL
+    for (int tile = last_tile; tile >= 0; --tile, buffer ^= 1) {
+      Float4 next[kTileChunks];
+      if (tile > 0) {
+        gather(next, slots);
+        find_slots<kRkvColumns>(slots, (tile - 2) * kRkvColumns);
+      }
+      if (!done) {
+        compare(tile, buffer, low_row, inverse, found);
+        const bool both = (found[0] != 0 || low_row >= held_) && (found[1] != 0 || low_row + 8 >= held_);
+        done = warp_ballot(both) == 0xffffffffu;
+      }
+      // Two sets of flags: a warp that is ahead writes the other one.
+      const SmemAddress flags = flags_ + static_cast<uint32_t>(buffer * kWarps * 4);
+      if (lane_ == 0) smem_store(flags + static_cast<uint32_t>(warp_ * 4), done ? 1.0f : 0.0f);
+      if (tile > 0) store_keys(next, buffer ^ 1);
+      block_sync();
+      bool everyone = true;
+      for (int w = 0; w < kWarps; ++w)
+        everyone = everyone && smem_load(flags + static_cast<uint32_t>(w * 4)) != 0;
+      if (everyone) break;
+    }
+    if (t != 0) return;
+    for (int half = 0; half < 2; ++half) {
+      const int row = low_row + half * 8;
+      if (row >= held_) continue;
+      args_.similar[at(row)] = static_cast<int32_t>(found[half] >> 32) - 1;
+      args_.cosine[at(row)] = bits_float(static_cast<uint32_t>(found[half]));
+    }
+  }
+
+  KVLAPSE_DEVICE void compare(int tile, int buffer, int low_row, const float (&inverse)[2],
+                              uint64_t (&found)[2]) const {
+    const int t = lane_ % 4, first_key = tile * kRkvColumns + 2 * t;
+    float c[kColumnTiles][4];
+    Tile::products(c, row_address(warp_ * 16),
+                   keys_ + static_cast<uint32_t>(buffer * kRkvColumns * Tile::kRowBytes), lane_);
+    const SmemAddress norms = key_norms_ + static_cast<uint32_t>((buffer * kRkvColumns + 2 * t) * 4);
+    // A row is not like itself: only where the tile meets the block's own rows.
+    if (tile * kRkvColumns < first_ + kRkvRows && (tile + 1) * kRkvColumns > first_) {
+      KVLAPSE_UNROLL
+      for (int n = 0; n < kColumnTiles; ++n)
+        for (int j = 0; j < 4; ++j)
+          if (first_key + 8 * n + j % 2 == low_row + (j / 2) * 8) c[n][j] = 0;
+    }
+    const int n_keys = held_ - first_key;
+    int best[2] = {-1, -1};  // keys come in rising order: the last one wins
+    float best_cosine[2] = {0, 0}, first_cosine[2] = {0, 0};
+    KVLAPSE_UNROLL
+    for (int n = 0; n < kColumnTiles; ++n) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float key_inverse = smem_load(norms + static_cast<uint32_t>((8 * n + j) * 4));
+        KVLAPSE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const float cosine = c[n][half * 2 + j] * inverse[half] * key_inverse;
+          const bool similar = cosine > args_.threshold && 8 * n + j < n_keys;
+          best[half] = similar ? 8 * n + j : best[half];
+          best_cosine[half] = similar ? cosine : best_cosine[half];
+          if (n == 0 && j == 0) first_cosine[half] = cosine;
+        }
+      }
+    }
+    KVLAPSE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      uint64_t packed = best[half] < 0 ? 0
+                                       : static_cast<uint64_t>(first_key + best[half] + 1) << 32 |
+                                             float_bits(best_cosine[half]);
+      packed = quad_max(packed);
+      if (tile == 0) {  // rank 0, whose cosine the lane with t = 0 has
+        const float of_first = shuffle_from(first_cosine[half], lane_ & ~3);
+        if (packed == 0) packed = uint64_t{1} << 32 | float_bits(of_first);
+      }
+      if (found[half] == 0) found[half] = packed;
+    }
   }
   KVLAPSE_DEVICE static uint64_t quad_max(uint64_t v) {
     for (int mask = 1; mask < 4; mask *= 2) {
@@ -395,11 +408,9 @@ class RkvRows {
     return v;
   }
 
-  static_assert(kRkvColumns * Tile::kRowChunks % kRkvThreads == 0);
-
   const RkvArgs& args_;
   const int item_, first_, held_, thread_, warp_, lane_;
-  const SmemAddress rows_, keys_;
+  const SmemAddress rows_, keys_, row_norms_, key_norms_, shares_, flags_;
 };
 
 // One block a head: scores, order, moves.
@@ -407,13 +418,13 @@ template <int kHeadDim, class Element>
 class RkvSelect {
  public:
   static constexpr int kThreads = kRkvSelectThreads, kWarps = kThreads / 32;
-  static constexpr int kRowChunks = RkvTile<kHeadDim, Element>::kRowChunks;
+  using Tile = RkvTile<kHeadDim, Element>;
+  static constexpr int kRowChunks = Tile::kRowChunks;
   static constexpr float kFixedPoint = 1099511627776.0f;  // 2^40: sums of cosines in integers, in any order
 
   KVLAPSE_DEVICE RkvSelect(const RkvArgs& args, unsigned char* shared)
       : args_(args),
         item_(block_index()),
-        held_(args.count[item_]),
         thread_(thread_index()),
         warp_(thread_ / 32),
         lane_(thread_ % 32),
@@ -423,14 +434,19 @@ class RkvSelect {
         tail_rank_(reinterpret_cast<int32_t*>(redundancy_ + args.n_slots)),
         holes_(tail_rank_ + (args.n_slots - args.budget)),
         movers_(holes_ + (args.n_slots - args.budget)),
-        warp_values_(reinterpret_cast<float*>(movers_ + (args.n_slots - args.budget))),
+        victims_(movers_ + (args.n_slots - args.budget)),
+        warp_values_(reinterpret_cast<float*>(victims_ + (args.n_slots - args.budget))),
         row_max_(warp_values_ + kWarps),
         row_inverse_(row_max_ + kRkvColumns),
-        n_moves_(reinterpret_cast<int32_t*>(row_inverse_ + kRkvColumns)) {}
+        sum_(row_inverse_ + kRkvColumns),
+        n_moves_(reinterpret_cast<int32_t*>(sum_ + kHeadDim)) {}
 
   KVLAPSE_DEVICE void run() {
+    wait_for_previous_kernel();
+    held_ = args_.count[item_];
     if (held_ < args_.budget) return;
     weigh_window();
+    project();
     forgive();
     score();
     sort();
@@ -469,9 +485,18 @@ class RkvSelect {
     return total;
   }
 
-  // importance = max pool of the mean over queries of their softmax before the window.
+  // importance = max pool of the mean over queries of their softmax before the window. And the sum of unit
+  // keys.
   KVLAPSE_DEVICE void weigh_window() {
     const int n = prefix();
+    if (thread_ >= kThreads - kHeadDim) {
+      const int d = thread_ - (kThreads - kHeadDim);
+      const float* parts = args_.partial_sum + static_cast<int64_t>(item_) * args_.row_blocks * kHeadDim + d;
+      float total = 0;
+      KVLAPSE_UNROLL_8
+      for (int block = 0; block * kRkvRows < held_; ++block) total += parts[block * kHeadDim];
+      sum_[d] = total;
+    }
     if (thread_ < args_.window) {
       const float* parts =
           args_.softmax + (static_cast<int64_t>(item_) * args_.row_blocks * args_.window + thread_) * 2;
@@ -504,6 +529,57 @@ class RkvSelect {
         most = redundancy_[j] > most ? redundancy_[j] : most;
       importance_[i] = most;
     }
+    block_sync();
+  }
+
+  // redundancy[rank] = unit key . sum of unit keys, without its own square. Lanes share a row; four rows of a
+  // lane are on their way at once.
+  KVLAPSE_DEVICE void project() {
+    constexpr int kRowsOfWarp = 32 / kRowChunks, kAtOnce = 4;
+    const int part = lane_ % kRowChunks, first_row = warp_ * kRowsOfWarp + lane_ / kRowChunks;
+    float sum[Tile::kChunkValues];
+    KVLAPSE_UNROLL
+    for (int i = 0; i < Tile::kChunkValues; ++i) sum[i] = sum_[part * Tile::kChunkValues + i];
+    KVLAPSE_NO_UNROLL
+    for (int base = 0; base < held_; base += kWarps * kRowsOfWarp * kAtOnce) {
+      int slot[kAtOnce];
+      Float4 row[kAtOnce];
+      float dot[kAtOnce];
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int rank = base + first_row + u * kWarps * kRowsOfWarp;
+        slot[u] = rank < held_ ? args_.order[at(rank)] : 0;
+      }
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u)
+        row[u] = static_cast<const Float4*>(args_.k)[at(slot[u]) * kRowChunks + part];
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const float words[4] = {row[u].x, row[u].y, row[u].z, row[u].w};
+        dot[u] = 0;
+        KVLAPSE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (Tile::kBytes == 4) {
+            dot[u] += words[i] * sum[i];
+          } else {
+            float a, b;
+            unpack2<Element>(float_bits(words[i]), a, b);
+            dot[u] += a * sum[2 * i];
+            dot[u] += b * sum[2 * i + 1];
+          }
+        }
+      }
+      // A lane ends up with the sum of one of the four rows: halves are swapped, then quarters.
+      const bool upper = (part & (kRowChunks / 2)) != 0, odd = (part & (kRowChunks / 4)) != 0;
+      const float a = (upper ? dot[1] : dot[0]) + shuffle_xor(upper ? dot[0] : dot[1], kRowChunks / 2);
+      const float b = (upper ? dot[3] : dot[2]) + shuffle_xor(upper ? dot[2] : dot[3], kRowChunks / 2);
+      float total = (odd ? b : a) + shuffle_xor(odd ? a : b, kRowChunks / 4);
+      KVLAPSE_UNROLL
+      for (int mask = kRowChunks / 8; mask > 0; mask >>= 1) total += shuffle_xor(total, mask);
+      const int rank = base + first_row + ((odd ? 2 : 0) + (upper ? 1 : 0)) * kWarps * kRowsOfWarp;
+      if (part % (kRowChunks / 4) == 0 && rank < held_)
+        redundancy_[rank] = total * args_.inverse_norm[at(rank)] - args_.own[at(rank)];
+    }
   }
 
   // redundancy = softmax over all ranks of the mean cosine without what was forgiven.
@@ -528,7 +604,7 @@ class RkvSelect {
     float most = -3.0e38f;
     for (int i = thread_; i < held_; i += kThreads) {
       const float forgiven = static_cast<float>(static_cast<int64_t>(sorted_[i])) * (1.0f / kFixedPoint);
-      const float mean = (args_.projection[at(i)] - forgiven) * scale;
+      const float mean = (redundancy_[i] - forgiven) * scale;
       redundancy_[i] = mean;
       most = mean > most ? mean : most;
     }
@@ -561,17 +637,72 @@ class RkvSelect {
     block_sync();
   }
 
-  KVLAPSE_DEVICE void sort() {  // bitonic
+  // Bitonic; 64 keys at a time stay in a warp's registers, longer strides are taken two at a time.
+  KVLAPSE_DEVICE void sort() {
     const int n = rkv_power_of_two(prefix());
-    for (int size = 2; size <= n; size *= 2)
-      for (int stride = size / 2; stride > 0; stride /= 2) {
-        for (int i = thread_; i < n / 2; i += kThreads) {
-          const int low = i / stride * stride * 2 + i % stride, high = low + stride;
-          const uint64_t a = sorted_[low], b = sorted_[high];
-          if ((a > b) == ((low & size) == 0)) sorted_[low] = b, sorted_[high] = a;
+    for (int first = warp_ * 64; first < n; first += kWarps * 64) {
+      uint64_t low = sorted_[first + lane_], high = sorted_[first + 32 + lane_];
+      KVLAPSE_UNROLL
+      for (int size = 2; size <= 32; size *= 2) {
+        KVLAPSE_UNROLL
+        for (int stride = size / 2; stride > 0; stride /= 2) {
+          low = exchange(low, stride, (lane_ & size) == 0);
+          high = exchange(high, stride, ((32 + lane_) & size) == 0);
+        }
+      }
+      merge(low, high, (first & 64) == 0);
+      sorted_[first + lane_] = low, sorted_[first + 32 + lane_] = high;
+    }
+    block_sync();
+    for (int size = 128; size <= n; size *= 2) {
+      int stride = size / 2;
+      for (; stride >= 128; stride /= 4) {
+        const int half = stride / 2;
+        for (int i = thread_; i < n / 4; i += kThreads) {
+          const int at = i / half * stride * 2 + i % half;
+          const bool rising = (at & size) == 0;
+          uint64_t a = sorted_[at], b = sorted_[at + half], c = sorted_[at + stride],
+                   d = sorted_[at + stride + half];
+          in_order(a, c, rising);
+          in_order(b, d, rising);
+          in_order(a, b, rising);
+          in_order(c, d, rising);
+          sorted_[at] = a, sorted_[at + half] = b, sorted_[at + stride] = c, sorted_[at + stride + half] = d;
         }
         block_sync();
       }
+      if (stride == 64) {
+        for (int i = thread_; i < n / 2; i += kThreads) {
+          const int at = i / 64 * 128 + i % 64;
+          uint64_t a = sorted_[at], b = sorted_[at + 64];
+          in_order(a, b, (at & size) == 0);
+          sorted_[at] = a, sorted_[at + 64] = b;
+        }
+        block_sync();
+      }
+      for (int first = warp_ * 64; first < n; first += kWarps * 64) {
+        uint64_t low = sorted_[first + lane_], high = sorted_[first + 32 + lane_];
+        merge(low, high, (first & size) == 0);
+        sorted_[first + lane_] = low, sorted_[first + 32 + lane_] = high;
+      }
+      block_sync();
+    }
+  }
+  KVLAPSE_DEVICE static void in_order(uint64_t& a, uint64_t& b, bool rising) {
+    const uint64_t less = a < b ? a : b, more = a < b ? b : a;
+    a = rising ? less : more, b = rising ? more : less;
+  }
+  KVLAPSE_DEVICE uint64_t exchange(uint64_t key, int stride, bool rising) const {
+    const uint64_t other = shuffle_xor(key, stride);
+    return (key < other) == (((lane_ & stride) == 0) == rising) ? key : other;
+  }
+  KVLAPSE_DEVICE void merge(uint64_t& low, uint64_t& high, bool rising) const {
+    in_order(low, high, rising);
+    KVLAPSE_UNROLL
+    for (int stride = 16; stride > 0; stride /= 2) {
+      low = exchange(low, stride, rising);
+      high = exchange(high, stride, rising);
+    }
   }
 
   // New order of the survivors; who moves where.
@@ -580,26 +711,28 @@ class RkvSelect {
     int32_t* slots = reinterpret_cast<int32_t*>(importance_);  // of the new ranks; the scores are used up
     for (int i = thread_; i < args_.n_slots - args_.budget; i += kThreads) tail_rank_[i] = -1;
     block_sync();
-    for (int i = thread_; i < args_.budget; i += kThreads) {
-      const int old = i < kept ? static_cast<int>(static_cast<uint32_t>(sorted_[i])) : i - kept + n;
+    for (int i = thread_; i < held_; i += kThreads) {  // survivors, victims, the window
+      const int old = i < n ? static_cast<int>(static_cast<uint32_t>(sorted_[i])) : i;
       const int slot = args_.order[at(old)];
-      slots[i] = slot;
-      if (slot >= args_.budget) tail_rank_[slot - args_.budget] = i;
+      if (i >= kept && i < n) {
+        victims_[i - kept] = slot;
+        continue;
+      }
+      const int rank = i < kept ? i : i - drops;
+      slots[rank] = slot;
+      if (slot >= args_.budget) tail_rank_[slot - args_.budget] = rank;
     }
+    block_sync();
     if (args_.evicted != nullptr)
       for (int i = thread_; i < args_.n_slots - args_.budget; i += kThreads)
         args_.evicted[static_cast<int64_t>(item_) * (args_.n_slots - args_.budget) + i] =
-            i < drops ? args_.positions[at(
-                            args_.order[at(static_cast<int>(static_cast<uint32_t>(sorted_[kept + i])))])]
-                      : -1;
-    block_sync();
+            i < drops ? args_.positions[at(victims_[i])] : -1;
     if (warp_ == 0) {
       // As many holes below the budget as survivors behind it, both in the order that they are met.
       int n_holes = 0, n_movers = 0;
       for (int first = 0; first < drops; first += 32) {
         const int i = first + lane_;
-        int slot = args_.n_slots;
-        if (i < drops) slot = args_.order[at(static_cast<int>(static_cast<uint32_t>(sorted_[kept + i])))];
+        const int slot = i < drops ? victims_[i] : args_.n_slots;
         const uint32_t holes = warp_ballot(slot < args_.budget);
         if (slot < args_.budget) holes_[n_holes + bits_below(holes, lane_)] = slot;
         n_holes += bits_below(holes, 32);
@@ -620,12 +753,19 @@ class RkvSelect {
     if (thread_ == 0) args_.count[item_] = args_.budget;
   }
 
+  // Nobody reads what another move writes: all loads of a thread are in flight together.
   KVLAPSE_DEVICE void move_rows() {
-    for (int i = thread_; i < *n_moves_ * kRowChunks; i += kThreads) {
+    Float4* const k = static_cast<Float4*>(args_.k);
+    Float4* const v = static_cast<Float4*>(args_.v);
+    const int n = *n_moves_ * kRowChunks;
+    for (int i = thread_; i < n; i += 2 * kThreads) {
+      const int other = i + kThreads < n ? i + kThreads : i;
       const int64_t from = at(movers_[i / kRowChunks]) * kRowChunks + i % kRowChunks,
-                    to = at(holes_[i / kRowChunks]) * kRowChunks + i % kRowChunks;
-      static_cast<Float4*>(args_.k)[to] = static_cast<Float4*>(args_.k)[from];
-      static_cast<Float4*>(args_.v)[to] = static_cast<Float4*>(args_.v)[from];
+                    other_from = at(movers_[other / kRowChunks]) * kRowChunks + other % kRowChunks,
+                    to = at(holes_[i / kRowChunks]) * kRowChunks + i % kRowChunks,
+                    other_to = at(holes_[other / kRowChunks]) * kRowChunks + other % kRowChunks;
+      const Float4 moved[4] = {k[from], v[from], k[other_from], v[other_from]};
+      k[to] = moved[0], v[to] = moved[1], k[other_to] = moved[2], v[other_to] = moved[3];
     }
     for (int i = thread_; i < *n_moves_; i += kThreads) {
       const int64_t from = at(movers_[i]), to = at(holes_[i]);
@@ -635,16 +775,19 @@ class RkvSelect {
   }
 
   const RkvArgs& args_;
-  const int item_, held_, thread_, warp_, lane_;
+  const int item_, thread_, warp_, lane_;
+  int held_ = 0;
   uint64_t* sorted_;  // scores with ranks; before that what is forgiven
   float* importance_;
   float* redundancy_;
   int32_t* tail_rank_;  // new rank of the token in slot budget + i, -1: none
   int32_t* holes_;
   int32_t* movers_;
+  int32_t* victims_;  // slots, the lowest score last
   float* warp_values_;
   float* row_max_;
   float* row_inverse_;
+  float* sum_;  // of unit keys
   int32_t* n_moves_;
 };
 

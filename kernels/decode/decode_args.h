@@ -48,12 +48,16 @@ struct DecodeArgs {
   TensorMap k_map;
   TensorMap v_map;
 
-  const void* q;       // [B, Hq, D] element type
+  // Elements of q, the new rows and out are those of K and V, or 16 bits wide where K and V are fp8
+  // (io_bf16).
+  const void* q;       // [B, Hq, D]
   const void* k_new;   // [B, H, D]; null: nothing is appended
   const void* v_new;   // [B, H, D]
   void* k;             // [B, H, S, D]
   void* v;             // [B, H, S, D]
   void* out;           // [B, Hq, D]
+  float* k_scale;      // [B, H, ceil(S/64)*64] value = byte x scale; fp8 only. The new row is quantised here
+  float* v_scale;      // the same (core/base/fp8.h)
   float* value_l1;     // [B, H, S] sum over D of |v|; null when the score has no norm
   float* accumulated;  // [B, H, S]; null unless the score accumulates
   float* importance;   // [B, H, S] scores of this step; optional, needed when the layer shares its victim
@@ -85,8 +89,11 @@ struct DecodeArgs {
   float logit_scale;     // log2(e) / sqrt(D)
   float score_scale;     // factor of the published mean
   FusedScore score;
-  bool shared;       // the layer's heads share one victim
-  bool early_state;  // the kernel just before this one in the stream does not write this state or K, V
+  bool io_bf16;          // q, new rows and out of an fp8 cache are bf16, otherwise fp16
+  bool shared;           // the layer's heads share one victim
+  bool early_state;      // the kernel just before this one in the stream does not write this state or K, V
+  bool state_ahead;      // the next item's state is read while this one streams (copy engine only)
+  bool side_every_item;  // norms, scores and protection bits are asked into L2 for every item, not the first
 };
 
 }  // namespace kvlapse

@@ -12,14 +12,19 @@
 namespace kvlapse {
 
 struct DecodeShape {
-  int batch = 0;             // B
-  int n_q_heads = 0;         // Hq
-  int n_kv_heads = 0;        // H
-  int head_dim = 0;          // D: 32, 64, 128 or 256
-  int n_slots = 0;           // S, capacity
-  DType dtype = DType::f16;  // f16 or bf16
+  int batch = 0;                   // B
+  int n_q_heads = 0;               // Hq
+  int n_kv_heads = 0;              // H
+  int head_dim = 0;                // D: 32, 64, 128 or 256
+  int n_slots = 0;                 // S, capacity
+  DType dtype = DType::f16;        // of K and V: f16, bf16 or f8e4m3
+  DType activation = DType::bf16;  // of q, new rows and output of an fp8 cache: f16 or bf16
 
   int group() const { return n_q_heads / n_kv_heads; }
+  bool fp8() const { return dtype == DType::f8e4m3; }
+  DType io() const { return fp8() ? activation : dtype; }
+  // Floats of a (sequence, kv head) in DecodeArgs::k_scale and v_scale.
+  int scale_stride() const { return (n_slots + kDecodeTileSlots - 1) / kDecodeTileSlots * kDecodeTileSlots; }
   int n_items() const { return batch * n_kv_heads; }
   uint64_t row_bytes() const { return static_cast<uint64_t>(head_dim) * dtype_bytes(dtype); }
   // K and V of `slots` tokens of every head and sequence.
@@ -46,7 +51,11 @@ struct DecodePlan {
   int logits_bytes = 0;
   int small_offset = 0;
   int smem_bytes = 0;
+  bool state_ahead = false, side_every_item = false;
 };
+
+// What a block asks for before it needs it, beyond K and V of its ring.
+enum class ReadAhead : uint8_t { chosen, first_item, state, side, both };
 
 // What a caller fixes; 0 leaves the choice to the plan.
 struct DecodeTuning {
@@ -54,6 +63,7 @@ struct DecodeTuning {
   int stages = 0;
   int ctas = 0;
   int blocks_per_multiprocessor = 0;  // 1, or 2: half the shared memory, one consumer group each
+  ReadAhead ahead = ReadAhead::chosen;
 };
 
 // Throws Error when the shape is not supported or does not fit.

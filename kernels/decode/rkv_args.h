@@ -38,7 +38,7 @@ struct RkvArgs {
   float* logits;        // [B, H, window, S] max over the group
   float* softmax;       // [B, H, row_blocks, window, 2] max and sum of exp before the window
   float* partial_sum;   // [B, H, row_blocks, D] of unit keys
-  float* projection;    // [B, H, S] unit key . (sum of unit keys) - its own square
+  float* own;           // [B, H, S] square of the unit key: 1, rounded
   int32_t* similar;     // [B, H, S] rank that the row forgives
   float* cosine;        // [B, H, S] and how much
 
@@ -68,13 +68,15 @@ struct RkvShape {
 constexpr int rkv_row_bytes(int head_dim, int element_bytes) {
   return head_dim * element_bytes + 16;  // padded: 8 rows of one column lie in 8 different bank groups
 }
-constexpr int rkv_measure_smem_bytes(int head_dim, int element_bytes) {
-  return (kRkvRows + kRkvColumns) * rkv_row_bytes(head_dim, element_bytes) +
-         kRkvRows * (kRkvColumns + 1) * 4 + kRkvRows * 4;
+// Two tiles of keys; before the search the window's queries, then their products with the rows.
+constexpr int rkv_keys_bytes(int head_dim, int element_bytes) {
+  const int keys = 2 * kRkvColumns * rkv_row_bytes(head_dim, element_bytes);
+  const int products = kRkvRows * (kRkvColumns + 1) * 4;
+  return keys > products ? keys : products;
 }
-constexpr int rkv_similar_smem_bytes(int head_dim, int element_bytes) {
-  return (kRkvRows + 2 * kRkvColumns) * rkv_row_bytes(head_dim, element_bytes) + kRkvRows * 4 +
-         2 * kRkvColumns * 4 + head_dim * 4 + 64;
+constexpr int rkv_rows_smem_bytes(int head_dim, int element_bytes) {
+  return kRkvRows * rkv_row_bytes(head_dim, element_bytes) + rkv_keys_bytes(head_dim, element_bytes) +
+         kRkvRows * 4 + 2 * kRkvColumns * 4 + kRkvThreads * 8 + 64;
 }
 constexpr int rkv_power_of_two(int n) {
   int p = 64;
@@ -82,7 +84,7 @@ constexpr int rkv_power_of_two(int n) {
   return p;
 }
 constexpr int rkv_select_smem_bytes(int n_slots, int budget) {
-  return rkv_power_of_two(n_slots) * 8 + n_slots * 8 + (n_slots - budget) * 12 + 1024;
+  return rkv_power_of_two(n_slots) * 8 + n_slots * 8 + (n_slots - budget) * 16 + 2048;
 }
 
 // Fills what follows from the shape. Throws Error when it is not supported.

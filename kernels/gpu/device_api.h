@@ -44,6 +44,9 @@ class DeviceApi {
   virtual void launch(const exact::ChooseArgs&) = 0;
   virtual void launch(const exact::VictimArgs&) = 0;
   virtual void launch(const exact::GatherArgs&) = 0;
+  virtual void launch(const exact::UnitKeysArgs&) = 0;
+  virtual void launch(const exact::MeanKeyArgs&) = 0;
+  virtual void launch(const exact::SimilarKeyArgs&) = 0;
 
   // Runs what `record` launches. A key names it: launches, their arguments and copies are the same whenever
   // the key is, so they may be captured once.

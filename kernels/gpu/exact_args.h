@@ -236,4 +236,45 @@ struct GatherArgs {
   constexpr int n_blocks() const { return blocks_for(static_cast<int64_t>(n) * total_words(), kThreads); }
 };
 
+// R-KV's redundancy among the first counts[h] keys of every head of a site
+// (core/policy/scoring/redundancy.h), in three launches; what is left for the host is a sum and a softmax a
+// head. All by [H, most].
+struct UnitKeysArgs {
+  const void* k;          // [H, n_slots, D]
+  const int32_t* counts;  // [H]
+  float* unit;            // [H, most, D] keys over their norms
+  float* own;             // product with itself
+  Heads heads;
+  int32_t n_slots, most;
+  static constexpr const char* kName = "exact_unit_keys";
+  constexpr uint64_t bytes() const {
+    return static_cast<uint64_t>(heads.n_kv) * most * heads.dim * (dtype_bytes(heads.dtype) + 4);
+  }
+  constexpr int n_blocks() const { return heads.n_kv * blocks_for(most, kTeams); }
+};
+struct MeanKeyArgs {
+  const float* unit;
+  const int32_t* counts;
+  float* mean;  // [H, D]
+  Heads heads;
+  int32_t most;
+  static constexpr const char* kName = "exact_mean_key";
+  constexpr uint64_t bytes() const { return static_cast<uint64_t>(heads.n_kv) * most * heads.dim * 4; }
+  constexpr int n_blocks() const { return heads.n_kv; }
+};
+struct SimilarKeyArgs {
+  const float* unit;
+  const float* mean;
+  const int32_t* counts;
+  float* projection;  // product with the mean
+  int32_t* similar;   // the last other key whose cosine is above the threshold, or 0
+  float* cosine;      // with that one; 0 with itself
+  Heads heads;
+  int32_t most;
+  float threshold;
+  static constexpr const char* kName = "exact_similar_key";
+  constexpr uint64_t bytes() const { return static_cast<uint64_t>(heads.n_kv) * most * (heads.dim + 3) * 4; }
+  constexpr int n_blocks() const { return heads.n_kv * blocks_for(most, kTeams); }
+};
+
 }  // namespace kvlapse::exact

@@ -413,4 +413,80 @@ KVLAPSE_DEVICE void run(const GatherArgs& a, int block, unsigned char*) {
   a.to[p][static_cast<int64_t>(row) * a.words[p] + word] = a.from[p][from * a.words[p] + word];
 }
 
+KVLAPSE_DEVICE void run(const UnitKeysArgs& a, int block, unsigned char*) {
+  const int parts = blocks_for(a.most, kTeams), h = block / parts, dim = a.heads.dim;
+  const Team team(block % parts);
+  const bool mine = team.index < a.counts[h];
+  const int slot = mine ? team.index : 0;
+  float* unit = a.unit + (static_cast<int64_t>(h) * a.most + slot) * dim;
+  with_type(a.heads.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto* k =
+        static_cast<const typename T::Storage*>(a.k) + (static_cast<int64_t>(h) * a.n_slots + slot) * dim;
+    float sum = 0;
+    for (int d = team.lane; d < dim; d += kTeam) sum = fmaf(T::widen(k[d]), T::widen(k[d]), sum);
+    const float divisor = sqrtf(tree(sum)) + 1e-8f;
+    float own = 0;
+    for (int d = team.lane; d < dim; d += kTeam) {
+      const float u = T::widen(k[d]) / divisor;
+      own = fmaf(u, u, own);
+      if (mine) unit[d] = u;
+    }
+    own = tree(own);
+    if (mine && team.lane == 0) a.own[static_cast<int64_t>(h) * a.most + slot] = own;
+  });
+}
+
+KVLAPSE_DEVICE void run(const MeanKeyArgs& a, int block, unsigned char*) {
+  const int n = a.counts[block], dim = a.heads.dim;
+  for (int d = thread_index(); d < dim; d += kThreads) {
+    const float* unit = a.unit + static_cast<int64_t>(block) * a.most * dim + d;
+    double total = 0;
+    KVLAPSE_UNROLL_16
+    for (int i = 0; i < n; ++i) total += static_cast<double>(unit[static_cast<int64_t>(i) * dim]);
+    a.mean[block * dim + d] = static_cast<float>(total / static_cast<double>(n));
+  }
+}
+
+KVLAPSE_DEVICE void run(const SimilarKeyArgs& a, int block, unsigned char*) {
+  constexpr int kAtOnce = 4;
+  const int parts = blocks_for(a.most, kTeams), h = block / parts, dim = a.heads.dim, n = a.counts[h];
+  const Team team(block % parts);
+  const bool mine = team.index < n;
+  const int row = mine ? team.index : 0;
+  const float* all = a.unit + static_cast<int64_t>(h) * a.most * dim;
+  const float* unit = all + static_cast<int64_t>(row) * dim;
+  const float* mean = a.mean + h * dim;
+  float sum = 0;
+  for (int d = team.lane; d < dim; d += kTeam) sum = fmaf(mean[d], unit[d], sum);
+  const float projection = tree(sum);
+  int similar = 0;
+  float cosine = 0;
+  bool found = !mine;
+  // The two rows of a warp look at the same keys until both have theirs.
+  for (int last = n - 1; last >= 0; last -= kAtOnce) {
+    float sums[kAtOnce] = {};
+    for (int d = team.lane; d < dim; d += kTeam) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int key = last - j > 0 ? last - j : 0;
+        sums[j] = fmaf(all[static_cast<int64_t>(key) * dim + d], unit[d], sums[j]);
+      }
+    }
+    KVLAPSE_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int key = last - j;
+      const float product = tree(sums[j]), c = key == row ? 0.0f : product;
+      if (found || key < 0 || (!(c > a.threshold) && key > 0)) continue;
+      similar = key, cosine = c, found = true;
+    }
+    if (device::warp_ballot(found) == 0xffffffffu) break;
+  }
+  if (!mine || team.lane != 0) return;
+  const int64_t at = static_cast<int64_t>(h) * a.most + row;
+  a.projection[at] = projection;
+  a.similar[at] = similar;
+  a.cosine[at] = cosine;
+}
+
 }  // namespace kvlapse::exact

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cassert>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "core/base/error.h"
@@ -131,6 +132,7 @@ void GpuBackend::prepare(const TransformerWeights& weights, int n_rows, DType kv
   logits_ = DeviceArray<float>();
   victims_ = DeviceArray<exact::Victim>(*api_, n_layers * rows * weights.n_kv_heads);
   choices_ = DeviceArray<exact::Choice>(*api_, rows);
+  choices_host_.resize(*api_, rows * sizeof(exact::Choice));
   rows_host_.resize(*api_, n_layers * rows * (q_width + 2 * kv_width) * kFloat);
   victims_host_.resize(*api_, victims_.size() * sizeof(exact::Victim));
   size_t bytes = 0;
@@ -142,7 +144,7 @@ void GpuBackend::prepare(const TransformerWeights& weights, int n_rows, DType kv
   host_ = describe_at(static_cast<std::byte*>(description_host_.data));
   step_stores_.assign(n_layers * rows, nullptr);
   pending_.clear();
-  n_rows_ = n_logits_ = 0;
+  n_rows_ = n_logits_ = n_expected_ = 0;
 }
 
 std::unique_ptr<KvStore> GpuBackend::make_kv_store(const CacheGeometry& geometry, int query_window) {
@@ -200,6 +202,7 @@ OpBytes GpuBackend::embed(std::span<const BatchRow> rows) {
   n_rows_ = static_cast<int>(rows.size());
   queued_ = !rows[0].prompt;
   chooses_ = false;
+  n_expected_ = 0;
   most_ = 0;
   host_layer_ = -1;
   launches_.clear();
@@ -477,6 +480,12 @@ void GpuBackend::run_head(int n) {
   launch(args);
 }
 
+void GpuBackend::expect_samples(std::span<const SampleRow> rows) {
+  if (!queued_) return;
+  n_expected_ = static_cast<int>(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) host_.forced[i] = rows[i].forced;
+}
+
 OpBytes GpuBackend::head(std::span<const int> rows) {
   const auto n = static_cast<int>(rows.size());
   const size_t vocab = static_cast<size_t>(w_->n_vocab);
@@ -488,6 +497,7 @@ OpBytes GpuBackend::head(std::span<const int> rows) {
   std::copy(rows.begin(), rows.end(), host_.rows);
   if (queued_) {
     n_logits_ = n;
+    if (n_expected_ != n) n_expected_ = 0;
     run_step();
   } else {
     send(&Description::rows, 0, rows.size());
@@ -508,7 +518,7 @@ void GpuBackend::run_step() {
   const uint64_t key = static_cast<uint64_t>(n_rows_) | static_cast<uint64_t>(n_logits_) << 16 |
                        static_cast<uint64_t>(std::countr_zero(static_cast<unsigned>(most))) << 32 |
                        uint64_t{keeps_rows_} << 40 | uint64_t{chooses_} << 41 |
-                       uint64_t{choice_.shared} << 42;
+                       uint64_t{choice_.shared} << 42 | uint64_t{n_expected_ > 0} << 43;
   launches_.clear();
   api_->run_graph(key, [&] {
     api_->upload_later(description_memory_.data(), description_host_.data, description_host_.bytes);
@@ -536,6 +546,11 @@ void GpuBackend::run_step() {
       run_output_and_ffn(layer);
     }
     run_head(n_logits_);
+    if (n_expected_ > 0) {
+      run_choose(n_expected_);
+      api_->download_later(choices_host_.data, choices_.data(),
+                           static_cast<size_t>(n_expected_) * sizeof(exact::Choice));
+    }
     if (keeps_rows_) {
       const size_t rows = static_cast<size_t>(n_layers) * n_rows_;
       const size_t q_width = static_cast<size_t>(w_->n_q_heads) * w_->head_dim;
@@ -564,14 +579,22 @@ void GpuBackend::run_step() {
   }
 }
 
-void GpuBackend::sample(std::span<const SampleRow> rows, std::span<SampleResult> results) {
-  for (size_t i = 0; i < rows.size(); ++i) host_.forced[i] = rows[i].forced;
-  send(&Description::forced, 0, rows.size());
+void GpuBackend::run_choose(int n) {
+  launch_layer_ = -1;
   phase_ = "sample";
-  launch(exact::ChooseArgs{logits_.data(), device_.forced, choices_.data(), static_cast<int32_t>(rows.size()),
-                           w_->n_vocab});
+  launch(exact::ChooseArgs{logits_.data(), device_.forced, choices_.data(), n, w_->n_vocab});
+}
+
+void GpuBackend::sample(std::span<const SampleRow> rows, std::span<SampleResult> results) {
   std::vector<exact::Choice> choices(rows.size());
-  api_->download(choices.data(), choices_.data(), rows.size() * sizeof(exact::Choice));
+  if (queued_ && n_expected_ == static_cast<int>(rows.size())) {
+    std::memcpy(choices.data(), choices_host_.data, rows.size() * sizeof(exact::Choice));
+  } else {
+    for (size_t i = 0; i < rows.size(); ++i) host_.forced[i] = rows[i].forced;
+    send(&Description::forced, 0, rows.size());
+    run_choose(static_cast<int>(rows.size()));
+    api_->download(choices.data(), choices_.data(), rows.size() * sizeof(exact::Choice));
+  }
   for (size_t i = 0; i < rows.size(); ++i) {
     if (rows[i].temperature > 0 && rows[i].forced < 0) {
       results[i] = sample_token(logits(static_cast<int>(i)), rows[i], sample_scratch_);

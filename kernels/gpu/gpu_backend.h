@@ -26,6 +26,7 @@ class GpuBackend final : public Backend {
   OpBytes attend(std::span<const AttendRow> attend) override;
   OpBytes attend_block(KvStore& store, int first_slots) override;
   OpBytes output_and_ffn(int layer) override;
+  void expect_samples(std::span<const SampleRow> rows) override;
   OpBytes head(std::span<const int> rows) override;
   void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) override;
   std::span<const float> logits(int row) override;
@@ -96,6 +97,7 @@ class GpuBackend final : public Backend {
   void run_attend(int layer, int n, int most, float* out);
   void run_output_and_ffn(int layer);
   void run_head(int n);
+  void run_choose(int n);
   void run_step();
   OpBytes attention_bytes(std::span<const AttendRow> attend) const;
   // Launches, and notes it for take_launches().
@@ -119,6 +121,8 @@ class GpuBackend final : public Backend {
   DeviceArray<float> x_, normed_, q_, k_, v_, attended_, gate_, up_, logits_;
   DeviceArray<exact::Victim> victims_;  // [L, R, H]
   DeviceArray<exact::Choice> choices_;  // [R]
+  HostBlock choices_host_;              // those of the step, when they were expected
+  int n_expected_ = 0;                  // rows that the step chooses for
   DeviceArray<std::byte> description_memory_, scratch_, block_scratch_;
   HostBlock description_host_, rows_host_, victims_host_;
   Description device_, host_;

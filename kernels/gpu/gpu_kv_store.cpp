@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cstring>
 #include <limits>
 
 #include "core/base/row_math.h"
+#include "core/policy/scoring/redundancy.h"
 #include "kernels/cpu/activations.h"
 #include "kernels/gpu/gpu_backend.h"
 
@@ -46,10 +48,12 @@ void GpuKvStore::store(const SlotTable& table, const float* q, const float*, con
   backend_.place(*this, table, q);
   ++n_stored_;
   value_l1_.fresh = false;
+  keys_change();
 }
 
 void GpuKvStore::attended(std::vector<Lowest> lowest) {
   logits_.fresh = weights_.fresh = output_.fresh = false;
+  keys_change();
   lowest_ = std::move(lowest);
 }
 
@@ -84,11 +88,13 @@ void GpuKvStore::compact(int kv_head, std::span<const Slot> order) {
   args.order = nullptr;
   api_.launch(args);
   value_l1_.fresh = false;
+  keys_change();
 }
 
 void GpuKvStore::replace_key(int kv_head, Slot slot, const float* row) {
   backend_.place_pending();
   raw_.resize(std::max(raw_.size(), static_cast<size_t>(geometry_.row_bytes())));
+  keys_change();
   narrow(geometry_.dtype, row, static_cast<size_t>(geometry_.head_dim), raw_.data());
   api_.upload(static_cast<std::byte*>(view_.k) + geometry_.row_offset_bytes(kv_head, slot), raw_.data(),
               geometry_.row_bytes());
@@ -157,22 +163,90 @@ std::span<const float> GpuKvStore::window_queries(int w) {
 }
 
 std::span<const float> GpuKvStore::window_logits(const SlotTable& table, int q_head, int w) {
+  assert(w <= query_window_);
+  const auto rows = static_cast<int>(std::min<int64_t>(w, n_stored_));
+  const auto stride = static_cast<size_t>(view_.stride), n_q = static_cast<size_t>(geometry_.n_q_heads);
+  const auto n_kv = static_cast<size_t>(geometry_.n_kv_heads);
+  if (!window_block_.fresh || window_rows_ != rows) {
+    backend_.place_pending();
+    // Every query of the window as a row of its own, over the same keys.
+    const size_t sites_bytes = (static_cast<size_t>(rows) * sizeof(exact::SiteView) + 255) / 256 * 256;
+    const size_t counts_bytes = (static_cast<size_t>(rows) * n_kv * sizeof(int32_t) + 255) / 256 * 256;
+    const size_t block = static_cast<size_t>(rows) * n_q * stride;
+    std::byte* memory = backend_.scratch(sites_bytes + counts_bytes + block * sizeof(float));
+    auto* block_memory = reinterpret_cast<float*>(memory + sites_bytes + counts_bytes);
+    std::vector<exact::SiteView> sites(static_cast<size_t>(rows), view_);
+    std::vector<int32_t> counts;
+    exact::LogitsArgs args{};
+    for (int r = 0; r < rows; ++r) {
+      sites[r].query = view_.ring + (n_stored_ - rows + r) % query_window_ * static_cast<int64_t>(n_q) *
+                                        geometry_.head_dim;
+      sites[r].logits = block_memory + static_cast<size_t>(r) * n_q * stride;
+      for (int h = 0; h < geometry_.n_kv_heads; ++h) {
+        counts.push_back(table.count(h));
+        args.most = std::max(args.most, counts.back());
+      }
+    }
+    api_.upload(memory, sites.data(), sites.size() * sizeof(exact::SiteView));
+    api_.upload(memory + sites_bytes, counts.data(), counts.size() * sizeof(int32_t));
+    args.sites = reinterpret_cast<const exact::SiteView*>(memory);
+    args.counts = reinterpret_cast<const int32_t*>(memory + sites_bytes);
+    args.heads = heads();
+    args.n_rows = rows;
+    args.factor = attention_scale(geometry_.head_dim);
+    api_.launch(args);
+    window_block_.values.resize(block);
+    api_.download(window_block_.values.data(), block_memory, block * sizeof(float));
+    window_block_.fresh = true;
+    window_rows_ = rows;
+  }
   const int h = geometry_.kv_head_of(q_head);
-  const auto dim = static_cast<size_t>(geometry_.head_dim), n = static_cast<size_t>(table.count(h));
-  const size_t width = dim * geometry_.n_q_heads;
-  const std::span<const float> queries = ring_rows(w);
-  const size_t rows = queries.size() / width;
-  const std::span<const float> held = keys(h, static_cast<int>(n));
-  window_.resize(std::max(window_.size(), rows * n));
-  dot_rows({held.data(), DType::f32, dim, nullptr}, n, dim, queries.data() + q_head * dim, width, rows,
-           attention_scale(geometry_.head_dim), window_.data(), n);
+  const auto n = static_cast<size_t>(table.count(h));
+  window_.resize(std::max(window_.size(), static_cast<size_t>(rows) * n));
   // Tokens are stored in order of position, so the r-th query's position is known.
   const std::span<const Pos> positions = table.positions(h);
-  for (size_t r = 0; r < rows; ++r)
+  for (int r = 0; r < rows; ++r) {
+    const float* from = window_block_.values.data() + (static_cast<size_t>(r) * n_q + q_head) * stride;
     for (size_t s = 0; s < n; ++s)
-      if (raw(positions[s]) > n_stored_ - static_cast<int64_t>(rows - r))
-        window_[r * n + s] = -std::numeric_limits<float>::infinity();
-  return {window_.data(), rows * n};
+      window_[r * n + s] =
+          raw(positions[s]) > n_stored_ - (rows - r) ? -std::numeric_limits<float>::infinity() : from[s];
+  }
+  return {window_.data(), static_cast<size_t>(rows) * n};
+}
+
+bool GpuKvStore::redundancy(const SlotTable& table, int kv_head, float threshold, std::span<float> out) {
+  const auto n_kv = static_cast<size_t>(geometry_.n_kv_heads), dim = static_cast<size_t>(geometry_.head_dim);
+  if (!redundancy_.fresh || redundancy_threshold_ != threshold) {
+    backend_.place_pending();
+    std::vector<int32_t> counts;
+    for (int h = 0; h < geometry_.n_kv_heads; ++h) counts.push_back(table.count(h));
+    const int most = *std::ranges::max_element(counts);
+    const size_t plane = n_kv * static_cast<size_t>(most);
+    const size_t counts_bytes = (n_kv * sizeof(int32_t) + 255) / 256 * 256;
+    std::byte* memory = backend_.scratch(counts_bytes + (plane * (dim + 4) + n_kv * dim) * sizeof(float));
+    auto* kept = reinterpret_cast<float*>(memory + counts_bytes);
+    float* unit = kept + 4 * plane;
+    float* mean = unit + plane * dim;
+    const auto* on_device = reinterpret_cast<const int32_t*>(memory);
+    api_.upload(memory, counts.data(), counts.size() * sizeof(int32_t));
+    api_.launch(exact::UnitKeysArgs{view_.k, on_device, unit, kept, heads(), geometry_.n_slots, most});
+    api_.launch(exact::MeanKeyArgs{unit, on_device, mean, heads(), most});
+    api_.launch(exact::SimilarKeyArgs{unit, mean, on_device, kept + plane,
+                                      reinterpret_cast<int32_t*>(kept + 2 * plane), kept + 3 * plane, heads(),
+                                      most, threshold});
+    redundancy_.values.resize(4 * plane);
+    api_.download(redundancy_.values.data(), kept, 4 * plane * sizeof(float));
+    redundancy_.fresh = true;
+    redundancy_most_ = most;
+    redundancy_threshold_ = threshold;
+  }
+  const size_t plane = n_kv * static_cast<size_t>(redundancy_most_), n = out.size();
+  const float* own = redundancy_.values.data() + static_cast<size_t>(kv_head) * redundancy_most_;
+  std::copy_n(own + plane, n, out.begin());
+  std::vector<int32_t> similar(n);
+  std::memcpy(similar.data(), own + 2 * plane, n * sizeof(int32_t));
+  forgive({own, n}, similar, {own + 3 * plane, n}, out);
+  return true;
 }
 
 }  // namespace kvlapse

@@ -35,6 +35,7 @@ class GpuKvStore final : public KvStore {
   }
   std::span<const float> window_queries(int w) override;
   std::span<const float> window_logits(const SlotTable& table, int q_head, int w) override;
+  bool redundancy(const SlotTable& table, int kv_head, float threshold, std::span<float> out) override;
   const Lowest* fused_lowest(int score_row) override {
     return lowest_.empty() ? nullptr : &lowest_[static_cast<size_t>(score_row)];
   }
@@ -57,6 +58,11 @@ class GpuKvStore final : public KvStore {
   std::span<const float> plane_rows(const void* plane, std::vector<float>& out, int kv_head, int first,
                                     int n);
   std::span<const float> ring_rows(int w);
+  exact::Heads heads() const {
+    return {geometry_.n_q_heads, geometry_.n_kv_heads, geometry_.head_dim, geometry_.dtype};
+  }
+  // K, or how many of its rows count, is about to change.
+  void keys_change() { window_block_.fresh = redundancy_.fresh = false; }
 
   GpuBackend& backend_;
   DeviceApi& api_;
@@ -66,6 +72,10 @@ class GpuKvStore final : public KvStore {
   exact::SiteView view_;
   int64_t n_stored_ = 0;
   Mirror logits_, weights_, output_, value_l1_;
+  Mirror window_block_;  // [window_rows_, Hq, stride] logits of the window's queries
+  Mirror redundancy_;    // [4, H, redundancy_most_] what SimilarKeyArgs leaves, and each key's own product
+  int window_rows_ = 0, redundancy_most_ = 0;
+  float redundancy_threshold_ = 0;
   std::vector<float> keys_, values_, value_row_, window_, ring_;
   std::vector<std::byte> raw_;
   std::vector<Lowest> lowest_;

@@ -1,5 +1,5 @@
 // Rows of `bench attention` and `bench rkv` as lines of JSON, on the current GPU.
-// Usage: attention_bench OUTPUT.jsonl [MIN_BATCH MAX_BATCH | sweep | one BATCH SLOTS | rkv]
+// Usage: attention_bench OUTPUT.jsonl [MIN_BATCH MAX_BATCH | sweep | fp8 | one BATCH SLOTS [DTYPE] | rkv]
 #include "kernels/cuda/attention_bench.h"
 
 #include <cstdio>
@@ -16,8 +16,11 @@ int main(int argc, char** argv) {
   const std::string_view mode = argc > 2 ? argv[2] : "";
   if (mode == "sweep")
     options.sweep = true;
+  else if (mode == "fp8")
+    options.fp8 = options.overlapped_only = true;
   else if (mode == "one" && argc > 4)
-    options.cases = {{std::atoi(argv[3]), std::atoi(argv[4]), kvlapse::DType::bf16}};
+    options.cases = {{std::atoi(argv[3]), std::atoi(argv[4]),
+                      argc > 5 ? kvlapse::parse_dtype(argv[5]) : kvlapse::DType::bf16}};
   else if (argc > 3)
     options.min_batch = std::atoi(argv[2]), options.max_batch = std::atoi(argv[3]);
   try {

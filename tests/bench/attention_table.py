@@ -1,6 +1,6 @@
 """The attention bench beside its peers: one line a shape, times in us, with the targets that they are held to.
 
-Usage: attention_table.py attention.jsonl peers.jsonl
+Usage: attention_table.py attention.jsonl peers.jsonl [fp8.jsonl]
 """
 
 import json
@@ -22,6 +22,24 @@ def target(kv_bytes, device):
         if kv_bytes < limit:
             return ratio, share
     return 1.02, 0.95
+
+
+def print_fp8(rows):
+    """The step over fp8 K and V beside the same over bf16, of one run."""
+    table = {}
+    for r in rows:
+        table.setdefault((r["batch"], r["slots"]), {})[(r["dtype"], r["variant"])] = r
+    print("\nfp8 K and V, us; bf16 MB; ratio = fp8 / bf16, both per head (target 0.62 where bf16 moves over 200 MB)")
+    print("   B     S     MB  floor     PH     SH     AO   bf16 ratio")
+    for (batch, slots), v in table.items():
+        us = [v.get(key, {}).get("median_us", float("nan")) for key in
+              (("fp8", "victim_per_head"), ("fp8", "victim_shared"), ("fp8", "attention_only"), ("bf16", "victim_per_head"))]
+        if ("fp8", "victim_per_head") not in v:
+            continue
+        row = v[("fp8", "victim_per_head")]
+        ratio, large = us[0] / us[3], 2 * row["kv_bytes"] > 200e6
+        print(f"{batch:4d} {slots:5d} {2 * row['kv_bytes'] / 1e6:6.0f} {row['floor_us']:6.1f} {us[0]:6.1f} {us[1]:6.1f} {us[2]:6.1f} "
+              f"{us[3]:6.1f} {ratio:5.2f} {'met' if ratio <= 0.62 else 'missed' if large else ''}")
 
 
 def main():
@@ -51,6 +69,8 @@ def main():
         print(f"{dtype:>6} {batch:4d} {slots:5d} {main_row['kv_bytes'] / 1e6:6.0f} {main_row['splits']:2d} "
               f"{main_row['floor_us']:6.1f} {us['PH']:6.1f} {us['SH']:6.1f} {us['AO']:6.1f} {us['NO']:6.1f} {us['CP']:6.1f} | "
               f"{peer_us:6.1f} {peer:<11} {ratio:5.2f} {share:5.2f} | {want_ratio:.2f} {want_share or 0:.2f} {met}")
+    if len(sys.argv) > 3 and os.path.exists(sys.argv[3]):
+        print_fp8(read(sys.argv[3]))
 
 
 if __name__ == "__main__":

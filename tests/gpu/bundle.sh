@@ -8,7 +8,7 @@ out=$2
 source=$(cd "$(dirname "$0")/../.." && pwd)
 rm -rf "$out"
 mkdir -p "$out/lib"
-for binary in kvlapse tests/gpu_tests tests/attention_bench; do
+for binary in kvlapse tests/gpu_tests tests/attention_bench tests/counters_probe tests/activity_bench; do
   cp "$build/$binary" "$out/"
   strip "$out/$(basename "$binary")"
   # Not the C library: its loader must be the machine's own.

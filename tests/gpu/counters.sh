@@ -1,6 +1,6 @@
 #!/bin/bash
 # Recordings on a GPU with its activity, memory traffic and counters, from the folder that bundle.sh made. Usage, in a
-# source tree: counters.sh BUNDLE
+# source tree: counters.sh BUNDLE. KVLAPSE_PROBE_ONLY=1: the range profiler's ways and our own cost alone.
 set -u
 here=$(cd "$1" && pwd)
 export KVLAPSE_MODELS=$PWD/models LD_LIBRARY_PATH=$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
@@ -8,6 +8,16 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 status=0
 timeout 20 "$here/kvlapse" doctor || status=1
+# Ways of asking the range profiler, a process each; the second is what counted nothing.
+for ways in "target=1 ranges=64" "target=0 ranges=2048" "target=1 ranges=2048" "target=1 ranges=64 launch=graph" \
+  "target=1 ranges=2048 launch=graph" "target=1 ranges=64 start=early" "target=1 ranges=64 context=null" \
+  "target=1 ranges=64 range=user" "target=1 ranges=64 range=user launch=graph"; do
+  printf 'range profiler, %s: ' "$ways"
+  timeout 30 "$here/counters_probe" $ways || echo "exit status $?"
+done
+# What of the cost of activity is ours (the rest of CuptiOnGpu.Cost's figure is CUPTI's).
+timeout 30 "$here/activity_bench" || status=1
+[ -z "${KVLAPSE_PROBE_ONLY:-}" ] || exit $status
 for counters in none activity dram kernels none activity dram; do
   timeout 100 "$here/kvlapse" record --device cuda --policy longflow --budget 512 --max-tokens 1500 --ignore-eos --tier events \
     --counters $counters --counter-steps 4 -o "$work/$counters.kvl" --force --json -q >"$work/$counters.json" || status=1

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdio>
+#include <cstring>
 #include <memory>
 
 #include "core/base/error.h"
@@ -17,6 +18,9 @@ void expect_same_bits(const DecodeProblem& a, const DecodeProblem& b, const std:
   EXPECT_EQ(a.victim_keys, b.victim_keys) << what;
   EXPECT_EQ(a.k, b.k) << what;
   EXPECT_EQ(a.v, b.v) << what;
+  EXPECT_EQ(a.k_scale.empty() || std::memcmp(a.k_scale.data(), b.k_scale.data(), a.k_scale.size() * 4) == 0,
+            true)
+      << what;
   EXPECT_EQ(a.protect, b.protect) << what;
   EXPECT_EQ(a.positions, b.positions) << what;
   EXPECT_EQ(a.arrivals, b.arrivals) << what;
@@ -32,12 +36,12 @@ class GpuDecodePath : public testing::TestWithParam<DecodePath> {
   }
 };
 
-TEST_P(GpuDecodePath, EveryCaseAsDefinedAndRepeatable) {
+void expect_as_defined_and_repeatable(const std::vector<NamedDecodeCase>& cases, DecodePath path) {
   double output_error = 0, score_error = 0;
   int near_ties = 0;
-  for (const NamedDecodeCase& c : decode_cases(/*small=*/false)) {
+  for (const NamedDecodeCase& c : cases) {
     std::fprintf(stderr, "%s\n", c.name.c_str());  // names the case that hangs
-    const DecodeKernel kernel(c.decode.shape, GetParam(), {.splits = c.splits});
+    const DecodeKernel kernel(c.decode.shape, path, {.splits = c.splits});
     const DecodeProblem before = make_decode_problem(c.decode, kernel.plan().n_splits);
     DecodeProblem after = before, again = before;
     Stream stream;
@@ -57,10 +61,18 @@ TEST_P(GpuDecodePath, EveryCaseAsDefinedAndRepeatable) {
   std::printf("largest output error %.3g, score error %.3g; near ties %d\n", output_error, score_error,
               near_ties);
 }
+TEST_P(GpuDecodePath, EveryCaseAsDefinedAndRepeatable) {
+  expect_as_defined_and_repeatable(decode_cases(/*small=*/false), GetParam());
+}
+TEST_P(GpuDecodePath, WithFp8AsDefinedAndRepeatable) {
+  expect_as_defined_and_repeatable(fp8_decode_cases(/*small=*/false), GetParam());
+}
 
 // One launch of every small case, without repeats: short enough for compute-sanitizer.
 TEST_P(GpuDecodePath, SmallCases) {
-  for (const NamedDecodeCase& c : decode_cases(/*small=*/true)) {
+  std::vector<NamedDecodeCase> cases = decode_cases(/*small=*/true), fp8 = fp8_decode_cases(/*small=*/true);
+  for (size_t i = 0; i < fp8.size(); i += 2) cases.push_back(fp8[i]);
+  for (const NamedDecodeCase& c : cases) {
     const DecodeKernel kernel(c.decode.shape, GetParam(), {.splits = c.splits});
     const DecodeProblem before = make_decode_problem(c.decode, kernel.plan().n_splits);
     DecodeProblem after = before;
@@ -107,13 +119,18 @@ TEST_P(GpuDecodePath, TunedPlansAsDefined) {
   c.shape = {20, 32, 8, 128, 1024, DType::bf16};
   c.tokens.assign(20, 1500);
   for (int splits : {1, 2, 3}) check(c, {.splits = splits, .blocks_per_multiprocessor = 2});
+  c.shape = {60, 32, 8, 128, 500, DType::bf16};  // items follow each other in a block
+  c.tokens.assign(60, 900);
+  c.tokens[7] = 20;
+  for (ReadAhead ahead : {ReadAhead::first_item, ReadAhead::state, ReadAhead::side, ReadAhead::both})
+    check(c, {.splits = 1, .blocks_per_multiprocessor = 1, .ahead = ahead});
 }
 
 // 1000 steps, each compared slot by slot with fp64 from the state that the step before left.
 TEST_P(GpuDecodePath, ThousandStepsClosedLoop) {
-  for (bool shared : {false, true}) {
+  for (auto [shared, dtype] : {std::pair{false, DType::bf16}, {true, DType::bf16}, {true, DType::f8e4m3}}) {
     DecodeCase c;
-    c.shape = {3, 8, 2, 64, 150, DType::bf16};
+    c.shape = {3, 8, 2, 64, 150, dtype};
     c.tokens = {0, 90, 400};
     c.budget = 140, c.recent = 16, c.pinned = 4, c.shared = shared;
     c.score = shared ? FusedScore::contribution : FusedScore::accumulated_contribution;

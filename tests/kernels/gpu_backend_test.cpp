@@ -4,9 +4,15 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "core/base/error.h"
+#include "core/base/rng.h"
+#include "core/policy/scoring/redundancy.h"
 #include "kernels/choice/gpu.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "tests/support/core/policy_bench.h"
 #include "tests/support/kernels/emulated_gpu.h"
 #include "tests/support/kernels/session_cases.h"
 
@@ -61,7 +67,7 @@ TEST(GpuBackendShapes, EmulatedIsTheCpuBitForBit) {
 }
 
 // The device's own victims spare the download of attention weights.
-TEST(GpuBackendVictims, NothingButTheChoiceIsDownloadedInAStep) {
+TEST(GpuBackendVictims, AStepWaitsForTheDeviceOnce) {
   const Model model = load_model(KVLAPSE_TEST_DATA "/tiny_qwen3");
   const std::unique_ptr<Policy> policy = make_policy("longflow");
   EmulatedGpuCounts counts;
@@ -77,7 +83,78 @@ TEST(GpuBackendVictims, NothingButTheChoiceIsDownloadedInAStep) {
   session.step();
   const int before = counts.downloads;
   session.step();
-  EXPECT_EQ(counts.downloads, before + 1);
+  EXPECT_EQ(counts.downloads, before);  // the token too comes with the step's own copies
+  EXPECT_GT(session.sequence(0).evictions, 0);
+}
+
+// R-KV's redundancy, more keys than a block of the search and of every kind: alike, unlike, equal, of zeros.
+TEST(GpuBackendRedundancy, IsTheCpusBitForBit) {
+  const std::unique_ptr<DeviceApi> gpu = make_emulated_gpu();
+  for (auto [dtype, dim, threshold] :
+       {std::tuple{DType::f32, 24, 0.5f}, {DType::bf16, 64, 0.5f}, {DType::f16, 16, 0.8f}}) {
+    const exact::Heads heads{2, 2, dim, dtype};
+    const std::vector<int32_t> counts{150, 91};
+    constexpr int kSlots = 160;
+    const auto width = static_cast<size_t>(dim);
+    std::vector<float> keys(2 * kSlots * width);
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const size_t slot = i / width, d = i % width;
+      const uint64_t centre = mix64(slot) % 40;  // a third of the keys lies near one of 13
+      const float noise = unit_float(mix64(i)) - 0.5f;
+      keys[i] = centre < 13 ? unit_float(mix64(1000 + centre * 100 + d)) - 0.5f + 0.3f * noise : noise;
+      if (slot % 50 == 7) keys[i] = slot % 100 == 7 ? 0.0f : 1.0f;
+      if (dtype == DType::bf16) keys[i] = bf16_to_f32(f32_to_bf16(keys[i]));
+      if (dtype == DType::f16) keys[i] = f16_to_f32(f32_to_f16(keys[i]));
+    }
+    std::vector<std::byte> plane(keys.size() * dtype_bytes(dtype));
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const uint16_t half = dtype == DType::f16 ? f32_to_f16(keys[i]) : f32_to_bf16(keys[i]);
+      std::memcpy(&plane[i * dtype_bytes(dtype)],
+                  dtype == DType::f32 ? static_cast<const void*>(&keys[i]) : &half, dtype_bytes(dtype));
+    }
+    constexpr int kMost = 150;
+    std::vector<float> unit(2 * kMost * width), own(2 * kMost), mean(2 * width), projection(2 * kMost),
+        cosine(2 * kMost);
+    std::vector<int32_t> similar(2 * kMost);
+    gpu->launch(
+        exact::UnitKeysArgs{plane.data(), counts.data(), unit.data(), own.data(), heads, kSlots, kMost});
+    gpu->launch(exact::MeanKeyArgs{unit.data(), counts.data(), mean.data(), heads, kMost});
+    gpu->launch(exact::SimilarKeyArgs{unit.data(), mean.data(), counts.data(), projection.data(),
+                                      similar.data(), cosine.data(), heads, kMost, threshold});
+    for (size_t h = 0; h < 2; ++h) {
+      const auto n = static_cast<size_t>(counts[h]);
+      std::vector<float> expected(n), found(projection.begin() + static_cast<ptrdiff_t>(h * kMost),
+                                            projection.begin() + static_cast<ptrdiff_t>(h * kMost + n));
+      FakeInputs inputs({1, 2, 2, dim, kSlots, DType::f32});
+      inputs.keys_of[h].assign(&keys[h * kSlots * width], &keys[(h * kSlots + n) * width]);
+      forgiving_redundancy(inputs, static_cast<int>(h), dim, threshold, expected);
+      forgive({&own[h * kMost], n}, {&similar[h * kMost], n}, {&cosine[h * kMost], n}, found);
+      EXPECT_EQ(std::memcmp(found.data(), expected.data(), n * sizeof(float)), 0) << dtype_name(dtype) << h;
+      EXPECT_GT(std::ranges::count_if(similar, [](int32_t s) { return s > 0; }), 20);
+    }
+  }
+}
+
+// The decision of a compaction reads what the device leaves, not the keys.
+TEST(GpuBackendRedundancy, KeysStayOnTheDevice) {
+  const Model model = load_model(KVLAPSE_TEST_DATA "/tiny_qwen3");
+  const std::unique_ptr<Policy> policy = make_policy("rkv:cadence=4:window=2");
+  EmulatedGpuCounts counts;
+  GpuBackend gpu(make_emulated_gpu(&counts));
+  SessionOptions options;
+  options.policy = policy.get();
+  options.budget = parse_budget("8");
+  options.max_tokens = 12;
+  options.ignore_eos = true;
+  DecodeSession session(gpu, model, options);
+  session.add_sequence({.prompt = {1, 2, 3, 4, 5, 6, 7}, .seed = 0, .teacher = {}, .max_tokens = 0});
+  session.step();  // the prompt
+  for (bool more = true; more;) {
+    const int before = counts.downloads;
+    more = session.step();
+    // Of a decision the window's logits and the redundancy, once a layer.
+    EXPECT_LE(counts.downloads - before, 2 * model.spec.n_layers);
+  }
   EXPECT_GT(session.sequence(0).evictions, 0);
 }
 

@@ -85,6 +85,7 @@ void KernelCounterSource::begin_step(int64_t step) {
     set.maxRangesPerPass = kMaxKernels;
     set.numNestingLevels = 1;
     set.minNestingLevel = 1;
+    set.targetNestingLevel = 1;  // ranges of a kernel lie at level 1; at level 0 there are none to count
     KVLAPSE_CUPTI(api_, cuptiRangeProfilerSetConfig, &set);
     auto start = cupti_params<CUpti_RangeProfiler_Start_Params>(CUpti_RangeProfiler_Start_Params_STRUCT_SIZE);
     start.pRangeProfilerObject = object_;

@@ -38,6 +38,13 @@ void mean_products(std::span<const float> unit, int head_dim, std::span<float> o
   for (size_t j = 0; j < n; ++j) out[j] = dot(mean.data(), &unit[j * d], d);
 }
 
+// Softmax of the means without what is forgiven.
+void weigh(std::span<const float> forgiven, std::span<float> out) {
+  const float scale = 1.0f / static_cast<float>(out.size());
+  for (size_t j = 0; j < out.size(); ++j) out[j] -= forgiven[j] * scale;
+  softmax(out, out);
+}
+
 // Each row's forgiven entry, added to its column. Only the last cosine above the threshold must be known:
 // found from the end, most rows need few products; kRows rows share the keys that they look at.
 void search_forgiven(std::span<const float> unit, size_t d, float threshold, std::span<float> forgiven) {
@@ -74,6 +81,7 @@ void unit_key(std::span<const float> key, float* out) {
 
 void forgiving_redundancy(LayerInputs& inputs, int kv_head, int head_dim, float threshold,
                           std::span<float> out) {
+  if (inputs.redundancy(kv_head, threshold, out)) return;
   const std::vector<float> unit = scaled_keys(inputs.keys(kv_head), head_dim, false);
   const size_t n = out.size(), d = head_dim;
   mean_products(unit, head_dim, out);
@@ -88,9 +96,15 @@ void forgiving_redundancy(LayerInputs& inputs, int kv_head, int head_dim, float 
     search_forgiven(unit, d, threshold, forgiven);
   }
   for (size_t i = 0; i < n; ++i) forgiven[i] += dot(&unit[i * d], &unit[i * d], d);
-  const float scale = 1.0f / static_cast<float>(n);
-  for (size_t j = 0; j < n; ++j) out[j] -= forgiven[j] * scale;
-  softmax(out, out);
+  weigh(forgiven, out);
+}
+
+void forgive(std::span<const float> own, std::span<const int32_t> similar, std::span<const float> cosine,
+             std::span<float> out) {
+  std::vector<float> forgiven(out.size(), 0.0f);
+  for (size_t i = 0; i < out.size(); ++i) forgiven[static_cast<size_t>(similar[i])] += cosine[i];
+  for (size_t i = 0; i < out.size(); ++i) forgiven[i] += own[i];
+  weigh(forgiven, out);
 }
 
 void plain_redundancy(std::span<const float> keys, int head_dim, std::span<float> out) {

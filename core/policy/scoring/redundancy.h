@@ -2,6 +2,7 @@
 // core/policy/policies.
 #pragma once
 
+#include <cstdint>
 #include <span>
 
 #include "core/policy/layer_inputs.h"
@@ -15,6 +16,11 @@ void unit_key(std::span<const float> key, float* out);
 // keys' cosines, the diagonal and one entry a row forgiven: the last one above `threshold`, or slot 0.
 void forgiving_redundancy(LayerInputs& inputs, int kv_head, int head_dim, float threshold,
                           std::span<float> out);
+
+// Its end, for who compares keys elsewhere. `out` holds each unit key's product with the mean of all; own:
+// with itself; row i forgives slot similar[i] its cosine[i].
+void forgive(std::span<const float> own, std::span<const int32_t> similar, std::span<const float> cosine,
+             std::span<float> out);
 
 // The LongFlow repository's port: keys divided by their squared norm, nothing forgiven.
 void plain_redundancy(std::span<const float> keys, int head_dim, std::span<float> out);

@@ -22,18 +22,18 @@ DecodeLimits limits(bool bulk) {
 
 class EmulatedDecode : public testing::TestWithParam<bool> {};
 
-TEST_P(EmulatedDecode, EveryCaseAsDefined) {
-  const std::vector<NamedDecodeCase> cases = decode_cases(/*small=*/true);
+void expect_as_defined(const std::vector<NamedDecodeCase>& cases, bool bulk) {
   // The two paths differ in the copies and the exchange only: every third case serves the second.
-  for (size_t i = 0; i < cases.size(); i += GetParam() ? 1 : 3) {
+  for (size_t i = 0; i < cases.size(); i += bulk ? 1 : 3) {
     const NamedDecodeCase& c = cases[i];
-    DecodeLimits l = limits(GetParam());
+    DecodeLimits l = limits(bulk);
     if (c.splits == 8) l.n_multiprocessors = 8;
     // Alternately one block with two groups of consumers, and two with one.
     const DecodePlan plan = plan_decode(
         c.decode.shape, l,
         {.splits = c.splits,
-         .blocks_per_multiprocessor = c.decode.shape.head_dim < 256 ? static_cast<int>(1 + i % 2) : 1});
+         .blocks_per_multiprocessor = c.decode.shape.head_dim < 256 ? static_cast<int>(1 + i % 2) : 1,
+         .ahead = i % 3 == 0 ? ReadAhead::first_item : ReadAhead::both});
     const DecodeProblem before = make_decode_problem(c.decode, plan.n_splits);
     DecodeProblem after = before;
     ASSERT_NO_THROW(run_decode_emulated(after, plan, 2)) << c.name;
@@ -41,6 +41,12 @@ TEST_P(EmulatedDecode, EveryCaseAsDefined) {
     EXPECT_EQ(check.failure, "") << c.name;
     EXPECT_EQ(after.arrivals, before.arrivals) << c.name;
   }
+}
+TEST_P(EmulatedDecode, EveryCaseAsDefined) {
+  expect_as_defined(decode_cases(/*small=*/true), GetParam());
+}
+TEST_P(EmulatedDecode, EveryCaseWithFp8AsDefined) {
+  expect_as_defined(fp8_decode_cases(/*small=*/true), GetParam());
 }
 
 TEST_P(EmulatedDecode, ResultDoesNotDependOnTheOrderOfEvents) {
@@ -117,14 +123,18 @@ TEST(DecodePlan, ShapesThatWereMeasured) {
                          {128, 3276, 1, 2}}) {
     EXPECT_EQ(plan(row.batch, row.slots).n_splits, row.splits) << row.batch << " " << row.slots;
     EXPECT_EQ(plan(row.batch, row.slots).n_groups, row.groups) << row.batch << " " << row.slots;
+    const bool long_items = row.slots / row.splits > 1024;
+    EXPECT_EQ(plan(row.batch, row.slots).state_ahead, !long_items) << row.batch << " " << row.slots;
+    EXPECT_EQ(plan(row.batch, row.slots).side_every_item, !long_items) << row.batch << " " << row.slots;
   }
 }
 
 // Every state that a step leaves is what the next one needs.
 TEST_P(EmulatedDecode, ClosedLoopStaysAsDefined) {
-  for (bool shared : {false, true}) {
+  for (auto [shared, dtype] :
+       {std::pair{false, DType::f16}, {true, DType::f16}, {false, DType::f8e4m3}, {true, DType::f8e4m3}}) {
     DecodeCase c;
-    c.shape = {2, 4, 2, 32, 70, DType::f16};
+    c.shape = {2, 4, 2, 32, 70, dtype, DType::f16};
     c.tokens = {57, 90};
     c.budget = 66, c.recent = 5, c.pinned = 2, c.shared = shared;
     c.score = shared ? FusedScore::contribution : FusedScore::accumulated_contribution;

@@ -33,6 +33,19 @@ TEST(RkvKernels, EveryTypeAsDefinedAndRepeatable) {
   }
 }
 
+// Sorts that leave a warp, several rows of a lane, and a search over all tiles.
+TEST(RkvKernels, ManySlots) {
+  for (auto [n_slots, budget] : {std::pair{1200, 1050}, {2100, 2000}}) {
+    const RkvShape shape{1, 2, 1, 32, n_slots, DType::bf16, budget};
+    const RkvProblem before = make_rkv_problem(shape, {n_slots}, 11);
+    RkvProblem after = before;
+    run_rkv_emulated(after, 3);
+    const RkvCheck check = check_rkv(before, after, true);
+    EXPECT_EQ(check.failure, "") << n_slots;
+    EXPECT_LT(check.score_error, 5e-6);
+  }
+}
+
 TEST(RkvKernels, WindowsAndGroups) {
   for (auto [heads, window, kernel] : {std::tuple{2, 1, 1}, {8, 8, 3}, {16, 8, 7}, {6, 4, 5}}) {
     RkvShape shape{1, heads, 2, 64, 140, DType::bf16, 100};

@@ -17,6 +17,8 @@ GpuDecode::GpuDecode(const DecodeKernel& kernel, const DecodeProblem& p)
       k_(p.k),
       v_(p.v),
       out_(p.out),
+      k_scale_(p.k_scale),
+      v_scale_(p.v_scale),
       value_l1_(p.value_l1),
       accumulated_(p.accumulated),
       importance_(p.importance),
@@ -38,6 +40,8 @@ GpuDecode::GpuDecode(const DecodeKernel& kernel, const DecodeProblem& p)
   args_.k_new = p.appends ? k_new_.data() : nullptr;
   args_.v_new = p.appends ? v_new_.data() : nullptr;
   args_.out = out_.data();
+  args_.k_scale = k_scale_.data();
+  args_.v_scale = v_scale_.data();
   args_.value_l1 = value_l1_.data();
   args_.accumulated = accumulated_.data();
   args_.importance = p.writes_importance || p.shared ? importance_.data() : nullptr;
@@ -71,6 +75,8 @@ void GpuDecode::download(DecodeProblem& p) const {
   p.k = k_.download();
   p.v = v_.download();
   p.out = out_.download();
+  p.k_scale = k_scale_.download();
+  p.v_scale = v_scale_.download();
   p.value_l1 = value_l1_.download();
   p.accumulated = accumulated_.download();
   p.importance = importance_.download();

@@ -23,7 +23,7 @@ class GpuDecode {
  private:
   const DecodeKernel& kernel_;
   DeviceBuffer<uint16_t> q_, k_new_, v_new_, k_, v_, out_;
-  DeviceBuffer<float> value_l1_, accumulated_, importance_, split_softmax_, split_output_;
+  DeviceBuffer<float> k_scale_, v_scale_, value_l1_, accumulated_, importance_, split_softmax_, split_output_;
   DeviceBuffer<uint16_t> protect_;
   DeviceBuffer<int32_t> recent_slots_, positions_, count_, step_pos_;
   DeviceBuffer<uint64_t> victim_keys_;

@@ -127,4 +127,14 @@ std::vector<NamedDecodeCase> decode_cases(bool small) {
   return cases;
 }
 
+std::vector<NamedDecodeCase> fp8_decode_cases(bool small) {
+  std::vector<NamedDecodeCase> cases = decode_cases(small);
+  for (NamedDecodeCase& c : cases) {
+    c.name += ", fp8";
+    c.decode.shape.activation = c.decode.shape.dtype;
+    c.decode.shape.dtype = DType::f8e4m3;
+  }
+  return cases;
+}
+
 }  // namespace kvlapse

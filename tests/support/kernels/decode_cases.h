@@ -18,5 +18,7 @@ struct NamedDecodeCase {
 
 // `small`: sizes that the emulator runs in a second.
 std::vector<NamedDecodeCase> decode_cases(bool small);
+// The same with K and V in fp8; what was their type is that of q, new rows and output.
+std::vector<NamedDecodeCase> fp8_decode_cases(bool small);
 
 }  // namespace kvlapse

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <thread>
 
 #include "core/base/error.h"
+#include "core/base/fp8.h"
 #include "core/base/rng.h"
 
 namespace kvlapse {
@@ -51,10 +53,37 @@ void report(DecodeCheck& check, fmt::format_string<Args...> format, Args&&... ar
 }  // namespace
 
 float DecodeProblem::to_float(uint16_t bits) const {
-  return shape.dtype == DType::f16 ? f16_to_f32(bits) : bf16_to_f32(bits);
+  return shape.io() == DType::f16 ? f16_to_f32(bits) : bf16_to_f32(bits);
 }
 uint16_t DecodeProblem::from_float(float value) const {
-  return shape.dtype == DType::f16 ? f32_to_f16(value) : f32_to_bf16(value);
+  return shape.io() == DType::f16 ? f32_to_f16(value) : f32_to_bf16(value);
+}
+std::vector<float> DecodeProblem::row(const std::vector<uint16_t>& plane, const std::vector<float>& scale,
+                                      size_t item, int slot) const {
+  const size_t at = (item * shape.n_slots + slot) * row_words();
+  std::vector<float> values(shape.head_dim);
+  for (size_t d = 0; d < values.size(); ++d) {
+    if (shape.fp8())
+      values[d] = e4m3_to_f32(static_cast<uint8_t>(plane[at + d / 2] >> (d % 2 * 8))) *
+                  scale[item * shape.scale_stride() + slot];
+    else
+      values[d] = to_float(plane[at + d]);
+  }
+  return values;
+}
+void DecodeProblem::set_row(std::vector<uint16_t>& plane, std::vector<float>& scale, size_t item, int slot,
+                            const uint16_t* values) const {
+  const size_t at = (item * shape.n_slots + slot) * row_words();
+  if (!shape.fp8()) {
+    std::copy_n(values, shape.head_dim, plane.begin() + at);
+    return;
+  }
+  std::vector<float> row(shape.head_dim);
+  std::vector<uint8_t> bytes(row.size());
+  for (size_t d = 0; d < row.size(); ++d) row[d] = to_float(values[d]);
+  scale[item * shape.scale_stride() + slot] = quantise_fp8_row(row, bytes.data());
+  for (size_t d = 0; d < row.size(); d += 2)
+    plane[at + d / 2] = static_cast<uint16_t>(bytes[d] | bytes[d + 1] << 8);
 }
 float DecodeProblem::score_scale() const {
   const int heads = shared ? shape.n_q_heads : shape.group();
@@ -98,7 +127,9 @@ DecodeProblem make_decode_problem(const DecodeCase& c, int n_splits) {
   p.q.resize(static_cast<size_t>(s.batch) * s.n_q_heads * D);
   p.out.assign(p.q.size(), kPoison);
   p.k_new.resize(items * D), p.v_new.resize(items * D);
-  p.k.assign(rows * D, kPoison), p.v.assign(rows * D, kPoison);
+  // Two bytes of NaN in fp8 as well.
+  p.k.assign(rows * p.row_words(), s.fp8() ? 0x7f7f : kPoison), p.v = p.k;
+  if (s.fp8()) p.k_scale.assign(items * s.scale_stride(), NAN), p.v_scale = p.k_scale;
   p.value_l1.assign(rows, NAN), p.importance.assign(rows, NAN), p.accumulated.assign(rows, NAN);
   p.protect.assign(items * protect_words(s), 0);
   p.recent_slots.assign(items * std::max(1, c.recent), 0);
@@ -136,17 +167,20 @@ DecodeProblem make_decode_problem(const DecodeCase& c, int n_splits) {
       else if (victim < 0 || i % 7 == 3)
         victim = i;
       if (c.recent > 0 && pos >= step - c.recent) p.recent_slots[item * c.recent + pos % c.recent] = i;
-      float l1 = 0;
+      std::vector<uint16_t> k_row(D), v_row(D);
       for (size_t d = 0; d < D; ++d) {
         double k = normal(c.seed, 1, row * D + d), v = normal(c.seed, 2, row * D + d);
         if (c.data == DecodeCase::Data::equal_rows)
           k = std::sin(static_cast<double>(d)), v = std::cos(static_cast<double>(d));
         if (c.data == DecodeCase::Data::zero_values) v = 0;
         if (c.data == DecodeCase::Data::one_hot) k = i == n / 2 ? 40 * (d % 2 ? 1 : -1) : 0;
-        p.k[row * D + d] = p.from_float(static_cast<float>(k));
-        p.v[row * D + d] = p.from_float(static_cast<float>(v));
-        l1 += std::abs(p.to_float(p.v[row * D + d]));
+        k_row[d] = p.from_float(static_cast<float>(k));
+        v_row[d] = p.from_float(static_cast<float>(v));
       }
+      p.set_row(p.k, p.k_scale, item, i, k_row.data());
+      p.set_row(p.v, p.v_scale, item, i, v_row.data());
+      float l1 = 0;
+      for (float v : p.row(p.v, p.v_scale, item, i)) l1 += std::abs(v);
       p.value_l1[row] = l1;
       p.accumulated[row] = static_cast<float>(unit_double(counter_random({c.seed, 9, row})) * 0.1);
     }
@@ -171,18 +205,31 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
   const int n = std::max(before.held(b, h), slot + 1);
 
   // The cache: the new row in its slot, every other byte as it was.
-  std::vector<uint16_t> k(before.k.begin() + item * S * D, before.k.begin() + (item + 1) * S * D);
-  std::vector<uint16_t> v(before.v.begin() + item * S * D, before.v.begin() + (item + 1) * S * D);
+  DecodeProblem want;  // this item alone
+  want.shape = s;
+  want.shape.batch = want.shape.n_kv_heads = 1;
+  const auto part = [&](const auto& of, size_t width) {
+    return std::vector(of.begin() + item * width, of.begin() + (item + 1) * width);
+  };
+  const auto same = [&](const auto& a, const auto& of) {
+    return std::memcmp(a.data(), of.data() + item * a.size(), a.size() * sizeof(a[0])) == 0;
+  };
+  const size_t words = S * before.row_words();
+  want.k = part(before.k, words), want.v = part(before.v, words);
+  if (s.fp8()) {
+    want.k_scale = part(before.k_scale, s.scale_stride());
+    want.v_scale = part(before.v_scale, s.scale_stride());
+  }
   std::vector<int32_t> positions(before.positions.begin() + item * S,
                                  before.positions.begin() + (item + 1) * S);
   if (slot >= 0) {
-    std::copy_n(before.k_new.begin() + item * D, D, k.begin() + slot * D);
-    std::copy_n(before.v_new.begin() + item * D, D, v.begin() + slot * D);
+    want.set_row(want.k, want.k_scale, 0, slot, &before.k_new[item * D]);
+    want.set_row(want.v, want.v_scale, 0, slot, &before.v_new[item * D]);
     positions[slot] = step;
   }
-  if (!std::equal(k.begin(), k.end(), after.k.begin() + item * S * D))
+  if (!same(want.k, after.k) || !same(want.k_scale, after.k_scale))
     report(check, "b {} head {}: K differs from the cache with the new row in slot {}", b, h, slot);
-  if (!std::equal(v.begin(), v.end(), after.v.begin() + item * S * D))
+  if (!same(want.v, after.v) || !same(want.v_scale, after.v_scale))
     report(check, "b {} head {}: V differs from the cache with the new row in slot {}", b, h, slot);
   if (!std::equal(positions.begin(), positions.end(), after.positions.begin() + item * S))
     report(check, "b {} head {}: positions differ", b, h);
@@ -190,7 +237,10 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
     report(check, "b {} head {}: count: expected {}, found {}", b, h, n, after.count[item]);
 
   std::vector<float> keys(n * D), values(n * D);
-  for (size_t i = 0; i < keys.size(); ++i) keys[i] = after.to_float(k[i]), values[i] = after.to_float(v[i]);
+  for (int i = 0; i < n; ++i) {
+    std::ranges::copy(want.row(want.k, want.k_scale, 0, i), keys.begin() + i * D);
+    std::ranges::copy(want.row(want.v, want.v_scale, 0, i), values.begin() + i * D);
+  }
   std::vector<double> weight(n, 0.0), norm(n, 0.0), logits(n), out(D);
   for (int i = 0; i < n; ++i)
     for (size_t d = 0; d < D; ++d) norm[i] += std::abs(static_cast<double>(values[i * D + d]));
@@ -222,7 +272,7 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
     }
     const double relative = error == 0 ? 0 : std::sqrt(error / std::max(size, 1e-12));
     check.output_error = std::max(check.output_error, relative);
-    if (!(relative < (s.dtype == DType::f16 ? 2e-3 : 6e-3) + 2e-6 * largest))
+    if (!(relative < (s.io() == DType::f16 ? 2e-3 : 6e-3) + 2e-6 * largest))
       report(check, "b {} query head {}: output error {:.3g}", b, h * G + g, relative);
   }
 

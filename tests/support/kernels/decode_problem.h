@@ -20,7 +20,8 @@ struct DecodeProblem {
   int budget = 0, recent = 0, pinned = 0;
   int n_splits = 1;  // that the victim keys are kept for
 
-  std::vector<uint16_t> q, k_new, v_new, k, v, out;
+  std::vector<uint16_t> q, k_new, v_new, k, v, out;  // K and V of fp8: two values a word
+  std::vector<float> k_scale, v_scale;               // of fp8
   std::vector<float> value_l1, accumulated, importance;
   std::vector<uint16_t> protect;
   std::vector<int32_t> recent_slots, positions, count, step_pos;  // count may be empty
@@ -30,8 +31,14 @@ struct DecodeProblem {
   int held(int b, int h) const;               // before the step
   int slot_of_new_token(int b, int h) const;  // -1: none
   float score_scale() const;
-  float to_float(uint16_t bits) const;
+  float to_float(uint16_t bits) const;  // of q, new rows and output
   uint16_t from_float(float value) const;
+  // A row of a plane as numbers, and the row that a step makes of new values there.
+  std::vector<float> row(const std::vector<uint16_t>& plane, const std::vector<float>& scale, size_t item,
+                         int slot) const;
+  void set_row(std::vector<uint16_t>& plane, std::vector<float>& scale, size_t item, int slot,
+               const uint16_t* values) const;
+  size_t row_words() const { return shape.row_bytes() / 2; }
 };
 
 struct DecodeCase {

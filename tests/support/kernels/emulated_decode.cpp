@@ -1,5 +1,7 @@
 #include "tests/support/kernels/emulated_decode.h"
 
+#include <algorithm>
+
 #include "core/base/error.h"
 #include "tests/support/kernels/decode_arguments.h"
 #include "tests/support/kernels/emulated_device.h"
@@ -25,7 +27,10 @@ void run(const DecodeArgs<device::TensorMap>& args, const DecodePlan& plan, uint
 
 template <int kHeadDim>
 void run_dim(const DecodeArgs<device::TensorMap>& args, DType dtype, const DecodePlan& plan, uint64_t seed) {
-  if (dtype == DType::f16)
+  if (dtype == DType::f8e4m3)
+    plan.bulk ? run<kHeadDim, device::E4m3, true>(args, plan, seed)
+              : run<kHeadDim, device::E4m3, false>(args, plan, seed);
+  else if (dtype == DType::f16)
     plan.bulk ? run<kHeadDim, device::F16, true>(args, plan, seed)
               : run<kHeadDim, device::F16, false>(args, plan, seed);
   else
@@ -39,8 +44,19 @@ void run_decode_emulated(DecodeProblem& p, const DecodePlan& plan, uint64_t seed
   DecodeArgs<device::TensorMap> args{};
   set_decode_scalars(args, p, plan);
   const int items = p.shape.n_items(), D = p.shape.head_dim;
-  args.k_map = {p.k.data(), D, p.shape.n_slots, items, D < 64 ? D : 64};
-  args.v_map = {p.v.data(), D, p.shape.n_slots, items, D < 64 ? D : 64};
+  const int element = static_cast<int>(dtype_bytes(p.shape.dtype)), box = std::min(D, 128 / element);
+  args.k_map = {p.k.data(), D, p.shape.n_slots, items, box, element};
+  args.v_map = {p.v.data(), D, p.shape.n_slots, items, box, element};
+  // Copied in chunks of 16 bytes.
+  std::vector<float> scales[2];
+  const auto align = [](std::vector<float>& storage, const std::vector<float>& from) {
+    storage.resize(from.size() + 4);
+    auto* at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) / 16 * 16);
+    std::ranges::copy(from, at);
+    return at;
+  };
+  args.k_scale = align(scales[0], p.k_scale);
+  args.v_scale = align(scales[1], p.v_scale);
   args.q = p.q.data();
   args.k_new = p.appends ? p.k_new.data() : nullptr;
   args.v_new = p.appends ? p.v_new.data() : nullptr;
@@ -68,12 +84,14 @@ void run_decode_emulated(DecodeProblem& p, const DecodePlan& plan, uint64_t seed
   args.split_output = aligned(output);
   args.split_barrier = barrier.data();
   switch (D) {
-    case 32: return run_dim<32>(args, p.shape.dtype, plan, seed);
-    case 64: return run_dim<64>(args, p.shape.dtype, plan, seed);
-    case 128: return run_dim<128>(args, p.shape.dtype, plan, seed);
-    case 256: return run_dim<256>(args, p.shape.dtype, plan, seed);
+    case 32: run_dim<32>(args, p.shape.dtype, plan, seed); break;
+    case 64: run_dim<64>(args, p.shape.dtype, plan, seed); break;
+    case 128: run_dim<128>(args, p.shape.dtype, plan, seed); break;
+    case 256: run_dim<256>(args, p.shape.dtype, plan, seed); break;
     default: fail("decode emulator: head_dim: expected 32, 64, 128 or 256, found {}", D);
   }
+  std::copy_n(args.k_scale, p.k_scale.size(), p.k_scale.begin());
+  std::copy_n(args.v_scale, p.v_scale.size(), p.v_scale.begin());
 }
 
 }  // namespace kvlapse

@@ -11,6 +11,7 @@
 
 #include "core/base/dtype.h"
 #include "core/base/error.h"
+#include "core/base/fp8.h"
 #include "core/base/rng.h"
 
 namespace kvlapse::device {
@@ -254,21 +255,34 @@ void mbarrier_wait(SmemAddress bar, uint32_t parity) {
 }
 
 void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar, uint64_t) {
-  const int row_bytes = map->box_x * 2;
+  const int row_bytes = map->box_x * map->element_bytes;
   if ((to & 1023u) != 0) fail("emulator: bulk copy to {:#x}: expected a multiple of 1024", to);
   pointer_in(to + 64 * static_cast<uint32_t>(row_bytes) - 16, 16);
   machine->pending.push_back([=] {
     for (int row = 0; row < 64; ++row)
       for (int chunk = 0; chunk < row_bytes / 16; ++chunk) {
         const uint32_t at = static_cast<uint32_t>(row * row_bytes + chunk * 16);
-        void* target = pointer_in(to + (at ^ ((at >> 3) & (row_bytes == 128 ? 0x70u : 0x30u))), 16);
+        const uint32_t swizzle = row_bytes == 128 ? 0x70u : row_bytes == 64 ? 0x30u : 0x10u;
+        void* target = pointer_in(to + (at ^ ((at >> 3) & swizzle)), 16);
+        const size_t element = (static_cast<size_t>(z) * map->ny + y + row) * map->nx + x;
         if (y + row < map->ny)
-          std::memcpy(target,
-                      map->base + (static_cast<size_t>(z) * map->ny + y + row) * map->nx + x + chunk * 8, 16);
+          std::memcpy(
+              target,
+              static_cast<const unsigned char*>(map->base) + element * map->element_bytes + chunk * 16, 16);
         else
           std::memset(target, 0, 16);
       }
     complete_bytes(bar, 64 * row_bytes);
+  });
+}
+void bulk_load(SmemAddress to, const void* from, uint32_t bytes, SmemAddress bar, uint64_t) {
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    fail("emulator: bulk copy of {} bytes from {}: expected multiples of 16", bytes, from);
+  pointer_in(to, 16);
+  machine->pending.push_back([=] {
+    for (uint32_t i = 0; i < bytes; i += 16)
+      std::memcpy(pointer_in(to + i, 16), static_cast<const unsigned char*>(from) + i, 16);
+    complete_bytes(bar, static_cast<int>(bytes));
   });
 }
 namespace {
@@ -365,6 +379,14 @@ void unpack2<F16>(uint32_t packed, float& low, float& high) {
 template <>
 void unpack2<Bf16>(uint32_t packed, float& low, float& high) {
   low = bf16_to_f32(static_cast<uint16_t>(packed)), high = bf16_to_f32(static_cast<uint16_t>(packed >> 16));
+}
+
+void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd) {
+  const auto half = [&](int i) -> uint32_t {
+    return f32_to_f16(e4m3_to_f32(static_cast<uint8_t>(bytes >> (8 * i))));
+  };
+  even = half(0) | half(2) << 16;
+  odd = half(1) | half(3) << 16;
 }
 
 namespace {

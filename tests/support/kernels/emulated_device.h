@@ -31,10 +31,11 @@ void run_emulated(const EmulatedLaunch& launch, const std::function<void(unsigne
 
 struct F16 {};
 struct Bf16 {};
-// A 3-D array of 16-bit elements [z][y][x], read in boxes {box_x, 64, 1}.
+struct E4m3 {};
+// A 3-D array of elements [z][y][x], read in boxes {box_x, 64, 1}.
 struct TensorMap {
-  const uint16_t* base = nullptr;
-  int nx = 0, ny = 0, nz = 0, box_x = 0;
+  const void* base = nullptr;
+  int nx = 0, ny = 0, nz = 0, box_x = 0, element_bytes = 2;
 };
 using SmemAddress = uint32_t;
 struct alignas(16) Float4 {
@@ -58,6 +59,9 @@ inline Float4 smem_load4(SmemAddress at) {
 inline void smem_store(SmemAddress at, float v) {
   std::memcpy(smem_pointer(at, 4), &v, 4);
 }
+inline void smem_store_u64(SmemAddress at, uint64_t v) {
+  std::memcpy(smem_pointer(at, 8), &v, 8);
+}
 
 inline float smem_load(SmemAddress at) {
   float v;
@@ -79,6 +83,7 @@ inline uint64_t evict_first_policy() {
 }
 void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar,
                   uint64_t policy);
+void bulk_load(SmemAddress to, const void* from, uint32_t bytes, SmemAddress bar, uint64_t policy);
 inline void prefetch_tensor_map(const TensorMap*) {}
 inline void prefetch_l2(const void*) {}
 void copy_async16(SmemAddress to, const void* from, bool valid);
@@ -120,6 +125,8 @@ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
   }
 }
 
+void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd);
+
 inline float exp2_approximate(float x) {
   return std::exp2(x);
 }
@@ -154,6 +161,15 @@ inline void shared_add(uint64_t* to, uint64_t v) {
 template <class T>
 T shuffle_xor(T v, int mask) {
   return warp_exchange("shuffle", v)[lane_index() ^ mask];
+}
+template <class T>
+T shuffle_from(T v, int lane) {
+  return warp_exchange("shuffle from", v)[lane];
+}
+inline uint32_t warp_largest(uint32_t v) {
+  const uint32_t* all = warp_exchange("largest", v);
+  for (int i = 0; i < 32; ++i) v = all[i] > v ? all[i] : v;
+  return v;
 }
 inline void warp_sync() {
   warp_exchange("sync", 0);

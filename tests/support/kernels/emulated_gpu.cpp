@@ -56,6 +56,9 @@ class EmulatedGpu final : public DeviceApi {
   void launch(const exact::ChooseArgs& a) override { run(a); }
   void launch(const exact::VictimArgs& a) override { run(a); }
   void launch(const exact::GatherArgs& a) override { run(a); }
+  void launch(const exact::UnitKeysArgs& a) override { run(a); }
+  void launch(const exact::MeanKeyArgs& a) override { run(a); }
+  void launch(const exact::SimilarKeyArgs& a) override { run(a); }
 
   void run_graph(uint64_t key, const std::function<void()>& record) override {
     counts_->graphs_captured += keys_.insert(key).second;

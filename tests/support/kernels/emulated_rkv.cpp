@@ -11,13 +11,10 @@ namespace {
 template <int kHeadDim, class Element>
 void run(const RkvArgs& args, uint64_t seed) {
   constexpr int kBytes = device::RkvElement<Element>::kBytes;
-  device::EmulatedLaunch rows{args.n_items * args.row_blocks, kRkvThreads, 1,
-                              rkv_measure_smem_bytes(kHeadDim, kBytes), seed};
+  const device::EmulatedLaunch rows{args.n_items * args.row_blocks, kRkvThreads, 1,
+                                    rkv_rows_smem_bytes(kHeadDim, kBytes), seed};
   device::run_emulated(
-      rows, [&](unsigned char* shared) { device::RkvRows<kHeadDim, Element>(args, shared).measure(); });
-  rows.smem_bytes = rkv_similar_smem_bytes(kHeadDim, kBytes);
-  device::run_emulated(
-      rows, [&](unsigned char* shared) { device::RkvRows<kHeadDim, Element>(args, shared).similar(); });
+      rows, [&](unsigned char* shared) { device::RkvRows<kHeadDim, Element>(args, shared).run(); });
   const device::EmulatedLaunch select{args.n_items, kRkvSelectThreads, 1,
                                       rkv_select_smem_bytes(args.n_slots, args.budget), seed};
   device::run_emulated(
@@ -40,7 +37,7 @@ void run_rkv_emulated(RkvProblem& p, uint64_t seed) {
   RkvArgs args{};
   set_rkv_scalars(args, p.shape);
   const size_t slots = p.order.size();
-  std::vector<float> inverse_norm(slots), projection(slots), cosine(slots), logits(slots * p.shape.window),
+  std::vector<float> inverse_norm(slots), own(slots), cosine(slots), logits(slots * p.shape.window),
       partial(static_cast<size_t>(args.n_items) * args.row_blocks * p.shape.head_dim);
   std::vector<float> softmax(static_cast<size_t>(args.n_items) * args.row_blocks * p.shape.window * 2);
   std::vector<int32_t> similar(slots);
@@ -65,7 +62,7 @@ void run_rkv_emulated(RkvProblem& p, uint64_t seed) {
   args.logits = logits.data();
   args.softmax = softmax.data();
   args.partial_sum = partial.data();
-  args.projection = projection.data();
+  args.own = own.data();
   args.similar = similar.data();
   args.cosine = cosine.data();
   if (p.shape.dtype == DType::f32)
