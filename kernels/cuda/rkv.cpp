@@ -41,6 +41,10 @@ RkvCompaction::RkvCompaction(const RkvShape& shape) : shape_(shape) {
   KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
   KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   overlaps_ = major >= 9;
+  // Heads for more than one block a multiprocessor: two smaller ones hide each other's waits.
+  int n_multiprocessors = 0;
+  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  if (shape.n_items() > n_multiprocessors) scalars_.select_threads = kRkvSelectThreads / 2;
 }
 
 RkvArgs RkvCompaction::arguments() const {
@@ -62,7 +66,7 @@ void RkvCompaction::launch(cudaStream_t stream, const RkvArgs& args, LaunchLog* 
   launch_kernel(stream, {"rkv_rows", k_bytes, log}, rows, kernels_.rows, args);
   LaunchShape select;
   select.n_blocks = args.n_items;
-  select.n_threads = kRkvSelectThreads;
+  select.n_threads = args.select_threads;
   select.smem_bytes = rkv_select_smem_bytes(shape_.n_slots, shape_.budget);
   select.dependent = overlaps_;
   launch_kernel(stream, {"rkv_select", rkv_bytes(shape_, shape_.n_slots), log}, select, kernels_.select,

@@ -417,7 +417,6 @@ class RkvRows {
 template <int kHeadDim, class Element>
 class RkvSelect {
  public:
-  static constexpr int kThreads = kRkvSelectThreads, kWarps = kThreads / 32;
   using Tile = RkvTile<kHeadDim, Element>;
   static constexpr int kRowChunks = Tile::kRowChunks;
   static constexpr float kFixedPoint = 1099511627776.0f;  // 2^40: sums of cosines in integers, in any order
@@ -425,6 +424,8 @@ class RkvSelect {
   KVLAPSE_DEVICE RkvSelect(const RkvArgs& args, unsigned char* shared)
       : args_(args),
         item_(block_index()),
+        n_threads_(args.select_threads),
+        n_warps_(n_threads_ / 32),
         thread_(thread_index()),
         warp_(thread_ / 32),
         lane_(thread_ % 32),
@@ -436,7 +437,7 @@ class RkvSelect {
         movers_(holes_ + (args.n_slots - args.budget)),
         victims_(movers_ + (args.n_slots - args.budget)),
         warp_values_(reinterpret_cast<float*>(victims_ + (args.n_slots - args.budget))),
-        row_max_(warp_values_ + kWarps),
+        row_max_(warp_values_ + kRkvSelectThreads / 32),
         row_inverse_(row_max_ + kRkvColumns),
         sum_(row_inverse_ + kRkvColumns),
         n_moves_(reinterpret_cast<int32_t*>(sum_ + kHeadDim)) {}
@@ -473,14 +474,27 @@ class RkvSelect {
     }
     return v;
   }
-  template <bool kMax>
-  KVLAPSE_DEVICE float block_reduce(float v) {
-    v = warp_reduce<kMax>(v);
+  KVLAPSE_DEVICE float block_max(float v) {
+    v = warp_reduce<true>(v);
     if (lane_ == 0) warp_values_[warp_] = v;
     block_sync();
+    float most = warp_values_[0];
+    for (int w = 1; w < n_warps_; ++w) most = warp_values_[w] > most ? warp_values_[w] : most;
+    block_sync();
+    return most;
+  }
+  // Of value(i) over held ranks, in the order of the largest block whatever this one's size is.
+  template <class Value>
+  KVLAPSE_DEVICE float block_sum(Value value) {
+    for (int first = 0; first < kRkvSelectThreads; first += n_threads_) {
+      float sum = 0;
+      for (int i = first + thread_; i < held_; i += kRkvSelectThreads) sum += value(i);
+      sum = warp_reduce<false>(sum);
+      if (lane_ == 0) warp_values_[first / 32 + warp_] = sum;
+    }
+    block_sync();
     float total = warp_values_[0];
-    for (int w = 1; w < kWarps; ++w)
-      total = kMax ? (warp_values_[w] > total ? warp_values_[w] : total) : total + warp_values_[w];
+    for (int w = 1; w < kRkvSelectThreads / 32; ++w) total += warp_values_[w];
     block_sync();
     return total;
   }
@@ -489,8 +503,8 @@ class RkvSelect {
   // keys.
   KVLAPSE_DEVICE void weigh_window() {
     const int n = prefix();
-    if (thread_ >= kThreads - kHeadDim) {
-      const int d = thread_ - (kThreads - kHeadDim);
+    if (thread_ >= n_threads_ - kHeadDim) {
+      const int d = thread_ - (n_threads_ - kHeadDim);
       const float* parts = args_.partial_sum + static_cast<int64_t>(item_) * args_.row_blocks * kHeadDim + d;
       float total = 0;
       KVLAPSE_UNROLL_8
@@ -511,7 +525,7 @@ class RkvSelect {
     }
     block_sync();
     const float scale = 1.0f / static_cast<float>(args_.window);
-    for (int i = thread_; i < n; i += kThreads) {
+    for (int i = thread_; i < n; i += n_threads_) {
       float sum = 0;
       KVLAPSE_UNROLL_8
       for (int query = 0; query < args_.window; ++query)
@@ -523,7 +537,7 @@ class RkvSelect {
     }
     block_sync();
     const int half = args_.kernel / 2;
-    for (int i = thread_; i < n; i += kThreads) {
+    for (int i = thread_; i < n; i += n_threads_) {
       float most = redundancy_[i];
       for (int j = i - half > 0 ? i - half : 0; j <= i + half && j < n; ++j)
         most = redundancy_[j] > most ? redundancy_[j] : most;
@@ -541,13 +555,13 @@ class RkvSelect {
     KVLAPSE_UNROLL
     for (int i = 0; i < Tile::kChunkValues; ++i) sum[i] = sum_[part * Tile::kChunkValues + i];
     KVLAPSE_NO_UNROLL
-    for (int base = 0; base < held_; base += kWarps * kRowsOfWarp * kAtOnce) {
+    for (int base = 0; base < held_; base += n_warps_ * kRowsOfWarp * kAtOnce) {
       int slot[kAtOnce];
       Float4 row[kAtOnce];
       float dot[kAtOnce];
       KVLAPSE_UNROLL
       for (int u = 0; u < kAtOnce; ++u) {
-        const int rank = base + first_row + u * kWarps * kRowsOfWarp;
+        const int rank = base + first_row + u * n_warps_ * kRowsOfWarp;
         slot[u] = rank < held_ ? args_.order[at(rank)] : 0;
       }
       KVLAPSE_UNROLL
@@ -576,7 +590,7 @@ class RkvSelect {
       float total = (odd ? b : a) + shuffle_xor(odd ? a : b, kRowChunks / 4);
       KVLAPSE_UNROLL
       for (int mask = kRowChunks / 8; mask > 0; mask >>= 1) total += shuffle_xor(total, mask);
-      const int rank = base + first_row + ((odd ? 2 : 0) + (upper ? 1 : 0)) * kWarps * kRowsOfWarp;
+      const int rank = base + first_row + ((odd ? 2 : 0) + (upper ? 1 : 0)) * n_warps_ * kRowsOfWarp;
       if (part % (kRowChunks / 4) == 0 && rank < held_)
         redundancy_[rank] = total * args_.inverse_norm[at(rank)] - args_.own[at(rank)];
     }
@@ -584,10 +598,10 @@ class RkvSelect {
 
   // redundancy = softmax over all ranks of the mean cosine without what was forgiven.
   KVLAPSE_DEVICE void forgive() {
-    for (int i = thread_; i < held_; i += kThreads) sorted_[i] = 0;
+    for (int i = thread_; i < held_; i += n_threads_) sorted_[i] = 0;
     block_sync();
     // Often a whole warp forgives the same key: its sum is added once.
-    for (int first = 0; first < held_; first += kThreads) {
+    for (int first = 0; first < held_; first += n_threads_) {
       const int i = first + thread_;
       const int target = i < held_ ? args_.similar[at(i)] : -1;
       int64_t amount = i < held_ ? static_cast<int64_t>(args_.cosine[at(i)] * kFixedPoint) : 0;
@@ -602,28 +616,26 @@ class RkvSelect {
     block_sync();
     const float scale = 1.0f / static_cast<float>(held_);
     float most = -3.0e38f;
-    for (int i = thread_; i < held_; i += kThreads) {
+    for (int i = thread_; i < held_; i += n_threads_) {
       const float forgiven = static_cast<float>(static_cast<int64_t>(sorted_[i])) * (1.0f / kFixedPoint);
       const float mean = (redundancy_[i] - forgiven) * scale;
       redundancy_[i] = mean;
       most = mean > most ? mean : most;
     }
-    most = block_reduce<true>(most);
-    float sum = 0;
-    for (int i = thread_; i < held_; i += kThreads) {
-      const float weight = exponential(redundancy_[i] - most);
-      redundancy_[i] = weight;
-      sum += weight;
-    }
-    const float inverse = 1.0f / block_reduce<false>(sum);
-    for (int i = thread_; i < held_; i += kThreads) redundancy_[i] *= inverse;
+    most = block_max(most);
+    const float inverse = 1.0f / block_sum([&](int i) {
+                            const float weight = exponential(redundancy_[i] - most);
+                            redundancy_[i] = weight;
+                            return weight;
+                          });
+    for (int i = thread_; i < held_; i += n_threads_) redundancy_[i] *= inverse;
     block_sync();
   }
 
   // Ascending keys: the highest score first, the lowest rank first among equals.
   KVLAPSE_DEVICE void score() {
     const int n = prefix(), padded = rkv_power_of_two(n);
-    for (int i = thread_; i < padded; i += kThreads) {
+    for (int i = thread_; i < padded; i += n_threads_) {
       if (i >= n) {
         sorted_[i] = ~uint64_t{0};
         continue;
@@ -640,7 +652,7 @@ class RkvSelect {
   // Bitonic; 64 keys at a time stay in a warp's registers, longer strides are taken two at a time.
   KVLAPSE_DEVICE void sort() {
     const int n = rkv_power_of_two(prefix());
-    for (int first = warp_ * 64; first < n; first += kWarps * 64) {
+    for (int first = warp_ * 64; first < n; first += n_warps_ * 64) {
       uint64_t low = sorted_[first + lane_], high = sorted_[first + 32 + lane_];
       KVLAPSE_UNROLL
       for (int size = 2; size <= 32; size *= 2) {
@@ -658,7 +670,7 @@ class RkvSelect {
       int stride = size / 2;
       for (; stride >= 128; stride /= 4) {
         const int half = stride / 2;
-        for (int i = thread_; i < n / 4; i += kThreads) {
+        for (int i = thread_; i < n / 4; i += n_threads_) {
           const int at = i / half * stride * 2 + i % half;
           const bool rising = (at & size) == 0;
           uint64_t a = sorted_[at], b = sorted_[at + half], c = sorted_[at + stride],
@@ -672,7 +684,7 @@ class RkvSelect {
         block_sync();
       }
       if (stride == 64) {
-        for (int i = thread_; i < n / 2; i += kThreads) {
+        for (int i = thread_; i < n / 2; i += n_threads_) {
           const int at = i / 64 * 128 + i % 64;
           uint64_t a = sorted_[at], b = sorted_[at + 64];
           in_order(a, b, (at & size) == 0);
@@ -680,7 +692,7 @@ class RkvSelect {
         }
         block_sync();
       }
-      for (int first = warp_ * 64; first < n; first += kWarps * 64) {
+      for (int first = warp_ * 64; first < n; first += n_warps_ * 64) {
         uint64_t low = sorted_[first + lane_], high = sorted_[first + 32 + lane_];
         merge(low, high, (first & size) == 0);
         sorted_[first + lane_] = low, sorted_[first + 32 + lane_] = high;
@@ -709,9 +721,9 @@ class RkvSelect {
   KVLAPSE_DEVICE void rearrange() {
     const int n = prefix(), kept = args_.budget - args_.window, drops = held_ - args_.budget;
     int32_t* slots = reinterpret_cast<int32_t*>(importance_);  // of the new ranks; the scores are used up
-    for (int i = thread_; i < args_.n_slots - args_.budget; i += kThreads) tail_rank_[i] = -1;
+    for (int i = thread_; i < args_.n_slots - args_.budget; i += n_threads_) tail_rank_[i] = -1;
     block_sync();
-    for (int i = thread_; i < held_; i += kThreads) {  // survivors, victims, the window
+    for (int i = thread_; i < held_; i += n_threads_) {  // survivors, victims, the window
       const int old = i < n ? static_cast<int>(static_cast<uint32_t>(sorted_[i])) : i;
       const int slot = args_.order[at(old)];
       if (i >= kept && i < n) {
@@ -724,7 +736,7 @@ class RkvSelect {
     }
     block_sync();
     if (args_.evicted != nullptr)
-      for (int i = thread_; i < args_.n_slots - args_.budget; i += kThreads)
+      for (int i = thread_; i < args_.n_slots - args_.budget; i += n_threads_)
         args_.evicted[static_cast<int64_t>(item_) * (args_.n_slots - args_.budget) + i] =
             i < drops ? args_.positions[at(victims_[i])] : -1;
     if (warp_ == 0) {
@@ -744,11 +756,11 @@ class RkvSelect {
       if (lane_ == 0) *n_moves_ = n_movers;
     }
     block_sync();
-    for (int i = thread_; i < *n_moves_; i += kThreads)
+    for (int i = thread_; i < *n_moves_; i += n_threads_)
       slots[tail_rank_[movers_[i] - args_.budget]] = holes_[i];
     block_sync();
-    for (int i = thread_; i < args_.budget; i += kThreads) args_.order[at(i)] = slots[i];
-    for (int i = args_.budget + thread_; i < args_.n_slots; i += kThreads)
+    for (int i = thread_; i < args_.budget; i += n_threads_) args_.order[at(i)] = slots[i];
+    for (int i = args_.budget + thread_; i < args_.n_slots; i += n_threads_)
       args_.order[at(i)] = i;  // where tokens come next
     if (thread_ == 0) args_.count[item_] = args_.budget;
   }
@@ -758,8 +770,8 @@ class RkvSelect {
     Float4* const k = static_cast<Float4*>(args_.k);
     Float4* const v = static_cast<Float4*>(args_.v);
     const int n = *n_moves_ * kRowChunks;
-    for (int i = thread_; i < n; i += 2 * kThreads) {
-      const int other = i + kThreads < n ? i + kThreads : i;
+    for (int i = thread_; i < n; i += 2 * n_threads_) {
+      const int other = i + n_threads_ < n ? i + n_threads_ : i;
       const int64_t from = at(movers_[i / kRowChunks]) * kRowChunks + i % kRowChunks,
                     other_from = at(movers_[other / kRowChunks]) * kRowChunks + other % kRowChunks,
                     to = at(holes_[i / kRowChunks]) * kRowChunks + i % kRowChunks,
@@ -767,7 +779,7 @@ class RkvSelect {
       const Float4 moved[4] = {k[from], v[from], k[other_from], v[other_from]};
       k[to] = moved[0], v[to] = moved[1], k[other_to] = moved[2], v[other_to] = moved[3];
     }
-    for (int i = thread_; i < *n_moves_; i += kThreads) {
+    for (int i = thread_; i < *n_moves_; i += n_threads_) {
       const int64_t from = at(movers_[i]), to = at(holes_[i]);
       if (args_.positions != nullptr) args_.positions[to] = args_.positions[from];
       if (args_.value_l1 != nullptr) args_.value_l1[to] = args_.value_l1[from];
@@ -775,7 +787,7 @@ class RkvSelect {
   }
 
   const RkvArgs& args_;
-  const int item_, thread_, warp_, lane_;
+  const int item_, n_threads_, n_warps_, thread_, warp_, lane_;
   int held_ = 0;
   uint64_t* sorted_;  // scores with ranks; before that what is forgiven
   float* importance_;

@@ -19,7 +19,7 @@ namespace kvlapse {
 inline constexpr int kRkvRows = 128;     // of a block
 inline constexpr int kRkvColumns = 64;   // keys that are compared with them at once; most window x group
 inline constexpr int kRkvThreads = 256;  // of a block of rows
-inline constexpr int kRkvSelectThreads = 1024;
+inline constexpr int kRkvSelectThreads = 1024;  // of a block that selects, at most; a multiple of 128
 inline constexpr int kRkvMaxSlots = 8192;
 
 struct RkvArgs {
@@ -50,6 +50,7 @@ struct RkvArgs {
   int32_t window;  // window * group <= kRkvColumns
   int32_t kernel;  // of the max pool, odd
   int32_t row_blocks;
+  int32_t select_threads;  // one block of all, or with half of them two to a multiprocessor
   float lambda;
   float threshold;
   float logit_scale;  // 1 / sqrt(D)

@@ -28,6 +28,7 @@ void set_rkv_scalars(RkvArgs& args, const RkvShape& s) {
   args.window = s.window;
   args.kernel = s.kernel;
   args.row_blocks = s.row_blocks();
+  args.select_threads = kRkvSelectThreads;
   args.lambda = s.lambda;
   args.threshold = s.threshold;
   args.logit_scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));

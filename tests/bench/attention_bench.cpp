@@ -1,11 +1,13 @@
 // Rows of `bench attention` and `bench rkv` as lines of JSON, on the current GPU.
-// Usage: attention_bench OUTPUT.jsonl [MIN_BATCH MAX_BATCH | sweep | fp8 | one BATCH SLOTS [DTYPE] | rkv]
+// Usage: attention_bench OUTPUT.jsonl [MIN_BATCH MAX_BATCH | sweep | fp8 | one BATCH SLOTS [DTYPE] | rkv
+// [BATCH BUDGET]]
 #include "kernels/cuda/attention_bench.h"
 
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <string_view>
+#include <vector>
 
 #include "kernels/cuda/rkv_bench.h"
 
@@ -24,8 +26,12 @@ int main(int argc, char** argv) {
   else if (argc > 3)
     options.min_batch = std::atoi(argv[2]), options.max_batch = std::atoi(argv[3]);
   try {
+    std::vector<kvlapse::RkvBenchCase> cases;
+    for (bool alike : {true, false})
+      if (mode == "rkv" && argc > 4)
+        cases.push_back({std::atoi(argv[3]), std::atoi(argv[4]), 128, alike, kvlapse::DType::bf16});
     if (mode == "rkv")
-      kvlapse::bench_rkv({}, 0, [&](const kvlapse::RkvBenchRow& row) {
+      kvlapse::bench_rkv(cases, 0, [&](const kvlapse::RkvBenchRow& row) {
         std::fprintf(out, "%s\n", kvlapse::rkv_bench_json(row).c_str());
         std::fflush(out);
       });

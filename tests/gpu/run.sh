@@ -76,6 +76,14 @@ if command -v ncu >/dev/null; then
       --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum "$here/attention_bench" /dev/null one $shape \
       >>"$out/ncu.log" 2>&1 || echo "ncu failed: $(tail -n 1 "$out/ncu.log")"
   done
+  # Which kernel of a compaction holds the time.
+  for shape in "1 1024" "64 1024"; do
+    stage "ncu rkv $shape" 12 || continue
+    ours 25 ncu --clock-control none -k regex:rkv_ --launch-skip 4 --launch-count 4 --section SpeedOfLight --section Occupancy \
+      --metrics dram__bytes_read.sum,gpu__time_duration.sum "$here/attention_bench" /dev/null rkv $shape >>"$out/ncu_rkv.log" 2>&1 ||
+      echo "ncu failed: $(tail -n 1 "$out/ncu_rkv.log")"
+    grep -E "rkv_[a-z]+_kernel|gpu__time_duration" "$out/ncu_rkv.log" | tail -n 8
+  done
 fi
 stage table 0
 python3 "$here/attention_table.py" "$out/attention.jsonl" "$out/peers.jsonl" "$out/fp8.jsonl" | tee "$out/table.txt" || status=1

@@ -15,7 +15,7 @@ void run(const RkvArgs& args, uint64_t seed) {
                                     rkv_rows_smem_bytes(kHeadDim, kBytes), seed};
   device::run_emulated(
       rows, [&](unsigned char* shared) { device::RkvRows<kHeadDim, Element>(args, shared).run(); });
-  const device::EmulatedLaunch select{args.n_items, kRkvSelectThreads, 1,
+  const device::EmulatedLaunch select{args.n_items, args.select_threads, 1,
                                       rkv_select_smem_bytes(args.n_slots, args.budget), seed};
   device::run_emulated(
       select, [&](unsigned char* shared) { device::RkvSelect<kHeadDim, Element>(args, shared).run(); });
@@ -36,6 +36,7 @@ void run_dim(const RkvArgs& args, int head_dim, uint64_t seed) {
 void run_rkv_emulated(RkvProblem& p, uint64_t seed) {
   RkvArgs args{};
   set_rkv_scalars(args, p.shape);
+  if (seed % 2 == 0) args.select_threads /= 2;
   const size_t slots = p.order.size();
   std::vector<float> inverse_norm(slots), own(slots), cosine(slots), logits(slots * p.shape.window),
       partial(static_cast<size_t>(args.n_items) * args.row_blocks * p.shape.head_dim);

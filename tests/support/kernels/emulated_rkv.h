@@ -1,4 +1,4 @@
-// An R-KV compaction in the CPU emulator.
+// An R-KV compaction in the CPU emulator; even seeds select with half the threads.
 #pragma once
 
 #include "tests/support/kernels/rkv_problem.h"
