@@ -3,10 +3,11 @@
 
 #include <fmt/format.h>
 
-#include <functional>
+#include <optional>
 #include <thread>
 
 #include "cli/bench_record.h"
+#include "cli/bench_replay.h"
 #include "cli/command.h"
 #include "cli/model_path.h"
 #include "cli/products.h"
@@ -24,9 +25,11 @@ struct Options {
   int threads = 0, slots = 4096, batch = 1, context = 4096, budget = 0, runs = 30, steps = 64;
   int q_heads = 8, kv_heads = 4, head_dim = 64;
   int cache_mib = 256;
-  std::string device = "cpu";
+  std::vector<int> batches = {1, 4, 16}, configs = {1, 4, 16};  // one row each
+  std::string device = "cpu", trace;
   uint64_t seed = 0;
   bool given_shape = false;  // of attention
+  bool given_context = false, given_runs = false;
 };
 
 // Without a shape of its own: the standard table.
@@ -70,7 +73,7 @@ std::vector<BenchRow> attention(const Options& o) {
 }
 
 // A folder without weights gets random ones.
-std::vector<BenchRow> decode_on_gpu(const Options& o) {
+std::vector<BenchRow> decode_on_gpu(const Options& o, const Model* loaded = nullptr) {
   CudaDecodeBench bench;
   bench.device = parse_device(o.device);
   bench.context = o.context;
@@ -79,6 +82,7 @@ std::vector<BenchRow> decode_on_gpu(const Options& o) {
   bench.seed = o.seed;
   if (o.budget > 0) bench.context = o.budget;
   const std::unique_ptr<Policy> policy = make_policy(o.budget > 0 ? o.policy : "full");
+  if (loaded != nullptr) return bench_cuda_decode(bench, loaded->spec, &loaded->weights.transformer, *policy);
   const std::filesystem::path path = find_model(o.model);
   const ModelFiles files = open_model_files(path);
   if (files.tensors.empty()) return bench_cuda_decode(bench, files.spec, nullptr, *policy);
@@ -110,11 +114,61 @@ std::vector<BenchRow> record(const Options& o) {
                       *make_policy(o.budget > 0 ? o.policy : "full"));
 }
 
+// Decode steps of several batches, as tokens a second: the full cache, then the policy at its budget.
+std::vector<BenchRow> throughput(const Options& options) {
+  Options o = options;
+  const int budget = o.budget > 0 ? o.budget : std::max(1, o.context / 4);
+  const std::filesystem::path path = find_model(o.model);
+  std::optional<Model> model;
+  if (o.device == "cpu" || !open_model_files(path).tensors.empty()) model = load_model(path);
+  std::vector<BenchRow> rows;
+  for (const int batch : o.batches) {
+    double full = 0;
+    for (const int slots : {0, budget}) {
+      o.batch = batch;
+      o.budget = slots;
+      BenchRow row = o.device != "cpu" ? decode_on_gpu(o, model ? &*model : nullptr).front()
+                                       : bench_decode(decode_bench(o, *model), *model,
+                                                      *make_policy(slots > 0 ? o.policy : "full"))
+                                             .front();
+      const double step_ms = row.median;
+      row.bench = "throughput";
+      row.median = 1e3 * batch / step_ms;
+      row.limit = 1e3 * batch / row.limit;
+      row.unit = "tok/s";
+      row.name += slots > 0 ? fmt::format(", {} slots", slots) : "";
+      if (slots == 0) full = row.median;
+      row.numbers.emplace_back("budget_slots", slots);
+      row.numbers.emplace_back("step_ms", step_ms);
+      row.numbers.emplace_back("times_full", row.median / full);
+      rows.push_back(std::move(row));
+    }
+  }
+  return rows;
+}
+
+std::vector<BenchRow> replay(const Options& o) {
+  if (o.device != "cpu") fail("bench replay: --device: expected cpu, found {}", o.device);
+  ReplayBench bench;
+  bench.n_threads = o.threads;
+  bench.trace = o.trace;
+  if (o.given_context || !o.trace.empty()) bench.n_tokens = o.given_context ? o.context : 0;
+  if (o.given_shape) {
+    bench.n_q_heads = o.q_heads;
+    bench.n_kv_heads = o.kv_heads;
+    bench.head_dim = o.head_dim;
+  }
+  bench.configs = o.configs;
+  if (o.given_runs) bench.runs = o.runs;
+  return bench_replay(bench);
+}
+
 struct Bench {
   const char* name;
   std::vector<BenchRow> (*run)(const Options&);
 };
-constexpr Bench kBenches[] = {{"attention", attention}, {"rkv", rkv}, {"decode", decode}, {"record", record}};
+constexpr Bench kBenches[] = {{"attention", attention},   {"rkv", rkv},       {"decode", decode},
+                              {"throughput", throughput}, {"replay", replay}, {"record", record}};
 
 Json to_json(const BenchRow& row) {
   Json json = {{"bench", row.bench},
@@ -157,19 +211,24 @@ void run(Options o, Context& context) {
 
 void add_bench(CLI::App& app, Context& context) {
   auto options = std::make_shared<Options>();
-  CLI::App* command =
-      add_command(app, context, "bench", "measure the engine on this machine, beside its physical limit",
-                  "  kvlapse bench attention --slots 4096 --kv-dtype bf16\n"
-                  "  kvlapse bench decode --context 4096 --policy longflow --budget 1024 --json\n"
-                  "  kvlapse bench record --tier qkv --context 512 --steps 512\n");
+  CLI::App* command = add_command(
+      app, context, "bench", "measure the engine on this machine, beside its physical limit",
+      "  kvlapse bench attention --slots 4096 --kv-dtype bf16\n"
+      "  kvlapse bench decode --context 4096 --policy longflow --budget 1024 --json\n"
+      "  kvlapse bench throughput --batches 1,8,32 --context 2048 --policy longflow --budget 512\n"
+      "  kvlapse bench replay --trace full.kvl --configs 8,32\n"
+      "  kvlapse bench record --tier qkv --context 512 --steps 512\n");
   std::vector<std::string> names;
   for (const Bench& bench : kBenches) names.push_back(bench.name);
   command->add_option("WHAT", options->what, "what to measure")->required()->check(CLI::IsMember(names));
   command->add_option("--model", options->model,
-                      "decode, record: model folder, file or name (default: the built-in model)");
+                      "decode, throughput, record: model folder, file or name (default: the built-in model)");
   command->add_option("--policy", options->policy, "whose importance and eviction are measured")
       ->capture_default_str();
-  command->add_option("--budget", options->budget, "decode, record: slots per kv head; 0 keeps all")
+  command
+      ->add_option(
+          "--budget", options->budget,
+          "decode, record: slots per kv head; 0 keeps all; throughput: 0 is a quarter of the context")
       ->capture_default_str();
   command
       ->add_option("--kv-dtype", options->kv_dtype,
@@ -181,16 +240,29 @@ void add_bench(CLI::App& app, Context& context) {
   command->add_option("--batch", options->batch, "sequences")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
+  command
+      ->add_option("--batches", options->batches,
+                   "throughput: sequences, a row for each with and without policy")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  command->add_option("--configs", options->configs, "replay: policies x budgets at once, a row for each")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  command->add_option(
+      "--trace", options->trace,
+      "replay: a recording with q, k, v, its first sequence (default: synthetic rows of one layer)");
   command->add_option("--slots", options->slots, "attention: slots held")
       ->check(CLI::Range(2, 1 << 20))
       ->capture_default_str();
-  command->add_option("--q-heads", options->q_heads, "attention")
+  command->add_option("--q-heads", options->q_heads, "attention, replay")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
-  command->add_option("--kv-heads", options->kv_heads, "attention")
+  command->add_option("--kv-heads", options->kv_heads, "attention, replay")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
-  command->add_option("--head-dim", options->head_dim, "attention")
+  command->add_option("--head-dim", options->head_dim, "attention, replay")
       ->check(CLI::Range(1, 512))
       ->capture_default_str();
   command
@@ -198,13 +270,15 @@ void add_bench(CLI::App& app, Context& context) {
                    "attention: K/V of all layers; beyond the last-level cache")
       ->check(CLI::Range(1, 1 << 16))
       ->capture_default_str();
-  command->add_option("--runs", options->runs, "attention: measured runs")
+  command->add_option("--runs", options->runs, "attention, replay: measured runs (replay: 3)")
       ->check(CLI::Range(1, 100000))
       ->capture_default_str();
-  command->add_option("--context", options->context, "decode, record: tokens held at the start")
+  command
+      ->add_option("--context", options->context,
+                   "decode, throughput, record: tokens held at the start; replay: tokens")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  command->add_option("--steps", options->steps, "decode, record: measured steps")
+  command->add_option("--steps", options->steps, "decode, throughput, record: measured steps")
       ->check(CLI::Range(1, 100000))
       ->capture_default_str();
   command
@@ -216,7 +290,12 @@ void add_bench(CLI::App& app, Context& context) {
       ->capture_default_str();
   command->add_option("--seed", options->seed, "decode on a GPU: of random weights")->capture_default_str();
   command->callback([options, command, &context] {
-    options->given_shape = command->count("--slots") > 0;
+    const auto given = [&](const char* name) { return command->count(name) > 0; };
+    options->given_shape = options->what == "replay"
+                               ? given("--q-heads") || given("--kv-heads") || given("--head-dim")
+                               : given("--slots");
+    options->given_context = command->count("--context") > 0;
+    options->given_runs = command->count("--runs") > 0;
     if (options->device != "cpu") {  // the shape of an 8B model, where none is given
       if (command->count("--q-heads") == 0) options->q_heads = 32;
       if (command->count("--kv-heads") == 0) options->kv_heads = 8;

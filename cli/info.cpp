@@ -99,6 +99,9 @@ void print_trace(const Json& info) {
                                                    info["budget_slots"].get<int>())));
   line("tier", fmt::format("{}, layers {} to {}", info["tier"].get<std::string>(),
                            info["recorded_layers"][0].get<int>(), info["recorded_layers"][1].get<int>() - 1));
+  if (info["meta"].contains("imported_file"))
+    line("imported", fmt::format("{} ({})", info["meta"]["imported_file"].get<std::string>(),
+                                 info["meta"]["imported_format"].get<std::string>()));
   line("device", info["device"].get<std::string>());
   line("counters", info["counters"]["name"].get<std::string>());
   for (const Json& s : info["counters"].value("sources", Json::array())) {

@@ -22,6 +22,7 @@ void add_commands(CLI::App& app, Context& context) {
   add_doctor(app, context);
   add_eval(app, context);
   add_export(app, context);
+  add_import(app, context);
   add_info(app, context);
   add_memory(app, context);
   add_merge(app, context);

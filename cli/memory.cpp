@@ -40,11 +40,26 @@ void add(MemoryPoint& a, const MemoryPoint& b) {
   a.with_state += b.with_state;
 }
 
+// What follows from the points. `full_peak_bytes`: the full cache's peak over the same steps.
+void sum_up(Curve& curve, int64_t full_peak_bytes) {
+  MemorySummary& total = curve.summary;
+  for (const MemoryPoint& p : curve.points) {
+    total.peak.logical = std::max(total.peak.logical, p.logical);
+    total.peak.held = std::max(total.peak.held, p.held);
+    total.peak.reclaimable = std::max(total.peak.reclaimable, p.reclaimable);
+    total.peak.compacted = std::max(total.peak.compacted, p.compacted);
+    total.mean_logical += static_cast<double>(p.logical) / static_cast<double>(curve.points.size());
+    total.mean_held += static_cast<double>(p.held) / static_cast<double>(curve.points.size());
+  }
+  total.full_bytes = full_peak_bytes;
+  total.peak.with_state = total.peak.held + total.state_bytes + total.workspace_bytes;
+  total.saved_peak_ratio = 1 - static_cast<double>(total.peak.held) / static_cast<double>(total.full_bytes);
+}
+
 // Every curve is a sum over layers, so each layer is simulated on its own from its plans. One decision's
 // workspace serves all layers in turn.
 Curve simulate(const RowSource& rows, const std::vector<std::vector<EvictionPlan>>& plans,
-               const Policy& policy, int budget, const MemoryOptions& options) {
-  const RowSequence sequence = rows.sequence(0);
+               const RowSequence& sequence, const Policy& policy, int budget, const MemoryOptions& options) {
   const int n_layers = static_cast<int>(plans.size());
   CacheGeometry layer_geometry = rows.geometry();
   layer_geometry.n_layers = 1;
@@ -70,18 +85,43 @@ Curve simulate(const RowSource& rows, const std::vector<std::vector<EvictionPlan
     total.peak_slots = std::max(total.peak_slots, s.peak_slots);
     total.saved_nominal_ratio = s.saved_nominal_ratio;
   }
-  for (const MemoryPoint& p : curve.points) {
-    total.peak.logical = std::max(total.peak.logical, p.logical);
-    total.peak.held = std::max(total.peak.held, p.held);
-    total.peak.reclaimable = std::max(total.peak.reclaimable, p.reclaimable);
-    total.peak.compacted = std::max(total.peak.compacted, p.compacted);
-    total.mean_logical += static_cast<double>(p.logical) / static_cast<double>(curve.points.size());
-    total.mean_held += static_cast<double>(p.held) / static_cast<double>(curve.points.size());
-  }
-  total.peak.with_state = total.peak.held + total.state_bytes + total.workspace_bytes;
   total.last = curve.points.back();
-  total.saved_peak_ratio = 1 - static_cast<double>(total.peak.held) / static_cast<double>(total.full_bytes);
+  sum_up(curve, total.full_bytes);
   return curve;
+}
+
+// The sequences of a batch decode together: their prompts end at the same step, and one that has ended holds
+// nothing more. What is left at the end is what each of them held at its own.
+Curve join(const std::vector<Curve>& curves, const std::vector<RowSequence>& sequences) {
+  if (curves.size() == 1) return curves.front();
+  int longest_prompt = 0;
+  for (const RowSequence& s : sequences) longest_prompt = std::max(longest_prompt, s.n_prompt);
+  Curve all;
+  MemorySummary& total = all.summary;
+  std::vector<int64_t> full;  // by step
+  double nominal = 0;
+  for (size_t i = 0; i < curves.size(); ++i) {
+    const MemorySummary& s = curves[i].summary;
+    const size_t first = static_cast<size_t>(longest_prompt - sequences[i].n_prompt);
+    const size_t n = curves[i].points.size();
+    all.points.resize(std::max(all.points.size(), first + n));
+    full.resize(all.points.size());
+    for (size_t t = 0; t < n; ++t) {
+      add(all.points[first + t], curves[i].points[t]);
+      full[first + t] += s.full_bytes / static_cast<int64_t>(n) * static_cast<int64_t>(t + 1);
+    }
+    add(total.last, s.last);
+    total.copied_bytes += s.copied_bytes;
+    total.state_bytes += s.state_bytes;
+    // Decisions are taken one sequence at a time.
+    total.workspace_bytes = std::max(total.workspace_bytes, s.workspace_bytes);
+    total.peak_slots = std::max(total.peak_slots, s.peak_slots);
+    nominal += s.saved_nominal_ratio * static_cast<double>(s.full_bytes);
+    total.full_bytes += s.full_bytes;
+  }
+  total.saved_nominal_ratio = nominal / static_cast<double>(total.full_bytes);
+  sum_up(all, *std::max_element(full.begin(), full.end()));
+  return all;
 }
 
 Json point_json(const MemoryPoint& p) {
@@ -150,40 +190,66 @@ void run_memory(const Options& o, Context& context) {
   for (const std::string& file : o.traces) {
     TraceReader reader(file);
     TraceRows rows(reader);
-    const RowSequence sequence = rows.sequence(0);
-    std::vector<ReplayConfig> configs{{make_policy("full"), 0}};
+    const int n_sequences = rows.n_sequences();
+    std::vector<RowSequence> sequences;
+    size_t longest = 0;
+    for (int i = 0; i < n_sequences; ++i) {
+      sequences.push_back(rows.sequence(i));
+      if (sequences.back().n_tokens > sequences[longest].n_tokens) longest = static_cast<size_t>(i);
+    }
+    // By sequence: a share is taken of each one's length.
+    std::vector<std::vector<ReplayConfig>> configs(n_sequences,
+                                                   std::vector<ReplayConfig>{{make_policy("full"), 0}});
+    std::vector<std::string> written{""};
     for (const PolicySpec& spec : parse_policy_list(o.policies)) {
       std::shared_ptr<const Policy> policy = make_policy(spec);
       if (!policy->info().evicts) continue;
-      for (const Budget& b : parse_budget_list(o.budgets))
-        configs.push_back({policy, b.slots(sequence.n_tokens)});
+      for (const Budget& b : parse_budget_list(o.budgets)) {
+        written.push_back(b.text());
+        for (int i = 0; i < n_sequences; ++i) {
+          configs[i].push_back({policy, b.slots(sequences[i].n_tokens)});
+          check_budget(*policy, configs[i].back().budget, sequences[i].n_prompt);
+        }
+      }
     }
-    for (const ReplayConfig& config : configs) check_budget(*config.policy, config.budget, sequence.n_prompt);
 
     const int n_layers = rows.layer_end() - rows.layer_begin();
-    std::vector<std::vector<std::vector<EvictionPlan>>> plans(
-        configs.size(), std::vector<std::vector<EvictionPlan>>(n_layers));
-    Progress progress(fmt::format("replaying {}", file), n_layers, "layers", !context.quiet);
-    ReplayOptions replay;
-    replay.threads = o.threads;
-    replay.progress = [&](int done, int) {
-      progress.update(done);
-      return !interrupted();
-    };
-    ReplayEngine(rows, replay).decide(0, configs, [&](size_t config, int layer, const EvictionPlan& plan) {
-      plans[config][layer - rows.layer_begin()].push_back(plan);
-    });
+    std::vector<std::vector<Curve>> curves(configs[0].size());  // by sequence
+    Progress progress(fmt::format("replaying {}", file), n_layers * n_sequences, "layers", !context.quiet);
+    for (int i = 0; i < n_sequences; ++i) {
+      std::vector<std::vector<std::vector<EvictionPlan>>> plans(
+          configs[i].size(), std::vector<std::vector<EvictionPlan>>(n_layers));
+      ReplayOptions replay;
+      replay.threads = o.threads;
+      replay.progress = [&](int done, int) {
+        progress.update(i * n_layers + done);
+        return !interrupted();
+      };
+      ReplayEngine(rows, replay)
+          .decide(i, configs[i], [&](size_t config, int layer, const EvictionPlan& plan) {
+            plans[config][layer - rows.layer_begin()].push_back(plan);
+          });
+      for (size_t c = 0; c < configs[i].size(); ++c) {
+        const Policy& policy = *configs[i][c].policy;
+        const MemoryOptions options{o.block, parse_block_table(o.table),
+                                    o.mode.empty() ? natural_mode(policy) : parse_free_mode(o.mode)};
+        curves[c].push_back(simulate(rows, plans[c], sequences[i], policy, configs[i][c].budget, options));
+      }
+    }
     progress.finish();
 
-    for (size_t c = 0; c < configs.size(); ++c) {
-      const Policy& policy = *configs[c].policy;
-      MemoryOptions options{o.block, parse_block_table(o.table),
-                            o.mode.empty() ? natural_mode(policy) : parse_free_mode(o.mode)};
-      Curve curve = simulate(rows, plans[c], policy, configs[c].budget, options);
+    for (size_t c = 0; c < curves.size(); ++c) {
+      const Policy& policy = *configs[longest][c].policy;
+      const int budget_slots = configs[longest][c].budget;  // the largest of a share
+      const MemoryOptions options{o.block, parse_block_table(o.table),
+                                  o.mode.empty() ? natural_mode(policy) : parse_free_mode(o.mode)};
+      const Curve curve = join(curves[c], sequences);
       const MemorySummary& s = curve.summary;
       Json row = {{"trace", file},
                   {"policy", canonical_spec(policy)},
-                  {"budget_slots", configs[c].budget},
+                  {"budget", written[c]},
+                  {"budget_slots", budget_slots},
+                  {"sequences", n_sequences},
                   {"block_tokens", o.block},
                   {"table", block_table_name(options.table)},
                   {"mode", free_mode_name(options.mode)},
@@ -209,7 +275,7 @@ void run_memory(const Options& o, Context& context) {
         }
         row["points"] = std::move(points);
       }
-      std::string budget = configs[c].budget > 0 ? fmt::format("{}", configs[c].budget) : "-";
+      const std::string budget = budget_slots > 0 ? fmt::format("{}", budget_slots) : "-";
       std::string mode(free_mode_name(options.mode));
       table.add({canonical_spec(policy), budget, mode, mib(static_cast<double>(s.peak.logical)),
                  mib(static_cast<double>(s.peak.held)), mib(static_cast<double>(s.last.reclaimable)),
@@ -217,7 +283,7 @@ void run_memory(const Options& o, Context& context) {
                  fmt::format("{:.1f} %", 100 * s.saved_peak_ratio),
                  fmt::format("{:.1f} %", 100 * s.saved_nominal_ratio)});
       if (o.pool_requests > 0) {
-        row["pool"] = pool_json(o, curve, rows.geometry(), sequence, lengths);
+        row["pool"] = pool_json(o, curves[c][longest], rows.geometry(), sequences[longest], lengths);
         const Json& p = row["pool"];
         pool.add({canonical_spec(policy), budget, mode,
                   fmt::format("{:.1f}", p["running_mean"].get<double>()),
@@ -244,7 +310,7 @@ void run_memory(const Options& o, Context& context) {
 void add_memory(CLI::App& app, Context& context) {
   CLI::App* command = add_command(
       app, context, "memory",
-      "modelled: pages held, holes, reclaimable and peak bytes of a policy over a trace",
+      "modelled: pages held, holes, reclaimable and peak bytes of a policy over a trace, its batch together",
       "  kvlapse memory run.kvl --policy longflow,rkv --budget 25% --block 16\n"
       "  kvlapse memory run.kvl --policy random --budget 512 --mode holes --pool 10000 --pool-gib 1");
   auto o = std::make_shared<Options>();
@@ -258,7 +324,8 @@ void add_memory(CLI::App& app, Context& context) {
       ->capture_default_str();
   command->add_option("--mode", o->mode, "holes, compact or fill (default: the reference's)");
   command->add_option("--points", o->points, "points of the curves to print with --json");
-  command->add_option("--pool", o->pool_requests, "requests that share a pool of pages");
+  command->add_option("--pool", o->pool_requests,
+                      "requests, as the longest sequence, that share a pool of pages");
   command->add_option("--pool-gib", o->pool_gib, "size of the pool")->capture_default_str();
   command
       ->add_option(

@@ -44,6 +44,7 @@ void add_queries(const TraceRows& rows, int sequence, int layer, std::span<const
 }  // namespace
 
 std::string token_hash(const TraceSequence& sequence) {
+  if (!sequence.tokens.empty() && sequence.tokens.front() == kNoToken) return {};
   ContentHash hash;
   hash.add("token ids");
   for (int32_t id : sequence.tokens) hash.add(int64_t{id});
@@ -82,7 +83,7 @@ QueryCentres fit_centres(const std::vector<std::filesystem::path>& traces,
           g.n_layers, g.n_q_heads, g.head_dim, rows.rope_theta());
     out.traces.push_back(reader.content_hash());
     for (int s = 0; s < rows.n_sequences(); ++s) {
-      out.tokens.push_back(token_hash(reader.sequence(s)));
+      if (const std::string hash = token_hash(reader.sequence(s)); !hash.empty()) out.tokens.push_back(hash);
       out.n_queries += rows.sequence(s).n_tokens;
       for (int layer = 0; layer < g.n_layers; ++layer) {
         const size_t n = static_cast<size_t>(g.n_q_heads) * g.head_dim, at = static_cast<size_t>(layer) * n;

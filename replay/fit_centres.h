@@ -12,7 +12,8 @@
 
 namespace kvlapse {
 
-// Identity of what a sequence says, whatever cache it was recorded with.
+// Identity of what a sequence says, whatever cache it was recorded with; empty when its token ids are not
+// known.
 std::string token_hash(const TraceSequence& sequence);
 
 // Of recordings of one model with q, k, v of every layer. `progress`: share done; false stops (Interrupted).

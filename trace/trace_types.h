@@ -22,6 +22,7 @@ std::string_view tier_name(TraceTier tier);
 TraceTier parse_tier(std::string_view name);  // throws UsageError
 
 inline constexpr int kSketchTop = 32;   // attention weights kept per kv head and step
+inline constexpr int32_t kNoToken = -1;  // id of a token that an imported trace does not know
 inline constexpr int kChunkSteps = 64;  // chunks end at multiples of this position
 
 // The policy as it ran, for whoever reads the file without this program's catalogue.

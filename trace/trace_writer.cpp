@@ -415,6 +415,19 @@ void TraceWriter::step(const StepSummary& summary) {
   impl_->advance(sequence, pos + 1);
 }
 
+void TraceWriter::pass(int id, int32_t token) {
+  SequenceStreams& sequence = impl_->sequence_of(id);
+  const int pos = std::max(sequence.finished, sequence.facts.n_prompt - 1);
+  for (const LayerStreams& layer : sequence.layers)
+    if (layer.next_pos != pos + 1)
+      fail("{}: token {} of sequence {}: expected {} positions in every layer, found {}",
+           impl_->file.string(), pos, id, pos + 1, layer.next_pos);
+  std::vector<int32_t>& tokens = sequence.facts.tokens;
+  tokens.resize(pos + 1);
+  tokens[pos] = token;
+  impl_->advance(sequence, pos + 1);
+}
+
 void TraceWriter::add_gpu(GpuBatch batch) {
   if (!batch.empty()) impl_->queue->push(GpuMessage{std::move(batch)});
 }

@@ -63,6 +63,9 @@ class TraceWriter {
   void append(int sequence, int layer, Pos pos, const LayerRecord& record);
   void evict(int sequence, int layer, const EvictionPlan& plan);
   void step(const StepSummary& summary);
+  // Instead of step, for rows from elsewhere: only the token that was fed is known, or kNoToken. From the
+  // prompt's last position on; leaves no row in KV_STEP.
+  void pass(int sequence, int32_t token);
   void end_sequence(int sequence, std::string_view reason);
   // Task, texts, tags, answer. Tokens, lengths and the end reason are the writer's own.
   void describe_sequence(const TraceSequence& facts);

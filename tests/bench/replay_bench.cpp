@@ -9,20 +9,14 @@
 #include <cstdlib>
 #include <vector>
 
-#include "core/policy/spec.h"
-#include "replay/replay_engine.h"
-#include "tests/support/replay/synthetic_rows.h"
+#include "replay/bench_configs.h"
+#include "replay/synthetic_rows.h"
 
 namespace kvlapse {
 namespace {
 
 double seconds_of(const RowSource& rows, int n_configs, int threads) {
-  constexpr const char* kPolicies[] = {"longflow", "h2o", "random", "streaming_llm"};
-  const int n_tokens = rows.sequence(0).n_tokens;
-  std::vector<ReplayConfig> configs;
-  for (int c = 0; c < n_configs; ++c)  // shares of 10 % to 50 %
-    configs.push_back(
-        {make_policy(kPolicies[c % 4]), n_tokens / 10 + n_tokens * 4 * (c / 4) / 10 / ((n_configs + 3) / 4)});
+  const std::vector<ReplayConfig> configs = bench_configs(n_configs, rows.sequence(0));
   const auto start = std::chrono::steady_clock::now();
   ReplayEngine(rows, {.threads = threads, .memory_bytes = size_t{4} << 30}).run(0, configs);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

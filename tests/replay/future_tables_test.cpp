@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "tests/support/replay/synthetic_rows.h"
+#include "replay/synthetic_rows.h"
 
 namespace kvlapse {
 namespace {

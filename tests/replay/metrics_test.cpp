@@ -12,7 +12,7 @@
 #include "replay/comparison.h"
 #include "replay/replay_engine.h"
 #include "replay/summary.h"
-#include "tests/support/replay/synthetic_rows.h"
+#include "replay/synthetic_rows.h"
 
 namespace kvlapse {
 namespace {

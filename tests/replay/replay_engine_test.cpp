@@ -8,7 +8,7 @@
 
 #include "core/base/vector_math.h"
 #include "replay/summary.h"
-#include "tests/support/replay/synthetic_rows.h"
+#include "replay/synthetic_rows.h"
 
 namespace kvlapse {
 namespace {

@@ -2,17 +2,18 @@
 
 #include <fmt/format.h>
 
-#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
 #include <limits>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "core/base/error.h"
+#include "trace/crc32.h"
 
 namespace kvlapse {
 namespace {
@@ -102,6 +103,12 @@ std::vector<Tensor> tensors_of(const TraceReader& trace, const TensorExport& wha
   const bool widen = widen_bf16 && g.dtype == DType::bf16;
   const DType type = widen ? DType::f32 : g.dtype;
   std::vector<Tensor> tensors;
+  if (const std::vector<int32_t> ids = trace.sequence(what.sequence).tokens;
+      !ids.empty() && ids[0] != kNoToken)
+    tensors.push_back(
+        {"tokens", "I32", {n_tokens}, n_tokens * sizeof(int32_t), [ids, n_tokens](const Sink& sink) {
+           sink(std::as_bytes(std::span(ids).first(n_tokens)));
+         }});
   for (int layer = begin; layer < end; ++layer) {
     for (const auto& [name, kind] : {std::pair{"q", RowKind::q}, {"k", RowKind::k}, {"v", RowKind::v}}) {
       const int n_heads = kind == RowKind::q ? g.n_q_heads : g.n_kv_heads;
@@ -139,31 +146,47 @@ void put(std::string& out, T value) {
   out.append(reinterpret_cast<const char*>(&value), sizeof value);  // little endian, as every file of ours
 }
 
-class Crc32 {
- public:
-  void add(std::span<const std::byte> bytes) {
-    for (std::byte b : bytes) state_ = kTable[(state_ ^ static_cast<uint32_t>(b)) & 0xffu] ^ (state_ >> 8);
-  }
-  uint32_t value() const { return ~state_; }
-
- private:
-  static constexpr std::array<uint32_t, 256> kTable = [] {
-    std::array<uint32_t, 256> table{};
-    for (uint32_t i = 0; i < 256; ++i) {
-      uint32_t c = i;
-      for (int bit = 0; bit < 8; ++bit) c = (c & 1u) != 0 ? 0xedb88320u ^ (c >> 1) : c >> 1;
-      table[i] = c;
-    }
-    return table;
-  }();
-  uint32_t state_ = ~uint32_t{0};
+// What an import needs to know besides the tensors: metadata of safetensors, scalars of an npz.
+struct Fact {
+  std::string name, text;
+  std::string npy_type, npy_data;
 };
 
+std::vector<Fact> facts_of(const TraceReader& trace, const TensorExport& what) {
+  const TraceHeader& header = trace.header();
+  const TraceSequence sequence = trace.sequence(what.sequence);
+  std::vector<Fact> facts;
+  const auto text = [&](const char* name, const std::string& value) {
+    if (!value.empty()) facts.push_back({name, value, fmt::format("|S{}", value.size()), value});
+  };
+  const auto whole = [&](const char* name, int64_t value) {
+    std::string data;
+    put(data, value);
+    facts.push_back({name, fmt::format("{}", value), "<i8", data});
+  };
+  text("content_hash", trace.content_hash());
+  text("kv_dtype", std::string(dtype_name(header.geometry.dtype)));
+  if (const auto model = header.meta.find("model"); model != header.meta.end()) text("model", model->second);
+  whole("n_layers", header.geometry.n_layers);
+  whole("n_prompt", sequence.n_prompt);
+  if (header.rope_theta > 0) {
+    std::string data;
+    put(data, header.rope_theta);
+    facts.push_back({"rope_theta", fmt::format("{}", header.rope_theta), "<f8", data});
+  }
+  if (sequence.think_begin >= 0) whole("think_begin", sequence.think_begin);
+  if (sequence.think_end >= 0) whole("think_end", sequence.think_end);
+  return facts;
+}
+
+std::string_view npy_type(const Tensor& t) {
+  return t.type == "F32" ? "<f4" : t.type == "F16" ? "<f2" : "<i4";
+}
+
 // Version 1.0 of the npy format; the data begins at a multiple of 64 bytes.
-std::string npy_header(const Tensor& t) {
+std::string npy_header(std::string_view type, const std::vector<int64_t>& sizes) {
   std::string shape;
-  for (int64_t d : t.shape) shape += fmt::format("{}, ", d);
-  const char* type = t.type == "F32" ? "<f4" : t.type == "F16" ? "<f2" : "<i4";
+  for (int64_t d : sizes) shape += fmt::format("{}, ", d);
   std::string dict = fmt::format("{{'descr': '{}', 'fortran_order': False, 'shape': ({}), }}", type, shape);
   dict.append(63 - (10 + dict.size()) % 64, ' ');
   dict += '\n';
@@ -192,9 +215,10 @@ std::string zip_fields(uint32_t crc, uint64_t bytes, const std::string& name) {
 void export_safetensors(const TraceReader& trace, const TensorExport& what,
                         const std::filesystem::path& file) {
   const std::vector<Tensor> tensors = tensors_of(trace, what, false);
+  nlohmann::ordered_json metadata = {{"format", "kvlapse"}};
+  for (const Fact& fact : facts_of(trace, what)) metadata[fact.name] = fact.text;
   std::string header =
-      fmt::format("{{\"__metadata__\":{{\"format\":\"kvlapse\",\"content_hash\":\"{}\",\"n_prompt\":\"{}\"}}",
-                  trace.content_hash(), trace.sequence(what.sequence).n_prompt);
+      "{\"__metadata__\":" + metadata.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
   size_t offset = 0;
   for (const Tensor& t : tensors) {
     std::string shape;
@@ -224,9 +248,11 @@ void export_npz(const TraceReader& trace, const TensorExport& what, const std::f
          trace.file().string(), kMostBytes, total);
   OutputFile out(file);
   std::string directory;
-  for (const Tensor& t : tensors) {
-    const std::string name = t.name + ".npy", npy = npy_header(t);
-    const uint64_t start = out.size(), bytes = npy.size() + t.bytes;
+  uint16_t n_members = 0;
+  const auto add = [&](const std::string& array, const std::string& npy, size_t data_bytes,
+                       const std::function<void(const Sink&)>& write) {
+    const std::string name = array + ".npy";
+    const uint64_t start = out.size(), bytes = npy.size() + data_bytes;
     out.write("PK\x03\x04");
     const uint64_t fields = out.size();
     out.write(zip_fields(0, bytes, name));
@@ -234,7 +260,7 @@ void export_npz(const TraceReader& trace, const TensorExport& what, const std::f
     Crc32 crc;
     crc.add(std::as_bytes(std::span(npy)));
     out.write(npy);
-    t.write([&](std::span<const std::byte> piece) {
+    write([&](std::span<const std::byte> piece) {
       crc.add(piece);
       out.write(piece);
     });
@@ -249,13 +275,18 @@ void export_npz(const TraceReader& trace, const TensorExport& what, const std::f
     put<uint32_t>(directory, 0);  // external attributes
     put(directory, static_cast<uint32_t>(start));
     directory += name;
-  }
+    ++n_members;
+  };
+  for (const Fact& fact : facts_of(trace, what))
+    add(fact.name, npy_header(fact.npy_type, {}), fact.npy_data.size(),
+        [&](const Sink& sink) { sink(std::as_bytes(std::span(fact.npy_data))); });
+  for (const Tensor& t : tensors) add(t.name, npy_header(npy_type(t), t.shape), t.bytes, t.write);
   const uint64_t start = out.size();
   out.write(directory);
   std::string end("PK\x05\x06");
   put<uint32_t>(end, 0);  // disks
-  put(end, static_cast<uint16_t>(tensors.size()));
-  put(end, static_cast<uint16_t>(tensors.size()));
+  put(end, n_members);
+  put(end, n_members);
   put(end, static_cast<uint32_t>(directory.size()));
   put(end, static_cast<uint32_t>(start));
   put<uint16_t>(end, 0);  // comment

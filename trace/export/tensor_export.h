@@ -2,11 +2,7 @@
 // pieces, so a trace of any length passes through little memory. Throws Error naming the file. One thread at
 // a time per call.
 //
-// Tensors of one sequence, T positions, for each recorded layer L:
-//   q.L<L> [T, Hq, D], k.L<L> and v.L<L> [T, H, D]   post-RoPE; the file's dtype (npz has no bf16: widened to
-//   fp32) mask.L<L> [H, T] int32   last step whose attention saw the token, 2147483647 when it was held to
-//   the end: token i
-//                            takes part in step t when i <= t <= mask[h][i]
+// Tensors and metadata, which `import` reads back: trace/FORMAT.md, "Tensors of other tools".
 #pragma once
 
 #include <filesystem>

@@ -59,7 +59,8 @@ struct DecodeBench {
   int steps = 64;
   MatmulMode mode = MatmulMode::exact;
 };
-// One row: a decode step against the time in which its weights and K/V can be read.
+// One row: a decode step against the time in which its weights and K/V can be read, at the bandwidth of
+// reading as many bytes again and again.
 std::vector<BenchRow> bench_decode(const DecodeBench& bench, const Model& model, const Policy& policy);
 
 }  // namespace kvlapse

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <chrono>
 
 #include "core/base/error.h"
@@ -44,7 +45,10 @@ std::vector<BenchRow> bench_decode(const DecodeBench& bench, const Model& model,
     if (i >= warm_up) step_ms.push_back(took.count());
   }
   const uint64_t read = (session.moved().read - before.read) / bench.steps;
-  const double gbps = read_bandwidth_gbps(bench.n_threads, size_t{128} << 20);
+  // Of as many bytes as a step reads: a small model's step finds part of them in the last-level cache, and so
+  // must its limit.
+  constexpr size_t kLeast = size_t{1} << 20, kMost = size_t{512} << 20;
+  const double gbps = read_bandwidth_gbps(bench.n_threads, std::clamp(size_t{read}, kLeast, kMost));
   const Spread spread = spread_of(step_ms);
   const double floor_ms = static_cast<double>(read) / gbps * 1e-6;
   BenchRow row{"decode",

@@ -1,4 +1,4 @@
-#include "tests/support/replay/synthetic_rows.h"
+#include "replay/synthetic_rows.h"
 
 #include <cmath>
 
