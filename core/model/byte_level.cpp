@@ -1,6 +1,7 @@
 #include "core/model/byte_level.h"
 
 #include <array>
+#include <charconv>
 
 #include "core/model/utf8.h"
 
@@ -48,6 +49,15 @@ std::optional<std::string> byte_level_decode(std::string_view text) {
     at += length;
   }
   return bytes;
+}
+
+std::optional<uint8_t> byte_token(std::string_view text) {
+  if (text.size() != 6 || !text.starts_with("<0x") || text[5] != '>') return std::nullopt;
+  uint8_t byte = 0;
+  const char* end = text.data() + 5;
+  const auto parsed = std::from_chars(text.data() + 3, end, byte, 16);  // takes no sign and no blank
+  if (parsed.ec != std::errc() || parsed.ptr != end) return std::nullopt;
+  return byte;
 }
 
 }  // namespace kvlapse

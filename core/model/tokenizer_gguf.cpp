@@ -151,12 +151,12 @@ class GgufTokenizerReader {
     for (size_t id = 0; id < texts_.size(); ++id) {
       auto token = static_cast<int32_t>(id);
       if (kinds_[id] == kByte) {
-        unsigned byte = 0;
-        if (texts_[id].size() != 6 || std::sscanf(std::string(texts_[id]).c_str(), "<0x%2X>", &byte) != 1)
+        const std::optional<uint8_t> byte = byte_token(texts_[id]);
+        if (!byte)
           fail("{}: tokenizer.ggml.tokens[{}]: expected <0x00> to <0xFF> for a byte, found '{}'",
                file_.describe(), id, quotable(texts_[id]));
-        bpe.byte_tokens[byte] = token;
-        parts_.tokens[id] = std::string(1, static_cast<char>(byte));
+        bpe.byte_tokens[*byte] = token;
+        parts_.tokens[id] = std::string(1, static_cast<char>(*byte));
       } else if (is_text(id)) {
         bpe.vocabulary.emplace(texts_[id], token);
         std::string& bytes = parts_.tokens[id];

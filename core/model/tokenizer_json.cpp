@@ -240,10 +240,8 @@ bool has_type(const JsonNode& node, std::string_view type) {
 
 // Bytes of a token of a vocabulary of characters: U+2581 is a space, <0x0A> a byte.
 std::string character_token_bytes(const std::string& text, bool byte_fallback, std::string_view space) {
-  unsigned byte = 0;
-  if (byte_fallback && text.size() == 6 && text.starts_with("<0x") && text[5] == '>' &&
-      std::sscanf(text.c_str() + 3, "%2X", &byte) == 1)
-    return std::string(1, static_cast<char>(byte));
+  if (byte_fallback)
+    if (const std::optional<uint8_t> byte = byte_token(text)) return std::string(1, static_cast<char>(*byte));
   std::string bytes;
   for (size_t at = 0; at < text.size();) {
     if (!space.empty() && std::string_view(text).substr(at).starts_with(space)) {

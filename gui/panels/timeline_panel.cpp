@@ -113,10 +113,16 @@ std::shared_ptr<const Lanes> read_lanes(TraceSource& trace, int sequence) {
   auto lanes = std::make_shared<Lanes>();
   lanes->timeline = trace.timeline(sequence);
   const Timeline& timeline = *lanes->timeline;
+  const std::map<std::string, std::string> meta = trace.reader().meta();
+  const auto from = meta.find("imported_file");
   for (size_t i = 0; i < kLanes; ++i) {
-    lanes->lanes[i].provenance = lane_kinds()[i].provenance;
-    if (lane_kinds()[i].column != nullptr)
-      lanes->lanes[i].set(timeline.*lane_kinds()[i].column, timeline.first_step);
+    LaneData& lane = lanes->lanes[i];
+    lane.provenance = lane_kinds()[i].provenance;
+    if (lane_kinds()[i].column == nullptr) continue;
+    lane.set(timeline.*lane_kinds()[i].column, timeline.first_step);
+    if (lane.values.empty())
+      lane.absence = from == meta.end() ? "no step is recorded yet"
+                                        : fmt::format("imported from {}, which knows no steps", from->second);
   }
   DramTimeline dram = read_dram(trace.reader(), sequence);
   lanes->lanes[kDram].absence = dram.absence;

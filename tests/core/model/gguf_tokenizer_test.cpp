@@ -75,6 +75,13 @@ TEST(GgufTokenizer, RefusesBadVocabularies) {
       refusal(
           GgufBuilder().strings("tokenizer.ggml.tokens", {"a"}).i32s("tokenizer.ggml.token_type", {1, 1})),
       HasSubstr("expected 1 elements, one a token, found 2"));
+  for (const char* text : {"<0x-1>", "<0x+1>", "<0x 1>", "<0x1 >", "<0xG0>", "<0x0A.", "<0x0A"})
+    EXPECT_THAT(refusal(GgufBuilder()
+                            .string("tokenizer.ggml.model", "llama")
+                            .strings("tokenizer.ggml.tokens", {text})
+                            .i32s("tokenizer.ggml.token_type", {6})
+                            .floats("tokenizer.ggml.scores", {0})),
+                AllOf(HasSubstr("tokenizer.ggml.tokens[0]"), HasSubstr("expected <0x00> to <0xFF>")));
 }
 
 }  // namespace
