@@ -76,6 +76,10 @@ std::vector<MeasuredStep> read_steps(const std::string& file, const nlohmann::js
   std::vector<MeasuredStep> steps;
   if (!rows.is_array()) fail("{}: expected an array of measured decode steps, found none", file);
   for (const nlohmann::json& row : rows) {
+    if (!row.is_object()) fail("{}: step {}: expected an object, found {}", file, steps.size(), row.dump());
+    for (const char* key : {"bench", "case", "device", "unit"})
+      if (row.contains(key) && !row[key].is_string())
+        fail("{}: step {}: {}: expected text, found {}", file, steps.size(), key, row[key].dump());
     if (row.value("bench", "decode") != "decode") continue;
     for (const char* key : {"median", "batch", "context", "weight_bytes", "kv_bytes"})
       if (!row.contains(key) || !row[key].is_number())
@@ -149,7 +153,9 @@ void run_fit(const Options& o, Context& context) {
   for (const std::string& file : o.benches) {
     const nlohmann::json document = read_object(file, "what `kvlapse bench decode --json` prints");
     const nlohmann::json rows = document.value("rows", nlohmann::json());
-    for (const MeasuredStep& step : read_steps(file, rows)) {
+    const std::vector<MeasuredStep> found = read_steps(file, rows);
+    if (found.empty()) fail("{}: expected rows of `kvlapse bench decode`, found none", file);
+    for (const MeasuredStep& step : found) {
       steps.push_back(step);
       measured.push_back({{"case", step.name},
                           {"batch", step.batch},

@@ -153,6 +153,18 @@ TEST_F(ReplayCli, MeasuredProfilesAreHeldAgainstTheModel) {
   std::ofstream(path("bench.json")) << bench.dump();
   ASSERT_EQ(fit().exit_code, 0);
   EXPECT_EQ(run_program({"predict", "--gpu", path("gpu.json"), "--check"}).exit_code, 1);
+
+  for (const auto& [rows, says] : std::vector<std::pair<Json, const char*>>{
+           {Json::array({1, 2}), "step 0: expected an object, found 1"},
+           {Json::array({{{"bench", 5}}}), "step 0: bench: expected text, found 5"},
+           {Json::array({{{"bench", "decode"}, {"median", "fast"}}}), "expected the number 'median'"},
+           {Json::array(), "expected rows of `kvlapse bench decode`, found none"}}) {
+    std::ofstream(path("bench.json")) << Json{{"rows", rows}}.dump();
+    const auto refused = fit();
+    EXPECT_EQ(refused.exit_code, 2);
+    EXPECT_THAT(refused.err, testing::HasSubstr(says));
+    EXPECT_THAT(refused.err, testing::HasSubstr("bench.json"));
+  }
 }
 
 TEST_F(ReplayCli, SweepRowsHaveTheirKeysAndShardsMergeToTheSameBytes) {
