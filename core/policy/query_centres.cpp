@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -71,7 +73,8 @@ std::string QueryCentres::to_bytes() const {
   return out;
 }
 
-// Only files that to_bytes() made: the header must be the one that its own facts give.
+// Only files that to_bytes() made: the header must be the one that its own facts give. (The general reader of
+// safetensors belongs to core/model, which policies do not know.)
 QueryCentres QueryCentres::read(const std::filesystem::path& path) {
   const std::string bytes = read_file(path);
   const std::string_view text = std::string_view(bytes).substr(0, std::min<size_t>(bytes.size(), 1 << 20));
@@ -102,6 +105,11 @@ QueryCentres QueryCentres::read(const std::filesystem::path& path) {
   std::memcpy(out.centre.data(), bytes.data() + header.size(), n_centre * sizeof(float));
   std::memcpy(out.magnitude.data(), bytes.data() + header.size() + n_centre * sizeof(float),
               n_centre / 2 * sizeof(float));
+  for (const auto& [name, values] : {std::pair{"centre", &out.centre}, {"magnitude", &out.magnitude}})
+    if (const auto bad =
+            std::find_if(values->begin(), values->end(), [](float x) { return !std::isfinite(x); });
+        bad != values->end())
+      fail("{}: {}[{}]: expected finite numbers, found {}", path.string(), name, bad - values->begin(), *bad);
   return out;
 }
 

@@ -110,6 +110,10 @@ TEST(QueryCentres, SurviveAFileAndADamagedOneIsNamed) {
   EXPECT_EQ(read.tokens, centres.tokens);
   EXPECT_EQ(read.rope_theta, 10000);
   EXPECT_EQ(read.n_queries, 7);
+  centres.magnitude[0] = NAN;
+  const test::CentresFile not_finite(centres);
+  EXPECT_THAT([&] { QueryCentres::read(not_finite.path()); },
+              testing::ThrowsMessage<Error>(testing::HasSubstr("magnitude[0]: expected finite numbers")));
   centres.magnitude.clear();
   EXPECT_THROW(QueryCentres::read(test::CentresFile(centres).path()), Error);
 }
