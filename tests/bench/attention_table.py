@@ -42,6 +42,18 @@ def print_fp8(rows):
               f"{us[3]:6.1f} {ratio:5.2f} {'met' if ratio <= 0.62 else 'missed' if large else ''}")
 
 
+def print_peers(peers):
+    """Every peer beside the others, us, '-' where one was not timed."""
+    names = list(dict.fromkeys(p["peer"] for p in peers))
+    table = {}
+    for p in peers:
+        table.setdefault((p["dtype"], p["batch"], p["slots"]), {})[p["peer"]] = p["median_us"]
+    print("\nevery peer, us\n dtype    B     S " + " ".join(f"{name:>17}" for name in names))
+    for (dtype, batch, slots), us in table.items():
+        print(f"{dtype:>6} {batch:4d} {slots:5d} " +
+              " ".join(f"{us[name]:17.1f}" if name in us else f"{'-':>17}" for name in names))
+
+
 def main():
     rows, peers = read(sys.argv[1]), read(sys.argv[2])
     if not rows:
@@ -56,7 +68,7 @@ def main():
         table.setdefault((r["dtype"], r["batch"], r["slots"]), {})[r["variant"]] = r
     print(f"{rows[0]['device']}, read ceiling {rows[0]['read_ceiling_gbps']:.0f} GB/s; share = floor / per-head time;"
           " PH per head, SH shared victim, AO attention only, NO without overlap, CP cp.async")
-    print(" dtype    B     S     MB sp  floor     PH     SH     AO     NO     CP |   peer          ratio share | target met")
+    print(" dtype    B     S     MB sp  floor     PH     SH     AO     NO     CP |   peer                   ratio share | target met")
     for (dtype, batch, slots), v in table.items():
         main_row = v["victim_per_head"]
         us = {short: v.get(name, {}).get("median_us", float("nan")) for short, name in
@@ -68,7 +80,9 @@ def main():
         met = ("R" if ratio <= want_ratio else "-") + ("" if want_share is None else "S" if share >= want_share else "-")
         print(f"{dtype:>6} {batch:4d} {slots:5d} {main_row['kv_bytes'] / 1e6:6.0f} {main_row['splits']:2d} "
               f"{main_row['floor_us']:6.1f} {us['PH']:6.1f} {us['SH']:6.1f} {us['AO']:6.1f} {us['NO']:6.1f} {us['CP']:6.1f} | "
-              f"{peer_us:6.1f} {peer:<11} {ratio:5.2f} {share:5.2f} | {want_ratio:.2f} {want_share or 0:.2f} {met}")
+              f"{peer_us:6.1f} {peer:<17} {ratio:5.2f} {share:5.2f} | {want_ratio:.2f} {want_share or 0:.2f} {met}")
+    if peers:
+        print_peers(peers)
     if len(sys.argv) > 3 and os.path.exists(sys.argv[3]):
         print_fp8(read(sys.argv[3]))
 
