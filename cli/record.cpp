@@ -246,7 +246,7 @@ class Recording {
 
   bool step(DecodeSession& session, Recorder& recorder) {
     if (!capture_) return session.step();
-    capture_->begin_step(n_captured_++);
+    backend_->launch_singly(capture_->begin_step(n_captured_++));
     const bool more = session.step();
     capture_->end_step(backend_->take_launches());
     recorder.add_gpu(capture_->take());

@@ -159,6 +159,9 @@ class Backend {
   // decisions.
   virtual void parallel(int n, const std::function<void(int)>& task) = 0;
 
+  // Whether the steps to come launch their kernels one by one, never as a graph, whose kernels a profiler
+  // does not count one by one.
+  virtual void launch_singly(bool /*on*/) {}
   // Kernels that the step that ended last launched, in order; empty: none, or the backend does not say.
   virtual std::vector<LaunchRecord> take_launches() { return {}; }
 };

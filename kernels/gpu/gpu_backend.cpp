@@ -520,7 +520,7 @@ void GpuBackend::run_step() {
                        uint64_t{keeps_rows_} << 40 | uint64_t{chooses_} << 41 |
                        uint64_t{choice_.shared} << 42 | uint64_t{n_expected_ > 0} << 43;
   launches_.clear();
-  api_->run_graph(key, [&] {
+  const auto launch_all = [&] {
     api_->upload_later(description_memory_.data(), description_host_.data, description_host_.bytes);
     run_embed();
     for (int layer = 0; layer < n_layers; ++layer) {
@@ -562,7 +562,11 @@ void GpuBackend::run_step() {
     }
     if (chooses_)
       api_->download_later(victims_host_.data, victims_.data(), n_victims * sizeof(exact::Victim));
-  });
+  };
+  if (singly_)
+    launch_all();
+  else
+    api_->run_graph(key, launch_all);
   if (launches_.empty())
     launches_ = of_graphs_[key];
   else

@@ -35,6 +35,7 @@ class GpuBackend final : public Backend {
     for (int i = 0; i < n; ++i) task(i);
   }
 
+  void launch_singly(bool on) override { singly_ = on; }
   std::vector<LaunchRecord> take_launches() override;
 
   // For the stores: a row to be placed, and placing what is due.
@@ -136,6 +137,7 @@ class GpuBackend final : public Backend {
   };
   std::vector<Launch> launches_;                       // since embed()
   std::map<uint64_t, std::vector<Launch>> of_graphs_;  // of a captured step, by its key
+  bool singly_ = false;
   std::string_view phase_ = "matmul";
   int launch_layer_ = -1;
   int host_layer_ = -1;  // of prefill whose rows are on the host

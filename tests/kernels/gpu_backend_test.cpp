@@ -171,11 +171,13 @@ TEST(GpuBackendLaunches, AStepNamesItsLaunchesAndTheirBytes) {
   DecodeSession session(gpu, model, options);
   session.add_sequence({.prompt = {1, 2, 3}, .seed = 0, .teacher = {}, .max_tokens = 0});
   session.step();
-  std::vector<LaunchRecord> steps[2];
+  std::vector<LaunchRecord> steps[3];
   for (std::vector<LaunchRecord>& launches : steps) {  // the second comes from the captured step
+    gpu.launch_singly(&launches == &steps[2]);
     session.step();
     launches = gpu.take_launches();
   }
+  EXPECT_EQ(steps[2].size(), steps[0].size());
   EXPECT_TRUE(gpu.take_launches().empty());
   constexpr size_t kOfALayer = 13, kOthers = 4;  // embedding, last norm, logits, choice
   ASSERT_EQ(steps[0].size(), model.spec.n_layers * kOfALayer + kOthers);
