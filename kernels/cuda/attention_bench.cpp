@@ -230,22 +230,19 @@ std::vector<Work> sweep_work() {
     for (int batch : {16, 32, 64, 128}) add(batch, 1024, {.splits = 1, .blocks_per_multiprocessor = blocks});
     for (int batch : {16, 32, 128}) add(batch, 3276, {.splits = blocks, .blocks_per_multiprocessor = blocks});
   }
-  // What is read ahead, where blocks take one item after another, and on the path without the copy engine.
-  for (ReadAhead ahead : {ReadAhead::first_item, ReadAhead::state, ReadAhead::side, ReadAhead::both}) {
-    add(64, 1024, {.ahead = ahead});
-    add(128, 1024, {.ahead = ahead});
-    add(32, 3276, {.ahead = ahead});
-    add(128, 3276, {.ahead = ahead});
-    if (ahead == ReadAhead::state || ahead == ReadAhead::both) continue;
-    add(32, 3276, {.ahead = ahead});
-    work.back().variant = kVariants[4];
-    work.back().variant.tuning = {.ahead = ahead};
-  }
+  for (ReadAhead ahead : {ReadAhead::no, ReadAhead::yes})
+    for (auto [batch, slots] : {std::pair{64, 1024}, {128, 1024}, {32, 3276}, {128, 3276}})
+      add(batch, slots, {.ahead = ahead});
   for (int blocks : {1, 2}) {  // a victim that the layer shares
     add(1, 1024, {.blocks_per_multiprocessor = blocks});
     work.back().variant = kVariants[1];
     work.back().variant.tuning = {.blocks_per_multiprocessor = blocks};
   }
+  for (int groups : {1, 2, 3})  // of fp8, which waits for its consumers
+    for (auto [batch, slots] : {std::pair{1, 3276}, {8, 3276}, {32, 3276}, {32, 16384}}) {
+      add(batch, slots, {.groups = groups});
+      work.back().at.dtype = DType::f8e4m3;
+    }
   for (int splits : {6, 7, 8, 9}) add(1, 16384, {.splits = splits});
   for (int splits : {2, 3, 4}) add(8, 16384, {.splits = splits});
   return work;
@@ -306,7 +303,7 @@ void bench_attention(const AttentionBenchOptions& options,
       row.variant = w.variant.name;
       row.n_splits = layers.plan().n_splits, row.n_stages = layers.plan().n_stages,
       row.n_ctas = layers.plan().n_ctas, row.n_groups = layers.plan().n_groups;
-      row.state_ahead = layers.plan().state_ahead, row.side_every_item = layers.plan().side_every_item;
+      row.state_ahead = layers.plan().state_ahead;
       row.counted_bytes = decode_bytes(shape, w.at.slots, w.variant.score, w.variant.shared);
       row.median_us = us[us.size() / 2] / n, row.min_us = us.front() / n, row.max_us = us.back() / n;
       row.runs = static_cast<int>(us.size());
@@ -323,12 +320,12 @@ void bench_attention(const AttentionBenchOptions& options,
 std::string attention_bench_json(const AttentionBenchRow& r) {
   return fmt::format(
       R"({{"bench":"attention","case":"{} B{} S{} {}","device":"{}","variant":"{}","dtype":"{}","batch":{},"slots":{},)"
-      R"("q_heads":{},"kv_heads":{},"head_dim":{},"splits":{},"stages":{},"ctas":{},"groups":{},"state_ahead":{},"side_every_item":{},"kv_bytes":{},"counted_bytes":{},"median_us":{:.3f},)"
+      R"("q_heads":{},"kv_heads":{},"head_dim":{},"splits":{},"stages":{},"ctas":{},"groups":{},"state_ahead":{},"kv_bytes":{},"counted_bytes":{},"median_us":{:.3f},)"
       R"("floor_us":{:.3f},"read_ceiling_gbps":{:.1f},"share_of_ceiling":{:.4f},"with_importance":{},)"
       R"("with_eviction":{},"median":{:.3f},"unit":"us","limit":{:.3f},"ratio_to_limit":{:.4f},"runs":{},"spread":{:.4f}}})",
       r.variant, r.at.batch, r.at.slots, dtype_name(r.at.dtype), r.device, r.variant, dtype_name(r.at.dtype),
       r.at.batch, r.at.slots, r.n_q_heads, r.n_kv_heads, r.head_dim, r.n_splits, r.n_stages, r.n_ctas,
-      r.n_groups, r.state_ahead, r.side_every_item, r.kv_bytes, r.counted_bytes, r.median_us, r.floor_us(),
+      r.n_groups, r.state_ahead, r.kv_bytes, r.counted_bytes, r.median_us, r.floor_us(),
       r.read_ceiling_gbps, r.floor_us() / r.median_us, r.with_importance, r.with_eviction, r.median_us,
       r.floor_us(), r.median_us / r.floor_us(), r.runs, (r.max_us - r.min_us) / r.median_us);
 }

@@ -11,7 +11,7 @@
 namespace kvlapse {
 
 template <int kHeadDim, class Element, bool kBulk>
-__global__ void __launch_bounds__(device::kMaxDecodeThreads, 1)
+__global__ void __launch_bounds__(device::DecodeTraits<kHeadDim, Element, kBulk>::kThreads, 1)
     decode_step_kernel(const __grid_constant__ CudaDecodeArgs args) {
   extern __shared__ __align__(1024) unsigned char shared[];
   device::DecodeCta<device::DecodeTraits<kHeadDim, Element, kBulk>, CudaDecodeArgs>(args, shared).run();

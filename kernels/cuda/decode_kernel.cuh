@@ -4,7 +4,7 @@
 //
 // A CTA works on one (b, kv head) and one share ("split") of its 64-slot tiles; CTAs persist and take item
 // after item. One producer warp streams all K tiles, then all V tiles, through a ring in shared memory,
-// running ahead into the next item; 8 consumer warps in two groups take tiles alternately, 16 slots a warp.
+// running ahead into the next item; groups of 4 consumer warps take tiles in turn, 16 slots a warp.
 //   1. logits: K tile x Q^T on the matrix unit (slots are the rows, query heads the 8 columns); logits go to
 //   shared
 //      memory private to the lane, which keeps a running (max, sum) of its heads.
@@ -29,14 +29,13 @@ namespace kvlapse::device {
 
 inline constexpr int kTileSlots = kDecodeTileSlots;
 inline constexpr int kGroupWarps = kDecodeGroupWarps;
-inline constexpr int kMaxConsumerWarps = kMaxDecodeGroups * kGroupWarps;
-inline constexpr int kMaxDecodeThreads = (kMaxConsumerWarps + 1) * 32;
 inline constexpr int kMaxStages = kMaxDecodeStages;
 inline constexpr int kOutputPad = kDecodeOutputPad;
 inline constexpr float kNoMax = -1e30f;  // finite, so that an empty row gives 2^(x - x) and no NaN
 inline constexpr int kConsumerBarrier = 1;
 
 // Small shared memory behind the ring, the logits and what other splits send.
+template <int kConsumerWarps>
 struct alignas(16) DecodeSmall {
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
@@ -44,19 +43,22 @@ struct alignas(16) DecodeSmall {
   uint64_t info_empty[2];
   uint64_t softmax_bar;
   uint64_t output_bar;
-  uint64_t keys[kMaxConsumerWarps];
+  uint64_t keys[kConsumerWarps];
   int32_t info[2][4];
-  alignas(16) float warp_softmax[kMaxConsumerWarps][kMaxDecodeGroup][2];  // (max, sum)
+  alignas(16) float warp_softmax[kConsumerWarps][kMaxDecodeGroup][2];  // (max, sum)
   alignas(16) float split_softmax[kMaxDecodeSplits][kMaxDecodeGroup][2];
   float inverse_sum[kMaxDecodeGroup];
   int32_t last_arrival;
 };
-static_assert(sizeof(DecodeSmall) == kDecodeSmallBytes);
 
 template <int kHeadDimension, class ElementTag, bool kBulkCopy>
 struct DecodeTraits {
   using Element = ElementTag;
   static constexpr bool kFp8 = __is_same(Element, E4m3);
+  static constexpr int kConsumerWarps = max_decode_groups(kFp8) * kGroupWarps;  // at most
+  static constexpr int kThreads = (kConsumerWarps + 1) * 32;
+  using Small = DecodeSmall<kConsumerWarps>;
+  static_assert(sizeof(Small) == decode_small_bytes(kFp8));
   static constexpr int kHeadDim = kHeadDimension;
   static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);
   static constexpr bool kBulk =
@@ -122,7 +124,7 @@ class DecodeCta {
  public:
   KVLAPSE_DEVICE DecodeCta(const Args& args, unsigned char* shared)
       : args_(args),
-        small_(*reinterpret_cast<DecodeSmall*>(shared + args.small_offset)),
+        small_(*reinterpret_cast<typename Traits::Small*>(shared + args.small_offset)),
         ring_(smem_address(shared)),
         scales_(ring_ + static_cast<uint32_t>(args.n_stages * Traits::kTileBytes)),
         logits_(scales_ + static_cast<uint32_t>(args.n_stages * Traits::kScaleBytes)),
@@ -217,24 +219,33 @@ class DecodeCta {
     int turn = 0;
     ItemState state;
     const bool ahead = Traits::kBulk && args_.state_ahead;
-    if (ahead) read_item(first_item_, state);
+    if (ahead) read_state(first_item_, state);
     KVLAPSE_NO_UNROLL
     for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
-      if (!ahead) read_item(item, state);
-      const ItemInfo info = resolve(state);
+      if (!ahead) read_state(item, state);
+      const int n = valid_slots(state);
+      const Tiles tiles = tiles_of(n);
+      int tile = tiles.begin;
+      if (turn == 0)  // the ring is empty: K is on its way before all of the state is here
+        for (; tile < tiles.end && tile - tiles.begin < args_.n_stages; ++tile) {
+          load_tile(0, item, tile, n, ring, policy);
+          ring.advance(1, args_.n_stages);
+        }
+      if (!ahead || turn == 0) read_oldest(item, state);
+      const ItemInfo info = resolve(state, n);
       if (lane_ == 0) publish(info, turn);
-      const Tiles tiles = tiles_of(info.n);
+      prefetch_side(item, tiles, n);
       KVLAPSE_NO_UNROLL
-      for (int plane = 0; plane < 2; ++plane) {
+      for (int plane = 0; plane < 2; ++plane, tile = tiles.begin) {
         if (ahead) {
           if (plane == 0)
-            read_position(item + item_stride_, state);
-          else
             read_state(item + item_stride_, state);
+          else
+            read_oldest(item + item_stride_, state);
         }
         KVLAPSE_NO_UNROLL
-        for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-          load_tile(plane, item, tile, info.n, ring, policy);
+        for (; tile < tiles.end; ++tile) {
+          load_tile(plane, item, tile, n, ring, policy);
           ring.advance(1, args_.n_stages);
         }
       }
@@ -248,37 +259,65 @@ class DecodeCta {
     int pos = -1, held = 0, oldest = -1;
     uint64_t key = ~uint64_t{0};  // of this lane
   };
-  KVLAPSE_DEVICE void read_position(int item, ItemState& state) const {
-    if (item < args_.n_items) state.pos = args_.step_pos[item / args_.n_kv_heads];
-  }
+  // All that does not hang on the position, in flight together.
   KVLAPSE_DEVICE void read_state(int item, ItemState& state) const {
-    if (item >= args_.n_items || state.pos < 0) return;
+    if (item >= args_.n_items) return;
     const int key_item = args_.shared ? item / args_.n_kv_heads * args_.n_kv_heads : item;
-    const bool appends = args_.k_new != nullptr;
+    state.pos = args_.step_pos[item / args_.n_kv_heads];
     state.key = ~uint64_t{0};
-    if (appends && lane_ < args_.n_splits) state.key = args_.victim_keys[key_item * kMaxDecodeSplits + lane_];
-    state.held =
-        args_.count != nullptr ? args_.count[item] : (state.pos < args_.budget ? state.pos : args_.budget);
+    if (args_.k_new != nullptr && lane_ < args_.n_splits)
+      state.key = args_.victim_keys[key_item * kMaxDecodeSplits + lane_];
+    if (args_.count != nullptr) state.held = args_.count[item];
+  }
+  KVLAPSE_DEVICE void read_oldest(int item, ItemState& state) const {
     state.oldest = -1;
-    if (appends && args_.recent > 0 && state.pos - args_.recent >= args_.pinned)
+    if (item < args_.n_items && args_.k_new != nullptr && args_.recent > 0 &&
+        state.pos - args_.recent >= args_.pinned)
       state.oldest = args_.recent_slots[static_cast<int64_t>(item) * args_.recent + state.pos % args_.recent];
   }
-  KVLAPSE_DEVICE void read_item(int item, ItemState& state) const {
-    read_position(item, state);
-    read_state(item, state);
+  KVLAPSE_DEVICE int held_before(const ItemState& state) const {
+    if (args_.count != nullptr) return state.held;
+    return state.pos < args_.budget ? state.pos : args_.budget;
+  }
+  // The new token's slot counted.
+  KVLAPSE_DEVICE int valid_slots(const ItemState& state) const {
+    if (state.pos < 0) return 0;
+    const int held = held_before(state);
+    return args_.k_new != nullptr && held < args_.budget ? held + 1 : held;
   }
   // All lanes.
-  KVLAPSE_DEVICE ItemInfo resolve(const ItemState& state) const {
+  KVLAPSE_DEVICE ItemInfo resolve(const ItemState& state, int n) const {
     if (state.pos < 0) return {0, -1, -1, state.pos};
     const uint64_t key = warp_min(state.key);
-    if (args_.k_new == nullptr) return {state.held, -1, -1, state.pos};
-    if (state.held < args_.budget) return {state.held + 1, state.held, state.oldest, state.pos};
+    const int held = held_before(state);
+    if (args_.k_new == nullptr) return {n, -1, -1, state.pos};
+    if (held < args_.budget) return {n, held, state.oldest, state.pos};
     int slot = static_cast<int>(static_cast<uint32_t>(key));
-    if (key == ~uint64_t{0} || slot >= state.held) {
+    if (key == ~uint64_t{0} || slot >= held) {
       slot = state.oldest >= 0 ? state.oldest : 0;
       if (lane_ == 0) *args_.flags = kFlagNoCandidate;
     }
-    return {state.held, slot, state.oldest, state.pos};
+    return {n, slot, state.oldest, state.pos};
+  }
+
+  // Norms, scores and protection bits of an item into L2 while K streams, in one piece: a tile's share of
+  // them at a time is a few bytes of a page of memory each.
+  KVLAPSE_DEVICE void prefetch_side(int item, const Tiles& tiles, int n) const {
+    if (args_.score == FusedScore::none || n == 0) return;
+    const int first = tiles.begin * kTileSlots, end = tiles.end * kTileSlots < n ? tiles.end * kTileSlots : n;
+    if (score_uses_norm(args_.score)) prefetch(args_.value_l1 + slot_index(item, first), (end - first) * 4);
+    if (score_accumulates(args_.score)) prefetch(args_.accumulated + slot_index(item, first), (end - first) * 4);
+    prefetch(args_.protect + protect_index(item, first / 16), (end - first + 15) / 16 * 2);
+  }
+  KVLAPSE_DEVICE void prefetch(const void* from, int bytes) const {
+    const char* data = static_cast<const char*>(from);
+    if constexpr (Traits::kBulk) {
+      const int before = static_cast<int>(reinterpret_cast<uint64_t>(data) & 15);
+      if (lane_ == 0 && bytes >= 16)
+        bulk_prefetch_l2(data - before, static_cast<uint32_t>(bytes + before) & ~15u);
+    } else {
+      for (int i = lane_ * 64; i < bytes; i += 32 * 64) prefetch_l2(data + i);
+    }
   }
 
   KVLAPSE_DEVICE void publish(const ItemInfo& info, int turn) {
@@ -346,10 +385,11 @@ class DecodeCta {
       const Tiles tiles = tiles_of(info.n);
       Softmax softmax{{kNoMax, kNoMax}, {0, 0}};
       // Early: their latency is hidden by K, and by the kernel in front.
-      const SlotSide side = load_side(item, info.n, tiles.begin + group);
+      SlotSide sides[kSidesAhead];
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kSidesAhead; ++i)
+        sides[i] = load_side(item, info.n, tiles, tiles.begin + group + i * args_.n_groups);
       if (turn == 0) {
-        for (int tile = tiles.begin + group; lane_ == 0 && tile < tiles.end; tile += args_.n_groups)
-          prefetch_side(item, info.n, tile, tile < tiles.begin + args_.n_groups);
         wait_for_previous_kernel();
         allow_next_kernel();
         if (clustered()) cluster_wait();
@@ -357,7 +397,7 @@ class DecodeCta {
       const NewRows rows = load_new_rows(item, info, tiles);
       RingCursor at = ring;
       at.advance(group, args_.n_stages);
-      attend_keys(item, turn, info, tiles, at, rows, softmax);
+      attend_keys(item, info, tiles, at, rows, softmax);
       combine_softmax(item, turn, softmax);
 
       float output[Traits::kSteps][4];
@@ -366,7 +406,7 @@ class DecodeCta {
         for (int j = 0; j < 4; ++j) output[i][j] = 0;
       at = ring;
       at.advance(tiles.count() + group, args_.n_stages);
-      const uint64_t key = attend_values(item, info, tiles, at, rows, softmax, side, output);
+      const uint64_t key = attend_values(item, info, tiles, at, rows, softmax, sides, output);
       finish(item, turn, info, tiles, key, output);
       ring.advance(2 * tiles.count(), args_.n_stages);
     }
@@ -513,7 +553,7 @@ class DecodeCta {
     }
   }
 
-  KVLAPSE_DEVICE void attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles, RingCursor at,
+  KVLAPSE_DEVICE void attend_keys(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
                                   const NewRows& rows, Softmax& softmax) {
     const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, g = lane_ / 4, t = lane_ % 4;
     uint32_t query[Traits::kSteps][2];
@@ -527,8 +567,6 @@ class DecodeCta {
       const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
       const int first = tile * kTileSlots + part * 16;  // first slot of this warp
-      if (lane_ == 0 && turn > 0 && args_.side_every_item)
-        prefetch_side(item, info.n, tile, tile < tiles.begin + args_.n_groups);
       const bool writes = info.slot >= first && info.slot < first + 16;
       if (writes) write_row(at.stage, info.slot, item, rows.k, 0);
       float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
@@ -638,14 +676,16 @@ class DecodeCta {
     }
   }
 
-  // What a lane needs of "its" slot (lanes t = 0, 1 own slots g, g + 8) beyond K and V, loaded one tile
-  // ahead.
+  // What a lane needs of "its" slot (lanes t = 0, 1 own slots g, g + 8) beyond K and V, loaded
+  // kSidesAhead tiles of the group ahead: memory answers later than a tile is done. Of fp8 a tile takes longer.
+  static constexpr int kSidesAhead = Traits::kFp8 ? 1 : 2;
   struct SlotSide {
     float norm = 0, accumulated = 0;
     uint32_t protect = 0;
   };
-  KVLAPSE_DEVICE SlotSide load_side(int item, int n, int tile) const {
+  KVLAPSE_DEVICE SlotSide load_side(int item, int n, const Tiles& tiles, int tile) const {
     SlotSide side;
+    if (tile >= tiles.end) return side;
     const int part = warp_ % kGroupWarps;
     const int slot = tile * kTileSlots + part * 16 + lane_ / 4 + (lane_ % 4) * 8;
     if (args_.score == FusedScore::none || lane_ % 4 > 1 || slot >= n) return side;
@@ -655,94 +695,86 @@ class DecodeCta {
     return side;
   }
 
-  // Into L2 while K streams, so that load_side does not wait for DRAM while V does. A line of protection bits
-  // serves 1024 slots.
-  KVLAPSE_DEVICE void prefetch_side(int item, int n, int tile, bool begins) const {
-    const int first = tile * kTileSlots + warp_ % kGroupWarps * 16;
-    if (first >= n) return;
-    if (args_.score == FusedScore::none) return;
-    if (score_uses_norm(args_.score)) prefetch_l2(args_.value_l1 + slot_index(item, first));
-    if (score_accumulates(args_.score)) prefetch_l2(args_.accumulated + slot_index(item, first));
-    if (begins || first % 1024 < kTileSlots) prefetch_l2(args_.protect + protect_index(item, first / 16));
-  }
-
   KVLAPSE_DEVICE uint64_t attend_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
-                                        const NewRows& rows, const Softmax& softmax, SlotSide side,
+                                        const NewRows& rows, const Softmax& softmax, SlotSide (&sides)[kSidesAhead],
                                         float (&output)[Traits::kSteps][4]) {
     const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, t = lane_ % 4;
     const int row = part * 16 + (lane_ & 7) + (lane_ >> 4) * 8;
     const bool scores = args_.score != FusedScore::none;
     uint64_t best = ~uint64_t{0};
     uint32_t top = 0;  // fp8: power of two above the scales that this warp has met, as bits
+    const int stride = args_.n_groups;
     KVLAPSE_NO_UNROLL
-    for (int tile = tiles.begin + group; tile < tiles.end; tile += args_.n_groups) {
-      const SlotSide next =
-          load_side(item, tile + args_.n_groups < tiles.end ? info.n : 0, tile + args_.n_groups);
-      const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
-      const int first = tile * kTileSlots + part * 16;
-      float p[4] = {0, 0, 0, 0};
-      if (t < half_group()) {
-        const Float4 s = smem_load4(logit_address((tile - tiles.begin) * kGroupWarps + part));
-        p[0] = exp2_approximate(s.x - softmax.max[0]), p[1] = exp2_approximate(s.y - softmax.max[1]);
-        p[2] = exp2_approximate(s.z - softmax.max[0]), p[3] = exp2_approximate(s.w - softmax.max[1]);
-      }
-      uint32_t b0 = 0, b1 = 0;
-      if constexpr (!Traits::kFp8) {
-        b0 = transpose_matrix(pack2<Matrix>(p[0], p[1]));
-        b1 = transpose_matrix(pack2<Matrix>(p[2], p[3]));
-      }
-
-      mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-      const bool writes = info.slot >= first && info.slot < first + 16;
-      const bool tail = first + 16 > info.n;
-      if (writes) {
-        write_row(at.stage, info.slot, item, rows.v, 1);
-        note_new_token(at.stage, info, item, side);
-      }
-      if (tail) clear_rows(data, part, info.n - first);
-      if constexpr (Traits::kFp8) {
-        const int g = lane_ / 4;
-        float scale[2];
-        KVLAPSE_UNROLL
-        for (int j = 0; j < 2; ++j)
-          scale[j] =
-              first + g + j * 8 < info.n ? smem_load(scale_address(at.stage, part * 16 + g + j * 8)) : 0.0f;
-        const uint32_t above =
-            power_above(warp_largest(float_bits(scale[0] > scale[1] ? scale[0] : scale[1])));
-        if (above > top) {
-          const float rescale = bits_float(top) * one_over_power(above);
-          KVLAPSE_UNROLL
-          for (int i = 0; i < Traits::kSteps; ++i)
-            for (int j = 0; j < 4; ++j) output[i][j] *= rescale;
-          top = above;
-        }
-        const float low = scale[0] * one_over_power(top), high = scale[1] * one_over_power(top);
-        b0 = transpose_matrix(pack2<Matrix>(p[0] * low, p[1] * low));
-        b1 = transpose_matrix(pack2<Matrix>(p[2] * high, p[3] * high));
-      }
+    for (int first_tile = tiles.begin + group; first_tile < tiles.end; first_tile += kSidesAhead * stride) {
       KVLAPSE_UNROLL
-      for (int i = 0; i < Traits::kSteps; ++i) {
-        if constexpr (Traits::kFp8) {
-          if (i % 2 != 0) continue;
-          uint32_t r[4], a[4],
-              b[4];  // pairs of dimensions of slots 2t, 2t + 1; of 16 dimensions, of the next 16
-          load_matrix4_transposed(r, data + chunk_offset(row, i + ((lane_ >> 3) & 1)));
-          widen_e4m3(r[0], a[0], a[1]);
-          widen_e4m3(r[2], a[2], a[3]);
-          multiply_add_16x8x16<Matrix>(output[i], a, b0, b1);
-          widen_e4m3(r[1], b[0], b[1]);
-          widen_e4m3(r[3], b[2], b[3]);
-          multiply_add_16x8x16<Matrix>(output[i + 1], b, b0, b1);
-        } else {
-          uint32_t a[4];
-          load_matrix4_transposed(a, data + chunk_offset(row, 2 * i + ((lane_ >> 3) & 1)));
-          multiply_add_16x8x16<Matrix>(output[i], a, b0, b1);
+      for (int i_side = 0; i_side < kSidesAhead; ++i_side) {  // so that sides[] are registers
+        const int tile = first_tile + i_side * stride;
+        if (tile >= tiles.end) break;
+        const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
+        const int first = tile * kTileSlots + part * 16;
+        // Lanes without heads read a neighbour's.
+        const Float4 s = smem_load4(logit_address((tile - tiles.begin) * kGroupWarps + part));
+        float p[4] = {exp2_approximate(s.x - softmax.max[0]), exp2_approximate(s.y - softmax.max[1]),
+                      exp2_approximate(s.z - softmax.max[0]), exp2_approximate(s.w - softmax.max[1])};
+        if (t >= half_group()) p[0] = p[1] = p[2] = p[3] = 0;
+        uint32_t b0 = 0, b1 = 0;
+        if constexpr (!Traits::kFp8) {
+          b0 = transpose_matrix(pack2<Matrix>(p[0], p[1]));
+          b1 = transpose_matrix(pack2<Matrix>(p[2], p[3]));
         }
+
+        mbarrier_wait(bar(small_.full[at.stage]), at.phase);
+        const bool writes = info.slot >= first && info.slot < first + 16;
+        const bool tail = first + 16 > info.n;
+        if (writes) {
+          write_row(at.stage, info.slot, item, rows.v, 1);
+          note_new_token(at.stage, info, item, sides[i_side]);
+        }
+        if (tail) clear_rows(data, part, info.n - first);
+        if constexpr (Traits::kFp8) {
+          const int g = lane_ / 4;
+          float scale[2];
+          KVLAPSE_UNROLL
+          for (int j = 0; j < 2; ++j)
+            scale[j] =
+                first + g + j * 8 < info.n ? smem_load(scale_address(at.stage, part * 16 + g + j * 8)) : 0.0f;
+          const uint32_t above =
+              power_above(warp_largest(float_bits(scale[0] > scale[1] ? scale[0] : scale[1])));
+          if (above > top) {
+            const float rescale = bits_float(top) * one_over_power(above);
+            KVLAPSE_UNROLL
+            for (int i = 0; i < Traits::kSteps; ++i)
+              for (int j = 0; j < 4; ++j) output[i][j] *= rescale;
+            top = above;
+          }
+          const float low = scale[0] * one_over_power(top), high = scale[1] * one_over_power(top);
+          b0 = transpose_matrix(pack2<Matrix>(p[0] * low, p[1] * low));
+          b1 = transpose_matrix(pack2<Matrix>(p[2] * high, p[3] * high));
+        }
+        KVLAPSE_UNROLL
+        for (int i = 0; i < Traits::kSteps; ++i) {
+          if constexpr (Traits::kFp8) {
+            if (i % 2 != 0) continue;
+            uint32_t r[4], a[4],
+                b[4];  // pairs of dimensions of slots 2t, 2t + 1; of 16 dimensions, of the next 16
+            load_matrix4_transposed(r, data + chunk_offset(row, i + ((lane_ >> 3) & 1)));
+            widen_e4m3(r[0], a[0], a[1]);
+            widen_e4m3(r[2], a[2], a[3]);
+            multiply_add_16x8x16<Matrix>(output[i], a, b0, b1);
+            widen_e4m3(r[1], b[0], b[1]);
+            widen_e4m3(r[3], b[2], b[3]);
+            multiply_add_16x8x16<Matrix>(output[i + 1], b, b0, b1);
+          } else {
+            uint32_t a[4];
+            load_matrix4_transposed(a, data + chunk_offset(row, 2 * i + ((lane_ >> 3) & 1)));
+            multiply_add_16x8x16<Matrix>(output[i], a, b0, b1);
+          }
+        }
+        release(at, writes || tail);
+        at.advance(args_.n_groups, args_.n_stages);
+        if (scores) best = min_key(best, score_slots(item, info, tile, p, softmax, sides[i_side]));
+        sides[i_side] = load_side(item, info.n, tiles, tile + kSidesAhead * stride);
       }
-      release(at, writes || tail);
-      at.advance(args_.n_groups, args_.n_stages);
-      if (scores) best = min_key(best, score_slots(item, info, tile, p, softmax, side));
-      side = next;
     }
     if constexpr (Traits::kFp8) {
       KVLAPSE_UNROLL
@@ -807,17 +839,18 @@ class DecodeCta {
     const int first = tile * kTileSlots + part * 16;
     const int slot = first + g + t * 8;
     const uint32_t protect = updated_protection(item, info, tile * kGroupWarps + part, first, side.protect);
-    if (t > 1 || slot >= info.n) return ~uint64_t{0};
+    const bool owns = t < 2 && slot < info.n;
     float score = t == 0 ? low : high;
     if (score_accumulates(args_.score)) {
       score += side.accumulated;
-      args_.accumulated[slot_index(item, slot)] = score;
+      if (owns) args_.accumulated[slot_index(item, slot)] = score;
     }
     if (score_uses_norm(args_.score)) score *= side.norm;
     score *= args_.score_scale;
-    if (args_.importance != nullptr) args_.importance[slot_index(item, slot)] = score;
-    if ((protect >> (slot - first)) & 1u) return ~uint64_t{0};
-    return (static_cast<uint64_t>(float_bits(score)) << 32) | static_cast<uint32_t>(slot);
+    if (args_.importance != nullptr && owns) args_.importance[slot_index(item, slot)] = score;
+    const bool candidate = owns && ((protect >> (slot - first)) & 1u) == 0;
+    return candidate ? (static_cast<uint64_t>(float_bits(score)) << 32) | static_cast<uint32_t>(slot)
+                     : ~uint64_t{0};
   }
 
   // Bits of 16 slots after this step: the new token's set when it is protected, cleared when it is not (it
@@ -1024,7 +1057,7 @@ class DecodeCta {
   static constexpr float kInfinity = __builtin_huge_valf();
 
   const Args& args_;
-  DecodeSmall& small_;
+  typename Traits::Small& small_;
   const SmemAddress ring_, scales_, logits_, received_;
   const int n_threads_;  // that consume
   const int warp_, lane_, rank_, first_item_, item_stride_;

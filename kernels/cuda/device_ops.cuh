@@ -167,6 +167,13 @@ KVLAPSE_DEVICE void prefetch_tensor_map(const TensorMap* map) {
 KVLAPSE_DEVICE void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
+// `bytes` in a row, a multiple of 16, from a 16-byte aligned address.
+KVLAPSE_DEVICE void bulk_prefetch_l2(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes)
+               : "memory");
+#endif
+}
 // 16 bytes, or zeros when !valid.
 KVLAPSE_DEVICE void copy_async16(SmemAddress to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),

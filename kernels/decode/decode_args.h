@@ -23,9 +23,15 @@ inline constexpr int kMaxDecodeSplits = 16;
 inline constexpr int kMaxDecodeGroup = 8;  // query heads per kv head: the columns of one matrix instruction
 inline constexpr int kDecodeTileSlots = 64;
 inline constexpr int kDecodeGroupWarps = 4;  // consumer warps that share a tile, 16 slots each
-inline constexpr int kMaxDecodeGroups = 2;   // groups of them in a block; they take tiles in turn
 inline constexpr int kMaxDecodeStages = 16;
-inline constexpr int kDecodeSmallBytes = 1984;  // barriers and exchange buffers behind the ring
+// Groups of them in a block, which take tiles in turn. Widening fp8 takes longer than copying it.
+constexpr int max_decode_groups(bool fp8) {
+  return fp8 ? 3 : 2;
+}
+// Barriers and exchange buffers behind the ring.
+constexpr int decode_small_bytes(bool fp8) {
+  return 1408 + 288 * max_decode_groups(fp8);
+}
 inline constexpr int kDecodeOutputPad =
     4;  // floats between heads of the output reduction, against bank conflicts
 
@@ -93,7 +99,6 @@ struct DecodeArgs {
   bool shared;           // the layer's heads share one victim
   bool early_state;      // the kernel just before this one in the stream does not write this state or K, V
   bool state_ahead;      // the next item's state is read while this one streams (copy engine only)
-  bool side_every_item;  // norms, scores and protection bits are asked into L2 for every item, not the first
 };
 
 }  // namespace kvlapse

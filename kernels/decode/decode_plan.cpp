@@ -68,12 +68,13 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
 
   DecodePlan plan;
   plan.bulk = limits.clusters;
-  plan.n_groups = per_multiprocessor == 1 ? kMaxDecodeGroups : 1;
+  plan.n_groups = per_multiprocessor == 1 ? max_decode_groups(shape.fp8()) : 1;
+  if (tuning.groups > 0) plan.n_groups = std::min(plan.n_groups, tuning.groups);
   plan.n_threads = (plan.n_groups * kDecodeGroupWarps + 1) * 32;
   // The system keeps 1 KB of every block's shared memory.
   const int smem_bytes = (limits.smem_bytes + 1024) / per_multiprocessor - 1024;
   auto fixed_bytes = [&](int splits) {
-    return kDecodeSmallBytes + logits_bytes(shape, splits, plan.n_groups) + split_output_bytes(shape, splits);
+    return decode_small_bytes(shape.fp8()) + logits_bytes(shape, splits, plan.n_groups) + split_output_bytes(shape, splits);
   };
   auto fits = [&](int splits) { return fixed_bytes(splits) + kMinStages * tile_bytes <= smem_bytes; };
   auto resident = [&](int splits, int bytes) {
@@ -110,16 +111,12 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   if (tuning.stages > 0) plan.n_stages = std::min(tuning.stages, plan.n_stages);
   plan.n_stages -= plan.n_stages % plan.n_groups;
   plan.small_offset = plan.n_stages * tile_bytes + plan.logits_bytes + split_output_bytes(shape, splits);
-  plan.smem_bytes = plan.small_offset + kDecodeSmallBytes;
+  plan.smem_bytes = plan.small_offset + decode_small_bytes(shape.fp8());
 
-  // Short items wait for what they did not ask for early; long ones lost 2.5 % by asking (H100, 128 x 3276
-  // slots), and by cp.async, where pending loads share the copies' scoreboard, 15 to 18 %.
+  // Short items wait for state that they did not ask for early; long ones, and cp.async, whose copies share a
+  // scoreboard with pending loads, lose by asking (H100).
   const bool shorts = ceil_div(tiles, splits) <= kShortItem;
-  const ReadAhead ahead = tuning.ahead != ReadAhead::chosen ? tuning.ahead
-                          : shorts                          ? ReadAhead::both
-                                                            : ReadAhead::first_item;
-  plan.state_ahead = plan.bulk && (ahead == ReadAhead::state || ahead == ReadAhead::both);
-  plan.side_every_item = ahead == ReadAhead::side || ahead == ReadAhead::both;
+  plan.state_ahead = plan.bulk && (tuning.ahead == ReadAhead::chosen ? shorts : tuning.ahead == ReadAhead::yes);
 
   const int at_once = resident(splits, plan.smem_bytes);
   if (at_once < 1)

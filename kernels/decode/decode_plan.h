@@ -43,7 +43,7 @@ struct DecodeLimits {
 
 struct DecodePlan {
   bool bulk = true;
-  int n_groups = kMaxDecodeGroups;
+  int n_groups = 0;
   int n_threads = 0;
   int n_splits = 1;
   int n_ctas = 0;  // a multiple of n_splits
@@ -51,11 +51,11 @@ struct DecodePlan {
   int logits_bytes = 0;
   int small_offset = 0;
   int smem_bytes = 0;
-  bool state_ahead = false, side_every_item = false;
+  bool state_ahead = false;
 };
 
-// What a block asks for before it needs it, beyond K and V of its ring.
-enum class ReadAhead : uint8_t { chosen, first_item, state, side, both };
+// Whether a block reads the state of its next item while this one streams.
+enum class ReadAhead : uint8_t { chosen, no, yes };
 
 // What a caller fixes; 0 leaves the choice to the plan.
 struct DecodeTuning {
@@ -63,6 +63,7 @@ struct DecodeTuning {
   int stages = 0;
   int ctas = 0;
   int blocks_per_multiprocessor = 0;  // 1, or 2: half the shared memory, one consumer group each
+  int groups = 0;                     // of consumers, at most
   ReadAhead ahead = ReadAhead::chosen;
 };
 

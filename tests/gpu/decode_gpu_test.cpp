@@ -122,7 +122,7 @@ TEST_P(GpuDecodePath, TunedPlansAsDefined) {
   c.shape = {60, 32, 8, 128, 500, DType::bf16};  // items follow each other in a block
   c.tokens.assign(60, 900);
   c.tokens[7] = 20;
-  for (ReadAhead ahead : {ReadAhead::first_item, ReadAhead::state, ReadAhead::side, ReadAhead::both})
+  for (ReadAhead ahead : {ReadAhead::no, ReadAhead::yes})
     check(c, {.splits = 1, .blocks_per_multiprocessor = 1, .ahead = ahead});
 }
 

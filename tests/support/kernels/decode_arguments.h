@@ -22,7 +22,6 @@ void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, con
   args.logits_bytes = plan.logits_bytes;
   args.small_offset = plan.small_offset;
   args.state_ahead = plan.state_ahead;
-  args.side_every_item = plan.side_every_item;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(p.shape.head_dim)));
   args.score_scale = p.score_scale();
   args.score = p.score;
