@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <thread>
@@ -11,6 +12,7 @@
 #include "kernels/cuda/bench_kernels.h"
 #include "kernels/cuda/device_memory.h"
 #include "tests/support/gpu/gpu_decode.h"
+#include "trace/cupti/cupti_api.h"
 #include "trace/gpu_capture.h"
 
 namespace kvlapse {
@@ -166,6 +168,81 @@ TEST(CuptiOnGpu, CountedBytesAreTheModelledOnes) {
   EXPECT_EQ(kernels, 20u * 4);
 }
 
+// Attention, scores and victims of a step of more than 100 MB: DRAM is read as often as the launch says.
+TEST(CuptiOnGpu, TheFusedStepReadsTheModelledBytes) {
+  KVLAPSE_NEEDS_GPU();
+  DecodeCase c;
+  c.shape = {32, 32, 8, 128, 1024, DType::bf16};
+  c.tokens.assign(static_cast<size_t>(c.shape.batch), 5000);
+  c.recent = 1;
+  const DecodeKernel kernel(c.shape);
+  const GpuDecode step_of_layer(kernel, make_decode_problem(c, kernel.plan().n_splits));
+  const Reads others;  // between two launches, so that nothing is left in L2
+  GpuCaptureOptions options;
+  options.counters = GpuCounters::kernels;
+  options.counter_steps = 2;
+  options.session_ns = Clock();
+  const auto capture = make_gpu_capture(options);
+  LaunchLog log;
+  std::vector<KernelCounters> counters;
+  const auto add = [&](const GpuBatch& batch) {
+    counters.insert(counters.end(), batch.counters.begin(), batch.counters.end());
+  };
+  for (int step = 0; step < 20; ++step) {
+    const bool counted = capture->begin_step(step);
+    for (int i = 0; counted && i < 3; ++i) {
+      log.add("read_plain", 4 * kBytes);
+      launch_read_plain(others.stream.get(), others.data.data(), 4 * kBytes, 132 * 4, nullptr);
+      step_of_layer.launch(others.stream.get(), false, &log);
+    }
+    others.stream.synchronize();
+    capture->end_step(log.take());
+    add(capture->take());
+  }
+  const GpuBatch last = capture->finish();
+  add(last);
+  const GpuSource* source_of_counters = source(last, "kernels");
+  if (!source_of_counters->reason.empty()) GTEST_SKIP() << source_of_counters->reason;
+  ASSERT_EQ(counters.size(), 12u);
+  for (const KernelCounters& k : counters) {
+    ASSERT_TRUE(k.launch);
+    if (k.launch->name != std::string_view("decode_step")) continue;
+    const double ratio = k.dram_read_bytes / static_cast<double>(k.launch->expected_bytes);
+    std::printf("fused step: %.2f MB read, %.2f modelled, ratio %.4f\n", k.dram_read_bytes * 1e-6,
+                static_cast<double>(k.launch->expected_bytes) * 1e-6, ratio);
+    EXPECT_NEAR(ratio, 1.0, 0.03);
+  }
+}
+
+// The profiler's own cost: kernels are recorded, and nothing of ours reads them.
+class BareActivity {
+ public:
+  BareActivity() {
+    CuptiProblem problem;
+    on_ = load_cupti(api_, problem) &&
+          api_.cuptiActivityRegisterCallbacks(give_buffer, drop_buffer) == CUPTI_SUCCESS &&
+          api_.cuptiActivityEnable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) == CUPTI_SUCCESS;
+  }
+  ~BareActivity() {
+    if (!on_) return;
+    api_.cuptiActivityFlushAll(CUPTI_ACTIVITY_FLAG_FLUSH_FORCED);
+    api_.cuptiActivityDisable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL);
+  }
+  bool on() const { return on_; }
+
+ private:
+  static void CUPTIAPI give_buffer(uint8_t** buffer, size_t* size, size_t* max_records) {
+    *size = size_t{8} << 20;
+    *buffer = static_cast<uint8_t*>(std::aligned_alloc(8, *size));
+    *max_records = 0;
+  }
+  static void CUPTIAPI drop_buffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t) {
+    std::free(buffer);
+  }
+  CuptiApi api_;
+  bool on_ = false;
+};
+
 // What recording costs a graph of many kernels: short ones, and ones as long as a large model's.
 void measure_cost(uint64_t kernel_bytes) {
   constexpr int kKernels = 400, kSteps = 100;
@@ -187,7 +264,7 @@ void measure_cost(uint64_t kernel_bytes) {
     return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
   };
   run(nullptr);
-  std::vector<double> plain;
+  std::vector<double> plain, bare;
   std::map<GpuCounters, std::vector<double>> recorded;
   for (int round = 0; round < 3; ++round) {
     plain.push_back(run(nullptr));
@@ -199,6 +276,8 @@ void measure_cost(uint64_t kernel_bytes) {
       for (int i = 0; i < 2; ++i) recorded[counters].push_back(run(capture.get()));
       capture->finish();
     }
+    if (const BareActivity activity; activity.on())
+      for (int i = 0; i < 2; ++i) bare.push_back(run(nullptr));
   }
   const auto each = [&](std::vector<double> us) {
     std::sort(us.begin(), us.end());
@@ -207,6 +286,7 @@ void measure_cost(uint64_t kernel_bytes) {
   for (const auto& [counters, us] : recorded)
     std::printf("%s: %.3f us a kernel more than %.3f us\n", std::string(counters_name(counters)).c_str(),
                 each(us) - each(plain), each(plain));
+  if (!bare.empty()) std::printf("the profiler alone: %.3f us a kernel more\n", each(bare) - each(plain));
 }
 TEST(CuptiOnGpu, CostOfActivityInsideAGraph) {
   KVLAPSE_NEEDS_GPU();

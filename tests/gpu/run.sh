@@ -41,7 +41,7 @@ for test in EveryCase WithFp8 TunedPlans ThousandSteps Graph Overlapping Victims
   done
 done
 # The profiler's tests in processes of their own: it has one state a process.
-for test in GpuRkv. CuptiOnGpu.EveryKernel CuptiOnGpu.Dram CuptiOnGpu.Counted CuptiOnGpu.Cost; do
+for test in GpuRkv. CuptiOnGpu.EveryKernel CuptiOnGpu.Dram CuptiOnGpu.Counted CuptiOnGpu.TheFused CuptiOnGpu.Cost; do
   stage "test $test" 10 || continue
   ours 40 "$here/gpu_tests" --gtest_brief=1 --gtest_filter="$test*" >"$out/test.log" 2>&1 || status=1
   cat "$out/test.log" >>"$out/tests.log"

@@ -58,10 +58,10 @@ GpuDecode::GpuDecode(const DecodeKernel& kernel, const DecodeProblem& p)
   args_.split_barrier = split_barrier_.data();
 }
 
-void GpuDecode::launch(cudaStream_t stream, bool early_state) const {
+void GpuDecode::launch(cudaStream_t stream, bool early_state, LaunchLog* log) const {
   CudaDecodeArgs args = args_;
   args.early_state = early_state;
-  kernel_.launch(stream, args);
+  kernel_.launch(stream, args, log);
 }
 
 void GpuDecode::upload_token(const DecodeProblem& p) {

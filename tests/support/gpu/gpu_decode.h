@@ -15,7 +15,7 @@ bool gpu_present();
 class GpuDecode {
  public:
   GpuDecode(const DecodeKernel& kernel, const DecodeProblem& problem);
-  void launch(cudaStream_t stream, bool early_state = false) const;
+  void launch(cudaStream_t stream, bool early_state = false, LaunchLog* log = nullptr) const;
   void upload_token(const DecodeProblem& problem);  // q, k_new, v_new
   void download(DecodeProblem& problem) const;      // all that a step changes
   int32_t* step_pos() const { return step_pos_.data(); }
