@@ -13,6 +13,7 @@ enum class FusedScore : uint8_t {
   contribution,              // p * ||v||_1 (LongFlow)
   accumulated,               // sum of p over the steps since the slot was written (H2O)
   accumulated_contribution,  // that, * ||v||_1 (VATP)
+  leave_one_out,             // p / (1 - p) * ||o - v||_2 of every head (CAOTE)
 };
 
 // The two lowest scores among the slots of a head, or of a layer that shares its victim, that may be evicted.

@@ -8,7 +8,26 @@
 namespace kvlapse {
 namespace {
 
-constexpr float kLeastRest = 1e-12f;  // of 1 - weight, so that a weight of 1 stays finite
+constexpr float kLeastRest = 1e-12f;       // of 1 - weight, so that a weight of 1 stays finite
+constexpr float kLeastOthers = 0x1p-100f;  // weight of all others together; below it they count as nothing
+
+// The error of leaving `token` out as w |o' - v|_2, o' the mean of the others by their weights; zero when
+// they weigh nothing. The same number as w / (1 - w) |o - v|_2, which fp32 cannot tell when w is near 1: both
+// differences cancel, and a token with all the weight would look worthless.
+float error_without(size_t token, std::span<const float> weights, std::span<const float> values,
+                    std::span<float> others) {
+  const size_t d = others.size();
+  std::fill(others.begin(), others.end(), 0.0f);
+  float rest = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (i == token) continue;
+    rest += weights[i];
+    add_scaled(weights[i], values.subspan(i * d, d), others);
+  }
+  const float scale = rest > kLeastOthers ? 1 / rest : 0;
+  for (size_t j = 0; j < d; ++j) others[j] = others[j] * scale - values[token * d + j];
+  return weights[token] * std::sqrt(dot(others.data(), others.data(), d));
+}
 
 // The output's move when one token is left out, exactly: o' - o = w / (1 - w) (o - v). FastCAOTE puts the
 // mean of the held values in the place of o.
@@ -46,7 +65,9 @@ class Caote final : public Policy {
         }
         std::span<const float> weights = inputs.attention(q);
         for (size_t i = 0; i < n; ++i)
-          error[i] = weights[i] / std::max(1.0f - weights[i], kLeastRest) * distance[i];
+          error[i] = exact_ && weights[i] > 0.5f
+                         ? error_without(i, weights, values, difference)
+                         : weights[i] / std::max(1.0f - weights[i], kLeastRest) * distance[i];
         return std::span<const float>(error);
       });
     }
@@ -61,6 +82,7 @@ class Caote final : public Policy {
 PolicyInfo caote_info() {
   PolicyInfo info;
   info.name = "caote";
+  info.version = 2;
   info.summary = "the exact change of the current output when one token is left out";
   info.formula = "score(i) = w_i / (1 - w_i) |o - v_i|_2, mean over the group";
   info.paper = "arXiv 2504.14051";
@@ -71,6 +93,7 @@ PolicyInfo caote_info() {
 }
 
 std::unique_ptr<Policy> make_caote(PolicyInfo info) {
+  if (info.rule.gqa == GqaRule::mean) info.fused = FusedScore::leave_one_out;
   return std::make_unique<Caote>(std::move(info), true);
 }
 

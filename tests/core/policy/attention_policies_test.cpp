@@ -175,6 +175,28 @@ TEST(Caote, ScoresTheExactMoveOfTheOutput) {
   EXPECT_THAT(fast.score(), Pointwise(FloatNear(1e-6f), {2.0f, 1.0f, 5.0f / 3}));
 }
 
+TEST(Caote, ATokenWithAllTheWeightIsNotWorthless) {
+  // In fp32 the output is its value and 1 - w is 0; without it the others' mean, (4 - 2 * 4) / 3, is left.
+  PolicyBench b("caote", 1, 1, 1, 3);
+  b.append(3);
+  b.inputs.attention_of = {{1, 1e-9f, 2e-9f}};
+  b.inputs.values_of = {{5, 4, -4}};
+  b.inputs.output_of = {{5}};
+  const std::vector<float> score = b.score();
+  EXPECT_NEAR(score[0], 19.0 / 3, 1e-5);
+  EXPECT_NEAR(score[1], 1e-9, 1e-15);
+  EXPECT_NEAR(score[2], 18e-9, 1e-14);
+  EXPECT_THAT(b.dropped(), ElementsAre(1));
+  b.inputs.attention_of = {{1, 0, 0}};  // nothing is left: the whole value is lost
+  EXPECT_THAT(b.score(), ElementsAre(5, 0, 0));
+}
+
+TEST(Caote, ADeviceMayChooseTheMeanOverTheGroupAlone) {
+  EXPECT_EQ(PolicyBench("caote", 2, 1, 1, 3).policy->info().fused, FusedScore::leave_one_out);
+  EXPECT_EQ(PolicyBench("caote:gqa=max", 2, 1, 1, 3).policy->info().fused, FusedScore::none);
+  EXPECT_EQ(PolicyBench("fastcaote", 2, 1, 1, 3).policy->info().fused, FusedScore::none);
+}
+
 TEST(Keyformer, AddsTheSameNoisySoftmaxToAllQueryHeadsOfAGroup) {
   PolicyBench b("keyformer:seed=7", 2, 1, 1, 8), other("keyformer:seed=8", 2, 1, 1, 8);
   for (PolicyBench* bench : {&b, &other}) {
