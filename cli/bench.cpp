@@ -41,6 +41,7 @@ std::vector<BenchRow> attention_on_gpu(const Options& o) {
     bench.batch = o.batch, bench.n_slots = o.slots;
     bench.n_q_heads = o.q_heads, bench.n_kv_heads = o.kv_heads, bench.head_dim = o.head_dim;
   }
+  bench.leave_one_out = make_policy(o.policy)->info().fused == FusedScore::leave_one_out;
   return bench_cuda_attention(bench);
 }
 

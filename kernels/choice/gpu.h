@@ -35,13 +35,14 @@ std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const Mode
                                         const TransformerWeights* weights, const Policy& policy);
 
 // The fused decode step (append, attention, LongFlow's score, next victim), per kv head and shared, and
-// attention alone, against the time in which its K/V can be read at the ceiling that the same run measures
-// first.
+// attention alone, against the time in which its K/V can be read (once) at the ceiling that the same run
+// measures first.
 struct CudaAttentionBench {
   int device = 0;
   int batch = 0, n_slots = 0;  // 0: the standard table
   int n_q_heads = 32, n_kv_heads = 8, head_dim = 128;
-  DType dtype = DType::bf16;  // or f16; or f8e4m3, with bf16's step beside it
+  DType dtype = DType::bf16;   // or f16; or f8e4m3, with bf16's step beside it
+  bool leave_one_out = false;  // CAOTE's score, with LongFlow's per kv head beside it
 };
 std::vector<BenchRow> bench_cuda_attention(const CudaAttentionBench& bench);
 

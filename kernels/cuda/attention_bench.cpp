@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <span>
 
 #include "core/base/error.h"
 #include "core/base/rng.h"
@@ -185,6 +186,13 @@ constexpr Variant kVariants[] = {
     {"victim_per_head_cp_async", FusedScore::contribution, false, false, DecodePath::cp_async},
 };
 
+constexpr Variant kLeaveOneOutVariants[] = {
+    {"leave_one_out", FusedScore::leave_one_out, false, true, DecodePath::best},
+    {"leave_one_out_shared", FusedScore::leave_one_out, true, true, DecodePath::best},
+    kVariants[0],
+    {"leave_one_out_cp_async", FusedScore::leave_one_out, false, false, DecodePath::cp_async},
+};
+
 std::vector<AttentionBenchCase> standard_cases(const AttentionBenchOptions& options) {
   std::vector<AttentionBenchCase> cases;
   for (DType dtype : options.fp8 ? std::vector<DType>{DType::f8e4m3, DType::bf16}
@@ -256,7 +264,8 @@ void bench_attention(const AttentionBenchOptions& options,
   if (options.sweep) work = sweep_work();
   // Variant by variant: a table with a column missing is worth more than one with rows missing.
   else
-    for (const Variant& variant : kVariants)
+    for (const Variant& variant : options.leave_one_out ? std::span<const Variant>(kLeaveOneOutVariants)
+                                                        : std::span<const Variant>(kVariants))
       for (const AttentionBenchCase& c : !variant.overlapped && options.overlapped_only
                                              ? std::vector<AttentionBenchCase>()
                                          : options.cases.empty() ? standard_cases(options)
@@ -282,7 +291,8 @@ void bench_attention(const AttentionBenchOptions& options,
   Stream stream;
   DType filled = DType::f32;
   for (const Work& w : work) {
-    const DecodeShape shape = shape_of(w.at);
+    DecodeShape shape = shape_of(w.at);
+    shape.leave_one_out = w.variant.score == FusedScore::leave_one_out;
     if (filled != w.at.dtype) {
       if (shape.fp8())
         launch_fill_fp8(stream.get(), pool.data(), pool_bytes, 1);

@@ -21,7 +21,9 @@ struct AttentionBenchOptions {
   int n_q_heads = 32, n_kv_heads = 8, head_dim = 128;
   int min_batch = 1, max_batch = 1 << 20;  // of the standard table
   bool fp8 = false;                        // the standard table over fp8 K and V, bf16 beside it
-  bool overlapped_only = false;            // not the variants without overlap and by cp.async
+  // Instead: the error of leaving a slot out, per head and shared, beside the contribution per head.
+  bool leave_one_out = false;
+  bool overlapped_only = false;    // not the variants without overlap and by cp.async
   bool sweep = false;              // instead: splits, ring depths and block counts of one variant, bf16
   double seconds_per_case = 0.02;  // of measured replays
 };
@@ -36,6 +38,7 @@ struct AttentionBenchRow {
   int runs = 0;
   bool state_ahead = false;
   bool with_importance = false, with_eviction = false;
+  // K and V once, also where a step reads V twice (counted_bytes says so).
   double floor_us() const { return static_cast<double>(kv_bytes) / read_ceiling_gbps * 1e-3; }
 };
 

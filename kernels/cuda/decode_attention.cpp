@@ -66,8 +66,11 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, const Deco
   if (path == DecodePath::bulk && !has_bulk)
     fail("decode kernel: bulk path: expected compute capability 9.0, found {}.{}", major, minor);
   const bool bulk = path == DecodePath::bulk || (path == DecodePath::best && has_bulk);
-  kernel_ = shape.fp8() ? (bulk ? decode_kernel_fp8_bulk : decode_kernel_fp8_cp_async)(shape.head_dim)
-                        : (bulk ? decode_kernel_bulk : decode_kernel_cp_async)(shape.head_dim, shape.dtype);
+  if (shape.leave_one_out)
+    kernel_ = (bulk ? leave_one_out_kernel_bulk : leave_one_out_kernel_cp_async)(shape.head_dim, shape.dtype);
+  else
+    kernel_ = shape.fp8() ? (bulk ? decode_kernel_fp8_bulk : decode_kernel_fp8_cp_async)(shape.head_dim)
+                          : (bulk ? decode_kernel_bulk : decode_kernel_cp_async)(shape.head_dim, shape.dtype);
   if (kernel_ == nullptr)
     fail("decode kernel: no kernel for head_dim {} and {}", shape.head_dim, dtype_name(shape.dtype));
 
@@ -118,10 +121,14 @@ size_t DecodeKernel::split_softmax_floats() const {
 size_t DecodeKernel::split_output_floats() const {
   return plan_.bulk || plan_.n_splits == 1
              ? 0
-             : static_cast<size_t>(shape_.n_items()) * plan_.n_splits * shape_.group() * shape_.head_dim;
+             : static_cast<size_t>(shape_.n_items()) * plan_.n_splits * shape_.group() * shape_.head_dim *
+                   (shape_.leave_one_out ? 2 : 1);
 }
 
 CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool shared) const {
+  if ((score == FusedScore::leave_one_out) != shape_.leave_one_out)
+    fail("decode kernel: score {}: the kernel was planned {} leaving slots out", static_cast<int>(score),
+         shape_.leave_one_out ? "for" : "without");
   CudaDecodeArgs args{};
   if (plan_.bulk) {
     args.k_map = plane_map(shape_, k);
@@ -137,6 +144,7 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.n_groups = plan_.n_groups;
   args.n_stages = plan_.n_stages;
   args.logits_bytes = plan_.logits_bytes;
+  args.partial_offset = plan_.partial_offset;
   args.small_offset = plan_.small_offset;
   args.state_ahead = plan_.state_ahead;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape_.head_dim)));

@@ -29,7 +29,7 @@ class DecodeKernel {
   size_t split_output_floats() const;
 
   // Arguments for planes of K and V, with everything that follows from shape and plan set: sizes, maps,
-  // scales.
+  // scales. The score leave_one_out and DecodeShape::leave_one_out go together.
   CudaDecodeArgs arguments(void* k, void* v, FusedScore score, bool shared) const;
   // Checks that the pointers which the score needs are there.
   void launch(cudaStream_t stream, const CudaDecodeArgs& args, LaunchLog* log = nullptr) const;
@@ -47,5 +47,7 @@ DecodeKernelFunction decode_kernel_bulk(int head_dim, DType dtype);
 DecodeKernelFunction decode_kernel_cp_async(int head_dim, DType dtype);
 DecodeKernelFunction decode_kernel_fp8_bulk(int head_dim);
 DecodeKernelFunction decode_kernel_fp8_cp_async(int head_dim);
+DecodeKernelFunction leave_one_out_kernel_bulk(int head_dim, DType dtype);  // fp8 as well
+DecodeKernelFunction leave_one_out_kernel_cp_async(int head_dim, DType dtype);
 
 }  // namespace kvlapse

@@ -49,7 +49,7 @@ std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const Mode
   use_gpu(bench.device);
   const PolicyInfo& info = policy.info();
   if (info.evicts && info.fused == FusedScore::none)
-    fail("bench decode: policy {}: the fused step computes no such score; expected full or longflow",
+    fail("bench decode: policy {}: the fused step computes no such score; expected full, longflow or caote",
          info.name);
   const int n = bench.steps + kWarmUp;
   GraphDecoderOptions options;

@@ -16,6 +16,17 @@
 //      the result is bitwise repeatable for a given number of splits.
 // Probabilities enter the matrix unit as 2^(s - max), so fp16 keeps them normal; 1/sum is applied in fp32.
 //
+// The error that leaving a slot out makes (FusedScore::leave_one_out) asks for the output first. Instances of
+// their own read V again, last tile first, because that is what L2 still holds:
+//   3. values as above, but with probabilities in two parts of the matrix type, so that O has fp32's
+//      precision as far as it matters. A slot of more than half the weight of a head (it is the largest, and
+//      there is one) stays out of the sum, and the others are taken relative to their own total: what is left
+//      without that slot is no difference of nearly equal numbers then.
+//   4. O is summed and sent to all splits.
+//   5. distances: |o - v|^2 = |o|^2 - 2 o.v + |v|^2, o in two parts on the matrix unit and |v|^2 from the
+//      same tile. Where less than 1/64 of |o|^2 + |v|^2 is left, the warp subtracts element by
+//      element instead.
+//
 // fp8: bytes are widened to fp16 between shared memory and the matrix unit; the slots' scales travel with
 // their tile. K's scale multiplies the logit, V's the probability, relative to the largest scale that the
 // warp has met (a power of two, so that its sums are rescaled exactly), and q enters relative to its row's
@@ -31,7 +42,8 @@ inline constexpr int kTileSlots = kDecodeTileSlots;
 inline constexpr int kGroupWarps = kDecodeGroupWarps;
 inline constexpr int kMaxStages = kMaxDecodeStages;
 inline constexpr int kOutputPad = kDecodeOutputPad;
-inline constexpr float kNoMax = -1e30f;  // finite, so that an empty row gives 2^(x - x) and no NaN
+inline constexpr float kNoMax = -1e30f;         // finite, so that an empty row gives 2^(x - x) and no NaN
+inline constexpr float kCancelled = 1.0f / 64;  // of |o|^2 + |v|^2: less is computed by subtraction
 inline constexpr int kConsumerBarrier = 1;
 
 // Small shared memory behind the ring, the logits and what other splits send.
@@ -49,16 +61,18 @@ struct alignas(16) DecodeSmall {
   alignas(16) float split_softmax[kMaxDecodeSplits][kMaxDecodeGroup][2];
   float inverse_sum[kMaxDecodeGroup];
   int32_t last_arrival;
+  uint64_t gather_bar;  // leave one out: the whole output has arrived
 };
 
-template <int kHeadDimension, class ElementTag, bool kBulkCopy>
+template <int kHeadDimension, class ElementTag, bool kBulkCopy, bool kLeavesOut = false>
 struct DecodeTraits {
   using Element = ElementTag;
+  static constexpr bool kLeaveOneOut = kLeavesOut;  // the score is FusedScore::leave_one_out
   static constexpr bool kFp8 = __is_same(Element, E4m3);
-  static constexpr int kConsumerWarps = max_decode_groups(kFp8) * kGroupWarps;  // at most
+  static constexpr int kConsumerWarps = max_decode_groups(kFp8 && !kLeaveOneOut) * kGroupWarps;  // at most
   static constexpr int kThreads = (kConsumerWarps + 1) * 32;
   using Small = DecodeSmall<kConsumerWarps>;
-  static_assert(sizeof(Small) == decode_small_bytes(kFp8));
+  static_assert(sizeof(Small) == decode_small_bytes(kFp8 && !kLeaveOneOut));
   static constexpr int kHeadDim = kHeadDimension;
   static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);
   static constexpr bool kBulk =
@@ -74,6 +88,7 @@ struct DecodeTraits {
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
   static constexpr int kScaleBytes = kFp8 ? kTileSlots * 4 : 0;  // of a tile
   static constexpr int kSteps = kHeadDim / 16;                   // matrix instructions over D
+  static constexpr int kPlanes = kLeaveOneOut ? 3 : 2;           // K, V and perhaps V again
 };
 
 // What the matrix unit multiplies.
@@ -109,6 +124,13 @@ struct RingCursor {
 KVLAPSE_DEVICE void merge_softmax(float& m, float& l, float other_m, float other_l) {
   const float top = m > other_m ? m : other_m;
   l = l * exp2_approximate(m - top) + other_l * exp2_approximate(other_m - top);
+  m = top;
+}
+// The same with sums that leave one of the largest out: exact however little the others weigh. -1: empty.
+KVLAPSE_DEVICE void merge_rest(float& m, float& rest, float other_m, float other_rest) {
+  const bool stays = m >= other_m;
+  const float top = stays ? m : other_m, low = stays ? other_m : m;
+  rest = (stays ? rest : other_rest) + (1 + (stays ? other_rest : rest)) * exp2_approximate(low - top);
   m = top;
 }
 KVLAPSE_DEVICE uint64_t min_key(uint64_t a, uint64_t b) {
@@ -155,7 +177,15 @@ class DecodeCta {
   struct Softmax {
     float max[2];      // of query heads 2t, 2t+1
     float inverse[2];  // 1 / sum; 0 for heads that do not exist
+    float gain[2];     // leave one out: where the largest outweighs the others, -1 / their sum or 0; else 1
   };
+  static constexpr float kEmptySum = Traits::kLeaveOneOut ? -1.0f : 0.0f;
+  KVLAPSE_DEVICE static void merge(float& m, float& l, float other_m, float other_l) {
+    if constexpr (Traits::kLeaveOneOut)
+      merge_rest(m, l, other_m, other_l);
+    else
+      merge_softmax(m, l, other_m, other_l);
+  }
 
   KVLAPSE_DEVICE int consumer_warps() const { return n_threads_ / 32; }
   KVLAPSE_DEVICE void consumer_sync() { named_barrier(kConsumerBarrier, n_threads_); }
@@ -204,6 +234,7 @@ class DecodeCta {
     }
     mbarrier_init(bar(small_.softmax_bar), 1);
     mbarrier_init(bar(small_.output_bar), 1);
+    if constexpr (Traits::kLeaveOneOut) mbarrier_init(bar(small_.gather_bar), 1);
     fence_barrier_init();
   }
 
@@ -215,6 +246,8 @@ class DecodeCta {
       prefetch_tensor_map(&args_.v_map);
     }
     const uint64_t policy = Traits::kBulk ? evict_first_policy() : 0;
+    // V that is read again shall stay in L2, before K and what has been read twice.
+    const uint64_t keeps = Traits::kBulk && Traits::kLeaveOneOut ? evict_normal_policy() : policy;
     RingCursor ring;
     int turn = 0;
     ItemState state;
@@ -245,7 +278,14 @@ class DecodeCta {
         }
         KVLAPSE_NO_UNROLL
         for (; tile < tiles.end; ++tile) {
-          load_tile(plane, item, tile, n, ring, policy);
+          load_tile(plane, item, tile, n, ring, Traits::kLeaveOneOut && plane == 1 ? keeps : policy);
+          ring.advance(1, args_.n_stages);
+        }
+      }
+      if constexpr (Traits::kLeaveOneOut) {
+        KVLAPSE_NO_UNROLL
+        for (tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+          load_tile(1, item, tile, n, ring, policy);
           ring.advance(1, args_.n_stages);
         }
       }
@@ -306,7 +346,8 @@ class DecodeCta {
     if (args_.score == FusedScore::none || n == 0) return;
     const int first = tiles.begin * kTileSlots, end = tiles.end * kTileSlots < n ? tiles.end * kTileSlots : n;
     if (score_uses_norm(args_.score)) prefetch(args_.value_l1 + slot_index(item, first), (end - first) * 4);
-    if (score_accumulates(args_.score)) prefetch(args_.accumulated + slot_index(item, first), (end - first) * 4);
+    if (score_accumulates(args_.score))
+      prefetch(args_.accumulated + slot_index(item, first), (end - first) * 4);
     prefetch(args_.protect + protect_index(item, first / 16), (end - first + 15) / 16 * 2);
   }
   KVLAPSE_DEVICE void prefetch(const void* from, int bytes) const {
@@ -383,18 +424,20 @@ class DecodeCta {
     for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
       const ItemInfo info = take_info(turn);  // behind the kernel in front, unless state may be read early
       const Tiles tiles = tiles_of(info.n);
-      Softmax softmax{{kNoMax, kNoMax}, {0, 0}};
+      Softmax softmax{{kNoMax, kNoMax}, {0, 0}, {1, 1}};
       // Early: their latency is hidden by K, and by the kernel in front.
       SlotSide sides[kSidesAhead];
       KVLAPSE_UNROLL
       for (int i = 0; i < kSidesAhead; ++i)
-        sides[i] = load_side(item, info.n, tiles, tiles.begin + group + i * args_.n_groups);
+        if constexpr (!Traits::kLeaveOneOut)
+          sides[i] = load_side(item, info.n, tiles, tiles.begin + group + i * args_.n_groups);
       if (turn == 0) {
         wait_for_previous_kernel();
         allow_next_kernel();
         if (clustered()) cluster_wait();
       }
-      const NewRows rows = load_new_rows(item, info, tiles);
+      const NewRows rows = load_new_rows<false>(item, info, tiles);
+      if constexpr (Traits::kLeaveOneOut) clear_heaviest();
       RingCursor at = ring;
       at.advance(group, args_.n_stages);
       attend_keys(item, info, tiles, at, rows, softmax);
@@ -406,9 +449,17 @@ class DecodeCta {
         for (int j = 0; j < 4; ++j) output[i][j] = 0;
       at = ring;
       at.advance(tiles.count() + group, args_.n_stages);
-      const uint64_t key = attend_values(item, info, tiles, at, rows, softmax, sides, output);
-      finish(item, turn, info, tiles, key, output);
-      ring.advance(2 * tiles.count(), args_.n_stages);
+      uint64_t key = attend_values(item, info, tiles, at, rows, softmax, sides, output);
+      if constexpr (Traits::kLeaveOneOut) {
+        combine_output(item, turn, output);
+        at = ring;
+        at.advance(2 * tiles.count() + group, args_.n_stages);
+        key = measure_values(item, info, tiles, at, softmax.max);
+        finish_choice(item, info, tiles, key);
+      } else {
+        finish(item, turn, info, tiles, key, output);
+      }
+      ring.advance(Traits::kPlanes * tiles.count(), args_.n_stages);
     }
   }
 
@@ -442,11 +493,12 @@ class DecodeCta {
   struct NewRows {
     Float4 k, v;
   };
+  template <bool kLastFirst>  // tiles in descending order
   KVLAPSE_DEVICE NewRows load_new_rows(int item, const ItemInfo& info, const Tiles& tiles) const {
     NewRows rows{};
     const int tile = info.slot / kTileSlots;
     if (info.slot < 0 || tile < tiles.begin || tile >= tiles.end || lane_ >= Traits::kNewChunks ||
-        (tile - tiles.begin) % args_.n_groups != warp_ / kGroupWarps ||
+        (kLastFirst ? tiles.end - 1 - tile : tile - tiles.begin) % args_.n_groups != warp_ / kGroupWarps ||
         info.slot % kTileSlots / 16 != warp_ % kGroupWarps)
       return rows;
     const int64_t at = static_cast<int64_t>(item) * Traits::kNewChunks + lane_;
@@ -561,7 +613,7 @@ class DecodeCta {
     load_query(item, query, query_scale);
     const int row =
         part * 16 + (lane_ & 7) + ((lane_ >> 3) & 1) * 8;  // that this lane addresses for load_matrix4
-    float sum[2] = {0, 0};
+    float sum[2] = {kEmptySum, kEmptySum};
     KVLAPSE_NO_UNROLL
     for (int tile = tiles.begin + group; tile < tiles.end; tile += args_.n_groups) {
       const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
@@ -606,11 +658,16 @@ class DecodeCta {
         smem_store4(logit_address((tile - tiles.begin) * kGroupWarps + part), {s[0], s[1], s[2], s[3]});
       KVLAPSE_UNROLL
       for (int j = 0; j < 2; ++j) {
-        float top = s[j] > s[j + 2] ? s[j] : s[j + 2];
-        top = top > softmax.max[j] ? top : softmax.max[j];
-        sum[j] = sum[j] * exp2_approximate(softmax.max[j] - top) + exp2_approximate(s[j] - top) +
-                 exp2_approximate(s[j + 2] - top);
-        softmax.max[j] = top;
+        if constexpr (Traits::kLeaveOneOut) {
+          merge(softmax.max[j], sum[j], s[j], 0);
+          merge(softmax.max[j], sum[j], s[j + 2], 0);
+        } else {
+          float top = s[j] > s[j + 2] ? s[j] : s[j + 2];
+          top = top > softmax.max[j] ? top : softmax.max[j];
+          sum[j] = sum[j] * exp2_approximate(softmax.max[j] - top) + exp2_approximate(s[j] - top) +
+                   exp2_approximate(s[j + 2] - top);
+          softmax.max[j] = top;
+        }
       }
     }
     softmax.inverse[0] = sum[0], softmax.inverse[1] = sum[1];  // sums until combine_softmax
@@ -626,7 +683,7 @@ class DecodeCta {
       KVLAPSE_UNROLL
       for (int j = 0; j < 2; ++j) {
         const float other_m = shuffle_xor(m[j], mask), other_l = shuffle_xor(l[j], mask);
-        merge_softmax(m[j], l[j], other_m, other_l);
+        merge(m[j], l[j], other_m, other_l);
       }
     }
     if (g == 0) smem_store4(smem_address(small_.warp_softmax[warp_][2 * t]), {m[0], l[0], m[1], l[1]});
@@ -654,31 +711,45 @@ class DecodeCta {
         if (lane_ == 0) resident_barrier(args_.split_barrier + item, rank_, args_.n_splits);
       }
       consumer_sync();
-      m[0] = m[1] = kNoMax, l[0] = l[1] = 0;
+      m[0] = m[1] = kNoMax, l[0] = l[1] = kEmptySum;
       for (int r = 0; r < args_.n_splits; ++r) {
         const Float4 row = load_shared_by_device(scratch + r * 4 + t);
-        merge_softmax(m[0], l[0], row.x, row.y);
-        merge_softmax(m[1], l[1], row.z, row.w);
+        merge(m[0], l[0], row.x, row.y);
+        merge(m[1], l[1], row.z, row.w);
       }
     }
-    KVLAPSE_UNROLL
-    for (int j = 0; j < 2; ++j) l[j] = 2 * t + j < args_.group && l[j] > 0 ? 1.0f / l[j] : 0.0f;
-    if (warp_ == 0 && g == 0) small_.inverse_sum[2 * t] = l[0], small_.inverse_sum[2 * t + 1] = l[1];
+    if constexpr (Traits::kLeaveOneOut) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float rest = l[j];
+        l[j] = 2 * t + j < args_.group && rest > kEmptySum ? 1 / (1 + rest) : 0;
+        softmax.gain[j] = l[j] == 0 || rest >= 1 ? 1 : rest > kLeastRest ? -1 / rest : 0;
+        if (warp_ == 0 && g == 0) {
+          small_.inverse_sum[2 * t + j] = l[j];
+          smem_store(rest_address(2 * t + j), rest);
+        }
+      }
+    } else {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j) l[j] = 2 * t + j < args_.group && l[j] > 0 ? 1.0f / l[j] : 0.0f;
+      if (warp_ == 0 && g == 0) small_.inverse_sum[2 * t] = l[0], small_.inverse_sum[2 * t + 1] = l[1];
+    }
   }
   static constexpr uint32_t kRowBytes = kMaxDecodeGroup * 2 * sizeof(float);
 
   KVLAPSE_DEVICE void merge_rows(SmemAddress row, int n, float (&m)[2], float (&l)[2]) {
-    m[0] = m[1] = kNoMax, l[0] = l[1] = 0;
+    m[0] = m[1] = kNoMax, l[0] = l[1] = kEmptySum;
     for (int i = 0; i < n; ++i) {
       const Float4 v = smem_load4(row + static_cast<uint32_t>(i) * kRowBytes);
-      merge_softmax(m[0], l[0], v.x, v.y);
-      merge_softmax(m[1], l[1], v.z, v.w);
+      merge(m[0], l[0], v.x, v.y);
+      merge(m[1], l[1], v.z, v.w);
     }
   }
 
   // What a lane needs of "its" slot (lanes t = 0, 1 own slots g, g + 8) beyond K and V, loaded
-  // kSidesAhead tiles of the group ahead: memory answers later than a tile is done. Of fp8 a tile takes longer.
-  static constexpr int kSidesAhead = Traits::kFp8 ? 1 : 2;
+  // kSidesAhead tiles of the group ahead: memory answers later than a tile is done. Of fp8 a tile takes
+  // longer.
+  static constexpr int kSidesAhead = Traits::kFp8 || Traits::kLeaveOneOut ? 1 : 2;
   struct SlotSide {
     float norm = 0, accumulated = 0;
     uint32_t protect = 0;
@@ -696,11 +767,11 @@ class DecodeCta {
   }
 
   KVLAPSE_DEVICE uint64_t attend_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
-                                        const NewRows& rows, const Softmax& softmax, SlotSide (&sides)[kSidesAhead],
-                                        float (&output)[Traits::kSteps][4]) {
+                                        const NewRows& rows, const Softmax& softmax,
+                                        SlotSide (&sides)[kSidesAhead], float (&output)[Traits::kSteps][4]) {
     const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, t = lane_ % 4;
     const int row = part * 16 + (lane_ & 7) + (lane_ >> 4) * 8;
-    const bool scores = args_.score != FusedScore::none;
+    const bool scores = !Traits::kLeaveOneOut && args_.score != FusedScore::none;
     uint64_t best = ~uint64_t{0};
     uint32_t top = 0;  // fp8: power of two above the scales that this warp has met, as bits
     const int stride = args_.n_groups;
@@ -716,11 +787,25 @@ class DecodeCta {
         const Float4 s = smem_load4(logit_address((tile - tiles.begin) * kGroupWarps + part));
         float p[4] = {exp2_approximate(s.x - softmax.max[0]), exp2_approximate(s.y - softmax.max[1]),
                       exp2_approximate(s.z - softmax.max[0]), exp2_approximate(s.w - softmax.max[1])};
+        bool heaviest[4] = {false, false, false, false};  // leave one out: outweighs the head's others
+        if constexpr (Traits::kLeaveOneOut) {
+          const float logits[4] = {s.x, s.y, s.z, s.w};
+          KVLAPSE_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            const float gain = softmax.gain[j % 2];
+            heaviest[j] = gain <= 0 && logits[j] == softmax.max[j % 2];
+            p[j] = heaviest[j] ? 0 : p[j] * (gain < 0 ? -gain : gain);
+          }
+        }
         if (t >= half_group()) p[0] = p[1] = p[2] = p[3] = 0;
-        uint32_t b0 = 0, b1 = 0;
+        uint32_t b0 = 0, b1 = 0, c0 = 0, c1 = 0;  // c: what rounding b took away
         if constexpr (!Traits::kFp8) {
           b0 = transpose_matrix(pack2<Matrix>(p[0], p[1]));
           b1 = transpose_matrix(pack2<Matrix>(p[2], p[3]));
+          if constexpr (Traits::kLeaveOneOut) {
+            c0 = transpose_matrix(pack_rest(p[0], p[1]));
+            c1 = transpose_matrix(pack_rest(p[2], p[3]));
+          }
         }
 
         mbarrier_wait(bar(small_.full[at.stage]), at.phase);
@@ -750,7 +835,12 @@ class DecodeCta {
           const float low = scale[0] * one_over_power(top), high = scale[1] * one_over_power(top);
           b0 = transpose_matrix(pack2<Matrix>(p[0] * low, p[1] * low));
           b1 = transpose_matrix(pack2<Matrix>(p[2] * high, p[3] * high));
+          if constexpr (Traits::kLeaveOneOut) {
+            c0 = transpose_matrix(pack_rest(p[0] * low, p[1] * low));
+            c1 = transpose_matrix(pack_rest(p[2] * high, p[3] * high));
+          }
         }
+        if constexpr (Traits::kLeaveOneOut) keep_heaviest(at.stage, heaviest);
         KVLAPSE_UNROLL
         for (int i = 0; i < Traits::kSteps; ++i) {
           if constexpr (Traits::kFp8) {
@@ -761,19 +851,23 @@ class DecodeCta {
             widen_e4m3(r[0], a[0], a[1]);
             widen_e4m3(r[2], a[2], a[3]);
             multiply_add_16x8x16<Matrix>(output[i], a, b0, b1);
+            if constexpr (Traits::kLeaveOneOut) multiply_add_16x8x16<Matrix>(output[i], a, c0, c1);
             widen_e4m3(r[1], b[0], b[1]);
             widen_e4m3(r[3], b[2], b[3]);
             multiply_add_16x8x16<Matrix>(output[i + 1], b, b0, b1);
+            if constexpr (Traits::kLeaveOneOut) multiply_add_16x8x16<Matrix>(output[i + 1], b, c0, c1);
           } else {
             uint32_t a[4];
             load_matrix4_transposed(a, data + chunk_offset(row, 2 * i + ((lane_ >> 3) & 1)));
             multiply_add_16x8x16<Matrix>(output[i], a, b0, b1);
+            if constexpr (Traits::kLeaveOneOut) multiply_add_16x8x16<Matrix>(output[i], a, c0, c1);
           }
         }
         release(at, writes || tail);
         at.advance(args_.n_groups, args_.n_stages);
         if (scores) best = min_key(best, score_slots(item, info, tile, p, softmax, sides[i_side]));
-        sides[i_side] = load_side(item, info.n, tiles, tile + kSidesAhead * stride);
+        if constexpr (!Traits::kLeaveOneOut)
+          sides[i_side] = load_side(item, info.n, tiles, tile + kSidesAhead * stride);
       }
     }
     if constexpr (Traits::kFp8) {
@@ -783,6 +877,13 @@ class DecodeCta {
     }
     return best;
   }
+  // What is left of two numbers once they are rounded to the matrix type.
+  KVLAPSE_DEVICE static uint32_t pack_rest(float low, float high) {
+    float a, b;
+    unpack2<Matrix>(pack2<Matrix>(low, high), a, b);
+    return pack2<Matrix>(low - a, high - b);
+  }
+
   // Dimension of an output that a lane holds.
   KVLAPSE_DEVICE static int output_dim(int step, int row, int second) {
     return Traits::kFp8 ? step * 16 + row * 2 + second : step * 16 + row + second * 8;
@@ -915,9 +1016,9 @@ class DecodeCta {
     if (args_.count != nullptr) args_.count[item] = info.n;
   }
 
-  // [warp][head][D + pad] fp32 over the logits.
+  // [warp][head][D + pad] fp32 over the logits; behind them where they are needed again.
   KVLAPSE_DEVICE SmemAddress partial_address(int warp, int head, int d) const {
-    return logits_ +
+    return logits_ + (Traits::kLeaveOneOut ? static_cast<uint32_t>(args_.partial_offset) : 0u) +
            static_cast<uint32_t>(((warp * args_.group + head) * (Traits::kHeadDim + kOutputPad) + d) * 4);
   }
   KVLAPSE_DEVICE void store_partial(const float (&output)[Traits::kSteps][4]) {
@@ -950,6 +1051,9 @@ class DecodeCta {
   }
   KVLAPSE_DEVICE void store_output(int item, int chunk, const Float4& v) {
     const float scale = small_.inverse_sum[chunk / kHeadChunks];
+    store_output(item, chunk, v, scale);
+  }
+  KVLAPSE_DEVICE void store_output(int item, int chunk, const Float4& v, float scale) {
     uint32_t* to = static_cast<uint32_t*>(args_.out) + (static_cast<int64_t>(item) * n_chunks() + chunk) * 2;
     to[0] = pack_io(v.x * scale, v.y * scale);
     to[1] = pack_io(v.z * scale, v.w * scale);
@@ -994,6 +1098,396 @@ class DecodeCta {
         add(total, load_shared_by_device(scratch + r * n_chunks() + chunk));
       store_output(item, chunk, total);
     }
+  }
+
+  // ---- leave one out ----
+  // Behind the warps' partial sums, all [head][D + pad] fp32: V of the slots that outweigh a head's others
+  // (zero in heads without one, and in splits that do not hold it); the whole output; the mean of the others
+  // less that V. Then the sums without the largest, of 8 heads.
+  KVLAPSE_DEVICE SmemAddress heaviest_address(int head, int d) const {
+    return partial_address(consumer_warps(), head, d);
+  }
+  KVLAPSE_DEVICE SmemAddress whole_address(int head, int d) const {
+    return partial_address(consumer_warps() + 1, head, d);
+  }
+  KVLAPSE_DEVICE SmemAddress left_address(int head, int d) const {
+    return partial_address(consumer_warps() + 2, head, d);
+  }
+  KVLAPSE_DEVICE SmemAddress rest_address(int head) const {
+    return partial_address(consumer_warps() + 3, 0, head);
+  }
+
+  KVLAPSE_DEVICE void clear_heaviest() {
+    for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_)
+      smem_store4(heaviest_address(chunk / kHeadChunks, chunk % kHeadChunks * 4), {0, 0, 0, 0});
+  }
+
+  // 16 bytes of a row as numbers, in order: 8 of 16 bits or 16 of fp8.
+  static constexpr int kChunkValues = Traits::kFp8 ? 16 : 8;
+  KVLAPSE_DEVICE static void unpack_chunk(const Float4& chunk, float (&values)[kChunkValues]) {
+    const float words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (Traits::kFp8) {
+        uint32_t even, odd;
+        widen_e4m3(float_bits(words[i]), even, odd);
+        unpack2<Matrix>(even, values[4 * i], values[4 * i + 2]);
+        unpack2<Matrix>(odd, values[4 * i + 1], values[4 * i + 3]);
+      } else {
+        unpack2<Matrix>(float_bits(words[i]), values[2 * i], values[2 * i + 1]);
+      }
+    }
+  }
+
+  // All lanes. flags: of slots g, g + 8 and heads 2t, 2t + 1.
+  KVLAPSE_DEVICE void keep_heaviest(int stage, const bool (&flags)[4]) {
+    if (warp_ballot(flags[0] || flags[1] || flags[2] || flags[3]) == 0) return;
+    const SmemAddress data = ring_ + static_cast<uint32_t>(stage * Traits::kTileBytes);
+    KVLAPSE_NO_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      uint32_t found = warp_ballot(j < 2 ? (j == 0 ? flags[0] : flags[1]) : (j == 2 ? flags[2] : flags[3]));
+      for (int lane = 0; found != 0; ++lane, found >>= 1) {
+        if ((found & 1u) == 0) continue;
+        const int row = warp_ % kGroupWarps * 16 + lane / 4 + j / 2 * 8, head = lane % 4 * 2 + j % 2;
+        float scale = 1;
+        if constexpr (Traits::kFp8) scale = smem_load(scale_address(stage, row));
+        if (lane_ >= Traits::kRowChunks) continue;
+        float values[kChunkValues];
+        unpack_chunk(smem_load4(data + chunk_offset(row, lane_)), values);
+        KVLAPSE_UNROLL
+        for (int i = 0; i < kChunkValues; i += 4)
+          smem_store4(
+              heaviest_address(head, lane_ * kChunkValues + i),
+              {values[i] * scale, values[i + 1] * scale, values[i + 2] * scale, values[i + 3] * scale});
+      }
+    }
+  }
+
+  // Four dimensions of a head once they are summed over everything: output, and mean of the others less V of
+  // the slot that outweighs them.
+  struct Left {
+    Float4 output, difference;
+  };
+  KVLAPSE_DEVICE Left left_of(int chunk, const Float4& others, const Float4& heaviest) const {
+    const int head = chunk / kHeadChunks;
+    const float inverse = small_.inverse_sum[head], rest = smem_load(rest_address(head));
+    if (rest >= 1)
+      return {{others.x * inverse, others.y * inverse, others.z * inverse, others.w * inverse}, {0, 0, 0, 0}};
+    return {{(others.x * rest + heaviest.x) * inverse, (others.y * rest + heaviest.y) * inverse,
+             (others.z * rest + heaviest.z) * inverse, (others.w * rest + heaviest.w) * inverse},
+            {others.x - heaviest.x, others.y - heaviest.y, others.z - heaviest.z, others.w - heaviest.w}};
+  }
+  KVLAPSE_DEVICE Float4 heaviest_of(int chunk) const {
+    return smem_load4(heaviest_address(chunk / kHeadChunks, chunk % kHeadChunks * 4));
+  }
+  KVLAPSE_DEVICE void keep_left(int chunk, const Left& left) {
+    const int head = chunk / kHeadChunks, d = chunk % kHeadChunks * 4;
+    smem_store4(whole_address(head, d), left.output);
+    smem_store4(left_address(head, d), left.difference);
+  }
+
+  // The output of every head and what belongs to it, in every split's shared memory; each chunk is summed in
+  // the same order wherever that is done, and written by its owner.
+  KVLAPSE_DEVICE void combine_output(int item, int turn, const float (&output)[Traits::kSteps][4]) {
+    if (clustered() && thread_index() == 0) {
+      const uint32_t own = static_cast<uint32_t>(own_chunks(rank_)) * 32;
+      mbarrier_arrive_expect(bar(small_.output_bar), static_cast<uint32_t>(args_.n_splits - 1) * own);
+      mbarrier_arrive_expect(bar(small_.gather_bar), static_cast<uint32_t>(n_chunks()) * 32 - own);
+    }
+    store_partial(output);
+    consumer_sync();
+    if (args_.n_splits == 1) {
+      for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_) {
+        const Left left = left_of(chunk, sum_of_warps(chunk), heaviest_of(chunk));
+        keep_left(chunk, left);
+        store_output(item, chunk, left.output, 1);
+      }
+    } else if (Traits::kBulk) {
+      combine_output_in_cluster(item, turn);
+    } else {
+      combine_output_in_memory(item);
+    }
+    consumer_sync();
+  }
+  KVLAPSE_DEVICE void combine_output_in_cluster(int item, int turn) {
+    const auto received = [&](int from, int owner, int i) {
+      return received_ + static_cast<uint32_t>(((from < owner ? from : from - 1) * most_chunks() + i) * 32);
+    };
+    const auto send = [&](SmemAddress to, const Float4& v, const uint64_t& barrier, int rank) {
+      remote_store4(remote_address(to, rank), v, remote_address(bar(barrier), rank));
+    };
+    for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_) {
+      const int owner = chunk % args_.n_splits;
+      if (owner == rank_) continue;
+      const SmemAddress to = received(rank_, owner, chunk / args_.n_splits);
+      send(to, sum_of_warps(chunk), small_.output_bar, owner);
+      send(to + 16, heaviest_of(chunk), small_.output_bar, owner);
+    }
+    mbarrier_wait_cluster(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
+    for (int i = thread_index(); i < own_chunks(rank_); i += n_threads_) {
+      const int chunk = i * args_.n_splits + rank_;
+      Float4 others{0, 0, 0, 0}, heaviest{0, 0, 0, 0};
+      for (int r = 0; r < args_.n_splits; ++r) {
+        add(others, r == rank_ ? sum_of_warps(chunk) : smem_load4(received(r, rank_, i)));
+        add(heaviest, r == rank_ ? heaviest_of(chunk) : smem_load4(received(r, rank_, i) + 16));
+      }
+      const Left left = left_of(chunk, others, heaviest);
+      keep_left(chunk, left);
+      const int head = chunk / kHeadChunks, d = chunk % kHeadChunks * 4;
+      for (int r = 0; r < args_.n_splits; ++r) {
+        if (r == rank_) continue;
+        send(whole_address(head, d), left.output, small_.gather_bar, r);
+        send(left_address(head, d), left.difference, small_.gather_bar, r);
+      }
+      store_output(item, chunk, left.output, 1);
+    }
+    mbarrier_wait_cluster(bar(small_.gather_bar), static_cast<uint32_t>(turn) & 1);
+  }
+  KVLAPSE_DEVICE void combine_output_in_memory(int item) {
+    Float4* scratch = reinterpret_cast<Float4*>(args_.split_output) +
+                      static_cast<int64_t>(item) * args_.n_splits * n_chunks() * 2;
+    for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_) {
+      scratch[(rank_ * n_chunks() + chunk) * 2] = sum_of_warps(chunk);
+      scratch[(rank_ * n_chunks() + chunk) * 2 + 1] = heaviest_of(chunk);
+    }
+    consumer_sync();
+    if (thread_index() == 0) resident_barrier(args_.split_barrier + item, rank_, args_.n_splits);
+    consumer_sync();
+    for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_) {
+      Float4 others{0, 0, 0, 0}, heaviest{0, 0, 0, 0};
+      for (int r = 0; r < args_.n_splits; ++r) {
+        add(others, load_shared_by_device(scratch + (r * n_chunks() + chunk) * 2));
+        add(heaviest, load_shared_by_device(scratch + (r * n_chunks() + chunk) * 2 + 1));
+      }
+      const Left left = left_of(chunk, others, heaviest);
+      keep_left(chunk, left);
+      if (chunk % args_.n_splits == rank_) store_output(item, chunk, left.output, 1);
+    }
+  }
+
+  // O^T as the second operand, as load_query holds Q^T, but in shared memory, over the partial sums: lane
+  // (g, t) has head g. Every number is the sum of two parts, relative to a power of two that comes back for
+  // this lane's columns, with |o|^2, heads 2t and 2t + 1.
+  struct OutputScale {
+    float scale[2], square[2];
+  };
+  KVLAPSE_DEVICE SmemAddress operand_address(int step, int head) const {
+    return partial_address(0, 0, 0) +
+           static_cast<uint32_t>(((step * args_.group + head) * 4 + lane_ % 4) * 16);
+  }
+  KVLAPSE_DEVICE OutputScale prepare_operand() {
+    const int t = lane_ % 4, head = operand_head();
+    constexpr int kLane = Traits::kFp8 ? 4 : 2, kPair = Traits::kFp8 ? 2 : 1, kSecond = Traits::kFp8 ? 1 : 8;
+    const auto value = [&](int step, int second, int which) {
+      return smem_load(whole_address(head, step * 16 + t * kLane + second * kSecond + which * kPair));
+    };
+    float largest = 0, square = 0;
+    KVLAPSE_NO_UNROLL
+    for (int i = 0; i < Traits::kSteps; ++i) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const float v = value(i, j / 2, j % 2), size = v < 0 ? -v : v;
+        largest = size > largest ? size : largest;
+        square += v * v;
+      }
+    }
+    for (int mask = 1; mask < 4; mask *= 2) {
+      const float other = shuffle_xor(largest, mask);
+      largest = other > largest ? other : largest;
+      square += shuffle_xor(square, mask);
+    }
+    const uint32_t power = power_above(float_bits(largest));
+    const float inverse = power == 0 ? 0 : one_over_power(power);
+    KVLAPSE_NO_UNROLL
+    for (int i = warp_; i < Traits::kSteps; i += consumer_warps()) {
+      float parts[4];  // of the first two numbers, of the others; what is left of them
+      KVLAPSE_UNROLL
+      for (int second = 0; second < 2; ++second) {
+        const float low = value(i, second, 0) * inverse, high = value(i, second, 1) * inverse;
+        parts[second] = bits_float(pack2<Matrix>(low, high));
+        parts[second + 2] = bits_float(pack_rest(low, high));
+      }
+      if (lane_ / 4 < args_.group)
+        smem_store4(operand_address(i, head), {parts[0], parts[1], parts[2], parts[3]});
+    }
+    OutputScale o;
+    KVLAPSE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      o.scale[j] = shuffle_from(bits_float(power), (2 * t + j) * 4);
+      o.square[j] = shuffle_from(square, (2 * t + j) * 4);
+    }
+    consumer_sync();
+    return o;
+  }
+  // Columns without a head repeat the last one's.
+  KVLAPSE_DEVICE int operand_head() const { return lane_ / 4 < args_.group ? lane_ / 4 : args_.group - 1; }
+
+  // V of slots g and g + 8 at the four dimensions of a step that a lane holds, as prepare_operand orders
+  // them.
+  KVLAPSE_DEVICE static void unpack_rows(const uint32_t (&a)[4], float (&low)[4], float (&high)[4]) {
+    unpack2<Matrix>(a[0], low[0], low[1]);
+    unpack2<Matrix>(a[2], low[2], low[3]);
+    unpack2<Matrix>(a[1], high[0], high[1]);
+    unpack2<Matrix>(a[3], high[2], high[3]);
+  }
+  // Step i of a tile as the first operand; of fp8 an even step's load serves the odd one behind it.
+  KVLAPSE_DEVICE void load_rows(SmemAddress data, int row, int i, uint32_t (&loaded)[4],
+                                uint32_t (&a)[4]) const {
+    if constexpr (Traits::kFp8) {
+      if (i % 2 == 0) load_matrix4(loaded, data + chunk_offset(row, i + (lane_ >> 4)));
+      widen_e4m3(loaded[i % 2 * 2], a[0], a[2]);
+      widen_e4m3(loaded[i % 2 * 2 + 1], a[1], a[3]);
+    } else {
+      load_matrix4(a, data + chunk_offset(row, 2 * i + (lane_ >> 4)));
+    }
+  }
+
+  // The third pass: every slot's error. Tiles come last first.
+  KVLAPSE_DEVICE uint64_t measure_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
+                                         const float (&max)[2]) {
+    const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, g = lane_ / 4, t = lane_ % 4;
+    const int row = part * 16 + (lane_ & 7) + ((lane_ >> 3) & 1) * 8;
+    const NewRows rows = load_new_rows<true>(item, info, tiles);
+    SlotSide side = load_side(item, group < tiles.count() ? info.n : 0, tiles, tiles.end - 1 - group);
+    const OutputScale o = prepare_operand();
+    float inverse[2],
+        heaviest[2];  // heaviest: error of leaving out the slot that outweighs the others, or -1
+    KVLAPSE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      inverse[j] = small_.inverse_sum[2 * t + j];
+      heaviest[j] = inverse[j] > 0 && smem_load(rest_address(2 * t + j)) < 1
+                        ? inverse[j] * square_root(square_of_left(2 * t + j))
+                        : -1.0f;
+    }
+    uint64_t best = ~uint64_t{0};
+    KVLAPSE_NO_UNROLL
+    for (int tile = tiles.end - 1 - group; tile >= tiles.begin; tile -= args_.n_groups) {
+      const bool more = tile - args_.n_groups >= tiles.begin;
+      const SlotSide next = load_side(item, more ? info.n : 0, tiles, tile - args_.n_groups);
+      const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
+      const int first = tile * kTileSlots + part * 16;
+      // Factors w / (1 - w); the slot that outweighs the others has its error already.
+      float factor[4] = {0, 0, 0, 0}, known[4] = {0, 0, 0, 0};
+      if (t < half_group()) {
+        const Float4 s = smem_load4(logit_address((tile - tiles.begin) * kGroupWarps + part));
+        const float logits[4] = {s.x, s.y, s.z, s.w};
+        KVLAPSE_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const float w = exp2_approximate(logits[j] - max[j % 2]) * inverse[j % 2];
+          const bool outweighs = heaviest[j % 2] >= 0 && logits[j] == max[j % 2];
+          factor[j] = outweighs ? 0 : w / (1 - w);
+          known[j] = outweighs ? heaviest[j % 2] : 0;
+        }
+      }
+      mbarrier_wait(bar(small_.full[at.stage]), at.phase);
+      const bool writes = info.slot >= first && info.slot < first + 16;
+      if (writes) write_row(at.stage, info.slot, item, rows.v, 1);
+      float cross[4] = {0, 0, 0, 0}, cross_rest[4] = {0, 0, 0, 0}, square[2] = {0, 0};
+      constexpr int kAtOnce = Traits::kSteps < 4 ? Traits::kSteps : 4;
+      KVLAPSE_NO_UNROLL
+      for (int block = 0; block < Traits::kSteps; block += kAtOnce) {
+        uint32_t loaded[4];
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+          uint32_t a[4];
+          load_rows(data, row, block + u, loaded, a);
+          const Float4 parts = smem_load4(operand_address(block + u, operand_head()));
+          multiply_add_16x8x16<Matrix>(cross, a, float_bits(parts.x), float_bits(parts.y));
+          multiply_add_16x8x16<Matrix>(cross_rest, a, float_bits(parts.z), float_bits(parts.w));
+          float low[4], high[4];
+          unpack_rows(a, low, high);
+          KVLAPSE_UNROLL
+          for (int k = 0; k < 4; ++k) square[0] += low[k] * low[k], square[1] += high[k] * high[k];
+        }
+      }
+      float slot_scale[2] = {1, 1};
+      KVLAPSE_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        square[k] += shuffle_xor(square[k], 1);
+        square[k] += shuffle_xor(square[k], 2);
+        if constexpr (Traits::kFp8) {
+          slot_scale[k] = smem_load(scale_address(at.stage, part * 16 + g + k * 8));
+          square[k] *= slot_scale[k] * slot_scale[k];
+        }
+      }
+      float distance[4];  // squares
+      bool cancelled[4];
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const float product = (cross[j] + cross_rest[j]) * o.scale[j % 2] * slot_scale[j / 2];
+        const float both = o.square[j % 2] + square[j / 2];
+        distance[j] = both - 2 * product;
+        cancelled[j] = factor[j] > 0 && first + g + j / 2 * 8 < info.n && !(distance[j] >= kCancelled * both);
+      }
+      if (warp_ballot(cancelled[0] || cancelled[1] || cancelled[2] || cancelled[3]) != 0)
+        subtract_output(data, row, slot_scale, cancelled, distance);
+      release(at, writes);
+      at.advance(args_.n_groups, args_.n_stages);
+      float error[4];
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 4; ++j) error[j] = factor[j] > 0 ? factor[j] * square_root(distance[j]) : known[j];
+      best = min_key(best, score_slots(item, info, tile, error, {{0, 0}, {1, 1}, {}}, side));
+      side = next;
+    }
+    return best;
+  }
+
+  // |o - v|^2 element by element where it is asked for: a slot's error does not depend on its neighbours'.
+  KVLAPSE_DEVICE void subtract_output(SmemAddress data, int row, const float (&slot_scale)[2],
+                                      const bool (&wanted)[4], float (&distance)[4]) const {
+    const int t = lane_ % 4;
+    constexpr int kLane = Traits::kFp8 ? 4 : 2, kPair = Traits::kFp8 ? 2 : 1, kSecond = Traits::kFp8 ? 1 : 8;
+    KVLAPSE_NO_UNROLL
+    for (int head = 0; head < args_.group; ++head) {
+      float low = 0, high = 0;
+      KVLAPSE_NO_UNROLL
+      for (int i = 0; i < Traits::kSteps; i += 2) {
+        uint32_t loaded[4];
+        KVLAPSE_UNROLL
+        for (int second = 0; second < 2; ++second) {
+          uint32_t a[4];
+          load_rows(data, row, i + second, loaded, a);
+          float v[4], u[4];
+          unpack_rows(a, v, u);
+          KVLAPSE_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            const float o = smem_load(
+                whole_address(head, (i + second) * 16 + t * kLane + k / 2 * kSecond + k % 2 * kPair));
+            const float x = o - v[k] * slot_scale[0], y = o - u[k] * slot_scale[1];
+            low += x * x, high += y * y;
+          }
+        }
+      }
+      for (int mask = 1; mask < 4; mask *= 2) low += shuffle_xor(low, mask), high += shuffle_xor(high, mask);
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 4; ++j)
+        if (wanted[j] && head == 2 * t + j % 2) distance[j] = j < 2 ? low : high;
+    }
+  }
+
+  KVLAPSE_DEVICE float square_of_left(int head) const {
+    float square = 0;
+    for (int d = 0; d < Traits::kHeadDim; d += 4) {
+      const Float4 v = smem_load4(left_address(head, d));
+      square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    return square;
+  }
+
+  KVLAPSE_DEVICE void finish_choice(int item, const ItemInfo& info, const Tiles& tiles, uint64_t key) {
+    const int thread = thread_index();
+    key = warp_min(key);
+    if (lane_ == 0) small_.keys[warp_] = key;
+    consumer_sync();  // global scores are written
+    const bool chooses = info.pos >= 0, shared = chooses && args_.shared;
+    if (thread == 0 && chooses && !shared) write_key(item);
+    if (thread == 0 && rank_ == 0) note_item(item, info);
+    if (shared) {
+      if (thread == n_threads_ - 1) small_.last_arrival = arrive_at_layer(item);
+      consumer_sync();
+      if (small_.last_arrival) choose_for_layer(item, info, tiles);
+    }
+    if (item + item_stride_ < args_.n_items) consumer_sync();  // buffers are reused
   }
 
   // One thread, behind a barrier: this CTA's scores are in memory. True when all other heads' are.

@@ -135,6 +135,13 @@ KVLAPSE_DEVICE uint64_t evict_first_policy() {
 #endif
   return policy;
 }
+KVLAPSE_DEVICE uint64_t evict_normal_policy() {
+  uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
 // One box of a 3-D tensor map; completes on `bar` by bytes.
 KVLAPSE_DEVICE void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar,
                                  uint64_t policy) {

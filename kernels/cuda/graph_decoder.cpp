@@ -76,7 +76,13 @@ struct GraphDecoder::Impl {
         options(o),
         n_multiprocessors(attribute(cudaDevAttrMultiProcessorCount)),
         smem_bytes(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-        kernel({o.batch, s.n_q_heads, s.n_kv_heads, s.head_dim, o.n_slots, DType::bf16}) {
+        kernel({.batch = o.batch,
+                .n_q_heads = s.n_q_heads,
+                .n_kv_heads = s.n_kv_heads,
+                .head_dim = s.head_dim,
+                .n_slots = o.n_slots,
+                .dtype = DType::bf16,
+                .leave_one_out = o.score == FusedScore::leave_one_out}) {
     const auto rows = static_cast<size_t>(o.batch), width = static_cast<size_t>(s.width);
     const auto ffn = static_cast<size_t>(s.ffn_width), vocab = static_cast<size_t>(s.n_vocab);
     if (s.width % 8 != 0 || s.ffn_width % 8 != 0)

@@ -38,6 +38,7 @@ std::vector<BenchRow> bench_cuda_attention(const CudaAttentionBench& bench) {
   options.n_q_heads = bench.n_q_heads, options.n_kv_heads = bench.n_kv_heads,
   options.head_dim = bench.head_dim;
   options.overlapped_only = true;
+  options.leave_one_out = bench.leave_one_out;
   std::vector<BenchRow> rows;
   bench_attention(options, [&](const AttentionBenchRow& r) {
     if (bench.batch == 0 && r.at.dtype != bench.dtype && !options.fp8) return;

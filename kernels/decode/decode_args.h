@@ -34,6 +34,8 @@ constexpr int decode_small_bytes(bool fp8) {
 }
 inline constexpr int kDecodeOutputPad =
     4;  // floats between heads of the output reduction, against bank conflicts
+// Leave one out: others that weigh less than this of the largest together count as nothing.
+inline constexpr float kLeastRest = 0x1p-100f;
 
 constexpr bool score_uses_norm(FusedScore s) {
   return s == FusedScore::contribution || s == FusedScore::accumulated_contribution;
@@ -41,6 +43,12 @@ constexpr bool score_uses_norm(FusedScore s) {
 constexpr bool score_accumulates(FusedScore s) {
   return s == FusedScore::accumulated || s == FusedScore::accumulated_contribution;
 }
+
+// Leave one out: the error of the output when a slot is left out, w / (1 - w) |o - v|_2, is |o' - o| with o'
+// the mean of the others by their weights. Computed as w |o' - v|_2 where w is above one half, because 1 - w
+// and o - v are no numbers of fp32 any more when w comes near 1; without others o' is zero.
+//
+// Its kernel is planned with DecodeShape::leave_one_out, reads V twice and serves no other score.
 
 enum DecodeFlag : uint32_t {
   kFlagNoCandidate =
@@ -77,7 +85,7 @@ struct DecodeArgs {
   uint32_t* flags;          // sticky DecodeFlag bits
   // Exchange between splits for devices without clusters; zero between launches where it counts.
   float* split_softmax;     // [B*H, kMaxDecodeSplits, 8, 2]
-  float* split_output;      // [B*H, n_splits, G*D]
+  float* split_output;      // [B*H, n_splits, G*D]; twice that for leave one out
   uint32_t* split_barrier;  // [B*H]
 
   int32_t n_items;       // B * H
@@ -95,10 +103,13 @@ struct DecodeArgs {
   float logit_scale;     // log2(e) / sqrt(D)
   float score_scale;     // factor of the published mean
   FusedScore score;
-  bool io_bf16;          // q, new rows and out of an fp8 cache are bf16, otherwise fp16
-  bool shared;           // the layer's heads share one victim
-  bool early_state;      // the kernel just before this one in the stream does not write this state or K, V
-  bool state_ahead;      // the next item's state is read while this one streams (copy engine only)
+  bool io_bf16;      // q, new rows and out of an fp8 cache are bf16, otherwise fp16
+  bool shared;       // the layer's heads share one victim
+  bool early_state;  // the kernel just before this one in the stream does not write this state or K, V
+  bool state_ahead;  // the next item's state is read while this one streams (copy engine only)
+  // Leave one out: of the output reduction, which lies behind the logits there. Last, so that the others'
+  // code does not change.
+  int32_t partial_offset;
 };
 
 }  // namespace kvlapse

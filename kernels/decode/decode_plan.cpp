@@ -19,14 +19,33 @@ int ceil_div(int a, int b) {
 
 // What the other splits send of the output.
 int split_output_bytes(const DecodeShape& shape, int n_splits) {
-  return (n_splits - 1) * ceil_div(shape.group() * shape.head_dim / 4, n_splits) * 16;
+  return (n_splits - 1) * ceil_div(shape.group() * shape.head_dim / 4, n_splits) *
+         (shape.leave_one_out ? 32 : 16);
+}
+
+int logits_alone_bytes(const DecodeShape& shape, int n_splits) {
+  const int tiles = ceil_div(ceil_div(shape.n_slots, kDecodeTileSlots), n_splits);
+  return tiles * kDecodeTileSlots * ((shape.group() + 1) / 2) * 8;
 }
 
 int logits_bytes(const DecodeShape& shape, int n_splits, int n_groups) {
-  const int tiles = ceil_div(ceil_div(shape.n_slots, kDecodeTileSlots), n_splits);
-  const int logits = tiles * kDecodeTileSlots * ((shape.group() + 1) / 2) * 8;
-  const int output = n_groups * kDecodeGroupWarps * shape.group() * (shape.head_dim + kDecodeOutputPad) * 4;
-  return ceil_div(std::max(logits, output), 128) * 128;
+  const int logits = logits_alone_bytes(shape, n_splits);
+  const int row = shape.group() * (shape.head_dim + kDecodeOutputPad) * 4;
+  const int output = n_groups * kDecodeGroupWarps * row;
+  // Of the slots that outweigh a head's others, the whole output, what is left; sums of 8 heads.
+  const int all =
+      shape.leave_one_out ? logits + output + 3 * row + kMaxDecodeGroup * 4 : std::max(logits, output);
+  return ceil_div(all, 128) * 128;
+}
+
+// Whether a third group of consumers helps: leave one out needs its registers.
+bool widens(const DecodeShape& shape) {
+  return shape.fp8() && !shape.leave_one_out;
+}
+
+// Leave one out keeps the reduction beside logits and ring: wide heads leave room for one group's.
+bool keeps_much(const DecodeShape& shape) {
+  return shape.leave_one_out && shape.group() * shape.head_dim > 1024;
 }
 
 void check(const DecodeShape& s) {
@@ -51,6 +70,7 @@ bool wants_two_blocks(const DecodeShape& shape, const DecodeLimits& limits, cons
   return limits.clusters && tuning.splits == 0 && tuning.stages == 0 && tuning.ctas == 0 &&
          ceil_div(shape.n_slots, kDecodeTileSlots) <= kShortItem &&
          shape.row_bytes() * kDecodeTileSlots * 4 <= 65536 &&  // four stages fit half the shared memory
+         !(shape.leave_one_out && shape.group() * shape.head_dim > 512) &&
          (items < kEnoughBlocks * blocks || (items > blocks && items <= 4 * blocks));
 }
 
@@ -68,13 +88,14 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
 
   DecodePlan plan;
   plan.bulk = limits.clusters;
-  plan.n_groups = per_multiprocessor == 1 ? max_decode_groups(shape.fp8()) : 1;
+  plan.n_groups = per_multiprocessor == 1 && !keeps_much(shape) ? max_decode_groups(widens(shape)) : 1;
   if (tuning.groups > 0) plan.n_groups = std::min(plan.n_groups, tuning.groups);
   plan.n_threads = (plan.n_groups * kDecodeGroupWarps + 1) * 32;
   // The system keeps 1 KB of every block's shared memory.
   const int smem_bytes = (limits.smem_bytes + 1024) / per_multiprocessor - 1024;
   auto fixed_bytes = [&](int splits) {
-    return decode_small_bytes(shape.fp8()) + logits_bytes(shape, splits, plan.n_groups) + split_output_bytes(shape, splits);
+    return decode_small_bytes(widens(shape)) + logits_bytes(shape, splits, plan.n_groups) +
+           split_output_bytes(shape, splits);
   };
   auto fits = [&](int splits) { return fixed_bytes(splits) + kMinStages * tile_bytes <= smem_bytes; };
   auto resident = [&](int splits, int bytes) {
@@ -107,16 +128,18 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
 
   plan.n_splits = splits;
   plan.logits_bytes = logits_bytes(shape, splits, plan.n_groups);
+  plan.partial_offset = shape.leave_one_out ? logits_alone_bytes(shape, splits) : 0;
   plan.n_stages = std::min((smem_bytes - fixed_bytes(splits)) / tile_bytes, kMaxDecodeStages);
   if (tuning.stages > 0) plan.n_stages = std::min(tuning.stages, plan.n_stages);
   plan.n_stages -= plan.n_stages % plan.n_groups;
   plan.small_offset = plan.n_stages * tile_bytes + plan.logits_bytes + split_output_bytes(shape, splits);
-  plan.smem_bytes = plan.small_offset + decode_small_bytes(shape.fp8());
+  plan.smem_bytes = plan.small_offset + decode_small_bytes(widens(shape));
 
   // Short items wait for state that they did not ask for early; long ones, and cp.async, whose copies share a
   // scoreboard with pending loads, lose by asking (H100).
   const bool shorts = ceil_div(tiles, splits) <= kShortItem;
-  plan.state_ahead = plan.bulk && (tuning.ahead == ReadAhead::chosen ? shorts : tuning.ahead == ReadAhead::yes);
+  plan.state_ahead =
+      plan.bulk && (tuning.ahead == ReadAhead::chosen ? shorts : tuning.ahead == ReadAhead::yes);
 
   const int at_once = resident(splits, plan.smem_bytes);
   if (at_once < 1)
@@ -135,6 +158,7 @@ uint64_t decode_bytes(const DecodeShape& shape, int slots, FusedScore score, boo
   bytes +=
       2 * static_cast<uint64_t>(shape.batch) * shape.n_q_heads * shape.head_dim * dtype_bytes(shape.io());
   if (shape.fp8()) bytes += 2 * per_slot;
+  if (score == FusedScore::leave_one_out) bytes += shape.kv_bytes(slots) / 2 + (shape.fp8() ? per_slot : 0);
   if (score_uses_norm(score)) bytes += per_slot;
   if (score_accumulates(score)) bytes += 2 * per_slot;
   if (shared && score != FusedScore::none) bytes += 2 * per_slot;

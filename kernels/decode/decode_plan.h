@@ -19,6 +19,7 @@ struct DecodeShape {
   int n_slots = 0;                 // S, capacity
   DType dtype = DType::f16;        // of K and V: f16, bf16 or f8e4m3
   DType activation = DType::bf16;  // of q, new rows and output of an fp8 cache: f16 or bf16
+  bool leave_one_out = false;      // the score is FusedScore::leave_one_out
 
   int group() const { return n_q_heads / n_kv_heads; }
   bool fp8() const { return dtype == DType::f8e4m3; }
@@ -48,7 +49,8 @@ struct DecodePlan {
   int n_splits = 1;
   int n_ctas = 0;  // a multiple of n_splits
   int n_stages = 0;
-  int logits_bytes = 0;
+  int logits_bytes = 0;  // with the output reduction
+  int partial_offset = 0;
   int small_offset = 0;
   int smem_bytes = 0;
   bool state_ahead = false;
@@ -70,7 +72,8 @@ struct DecodeTuning {
 // Throws Error when the shape is not supported or does not fit.
 DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, const DecodeTuning& tuning = {});
 
-// Bytes that a launch should move through device memory when every sequence holds `slots` tokens.
+// Bytes that a launch should move through device memory when every sequence holds `slots` tokens. Leave one
+// out: V counts twice; what L2 still holds of it the second time is not read again (not modelled).
 uint64_t decode_bytes(const DecodeShape& shape, int slots, FusedScore score, bool shared);
 
 }  // namespace kvlapse

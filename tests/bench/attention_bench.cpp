@@ -1,6 +1,6 @@
 // Rows of `bench attention` and `bench rkv` as lines of JSON, on the current GPU.
-// Usage: attention_bench OUTPUT.jsonl [MIN_BATCH MAX_BATCH | sweep | fp8 | one BATCH SLOTS [DTYPE] | rkv
-// [BATCH BUDGET]]
+// Usage: attention_bench OUTPUT.jsonl [MIN_BATCH MAX_BATCH | sweep | fp8 | one BATCH SLOTS [DTYPE] | caote
+// [BATCH SLOTS [DTYPE]] | rkv [BATCH BUDGET]]
 #include "kernels/cuda/attention_bench.h"
 
 #include <cstdio>
@@ -16,14 +16,15 @@ int main(int argc, char** argv) {
   if (out == nullptr) return std::perror(argv[1]), 2;
   kvlapse::AttentionBenchOptions options;
   const std::string_view mode = argc > 2 ? argv[2] : "";
+  options.leave_one_out = mode == "caote";
   if (mode == "sweep")
     options.sweep = true;
   else if (mode == "fp8")
     options.fp8 = options.overlapped_only = true;
-  else if (mode == "one" && argc > 4)
+  else if ((mode == "one" || mode == "caote") && argc > 4)
     options.cases = {{std::atoi(argv[3]), std::atoi(argv[4]),
                       argc > 5 ? kvlapse::parse_dtype(argv[5]) : kvlapse::DType::bf16}};
-  else if (argc > 3)
+  else if (mode != "caote" && argc > 3)
     options.min_batch = std::atoi(argv[2]), options.max_batch = std::atoi(argv[3]);
   try {
     std::vector<kvlapse::RkvBenchCase> cases;

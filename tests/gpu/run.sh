@@ -28,7 +28,7 @@ grep RmProfilingAdminOnly /proc/driver/nvidia/params
 ls /usr/local/cuda*/lib64/libcupti.so* /usr/local/cuda*/extras/CUPTI/lib64/libcupti.so* 2>/dev/null
 # One process a test: one that hangs takes nobody with it.
 hung=
-for test in EveryCase WithFp8 TunedPlans ThousandSteps Graph Overlapping Victims; do
+for test in EveryCase WithFp8 LeaveOneOut TunedPlans ThousandSteps Graph Overlapping Victims; do
   for path in bulk cp_async; do
     [ "$hung" != $path ] || continue
     stage "test $test $path" 10 || continue
@@ -51,6 +51,7 @@ rm -f "$out/test.log"
 stage bench 15 && { ours 40 "$here/attention_bench" "$out/attention.jsonl" 16 999 2>&1 || status=1; }
 stage "bench small batches" 15 && { ours 40 "$here/attention_bench" "$out/attention.jsonl" 1 15 2>&1 || status=1; }
 stage "bench fp8" 10 && { ours 40 "$here/attention_bench" "$out/fp8.jsonl" fp8 2>&1 || status=1; }
+stage "bench leave one out" 15 && { ours 40 "$here/attention_bench" "$out/leave_one_out.jsonl" caote 2>&1 || status=1; }
 stage peers 30 && { timeout 80 python3 "$here/peers.py" "$out/peers.jsonl" >"$out/peers.log" 2>&1 || status=1; tail -n 3 "$out/peers.log"; }
 stage rkv 15 && { ours 40 "$here/attention_bench" "$out/rkv.jsonl" rkv 2>&1 || status=1; timeout 40 python3 "$here/rkv_peer.py" "$out/rkv_peer.jsonl" 2>&1 || status=1; }
 stage sweep 20 && { ours 45 "$here/attention_bench" "$out/sweep.jsonl" sweep 2>&1 || status=1; }

@@ -49,32 +49,45 @@ TEST_P(EmulatedDecode, EveryCaseWithFp8AsDefined) {
   expect_as_defined(fp8_decode_cases(/*small=*/true), GetParam());
 }
 
+TEST_P(EmulatedDecode, EveryErrorOfLeavingASlotOutAsDefined) {
+  expect_as_defined(leave_one_out_cases(/*small=*/true), GetParam());
+}
+TEST_P(EmulatedDecode, EveryErrorOfLeavingASlotOutWithFp8AsDefined) {
+  std::vector<NamedDecodeCase> all = fp8_cases(leave_one_out_cases(/*small=*/true)), half;
+  for (size_t i = 0; i < all.size(); i += 2) half.push_back(all[i]);
+  expect_as_defined(half, GetParam());
+}
+
 TEST_P(EmulatedDecode, ResultDoesNotDependOnTheOrderOfEvents) {
-  DecodeCase c;
-  c.shape = {3, 4, 2, 64, 300, DType::bf16};
-  c.tokens = {1000, 200, 999};
-  c.recent = 3;
-  c.shared = true;
-  for (int splits : {1, 3}) {
-    // Few stages: the ring is always full. One group of consumers, then two.
-    const int blocks = splits == 1 ? 1 : 2;
-    const DecodePlan plan =
-        plan_decode(c.shape, limits(GetParam()),
-                    {.splits = splits, .stages = blocks + 1, .blocks_per_multiprocessor = blocks});
-    ASSERT_EQ(plan.n_groups, 3 - blocks);
-    const DecodeProblem before = make_decode_problem(c, splits);
-    DecodeProblem first = before;
-    run_decode_emulated(first, plan, 1);
-    EXPECT_EQ(check_decode_step(before, first).failure, "");
-    for (uint64_t seed = 2; seed < 4; ++seed) {
-      DecodeProblem again = before;
-      run_decode_emulated(again, plan, seed);
-      EXPECT_EQ(again.out, first.out) << splits;
-      EXPECT_EQ(again.victim_keys, first.victim_keys) << splits;
-      EXPECT_EQ(again.k, first.k) << splits;
-      EXPECT_EQ(again.protect, first.protect) << splits;
+  for (FusedScore score : {FusedScore::contribution, FusedScore::leave_one_out})
+    for (int splits : {1, 3}) {
+      DecodeCase c;
+      c.score = score;
+      c.shape = {3, 4, 2, 64, 300, DType::bf16};
+      c.shape.leave_one_out = score == FusedScore::leave_one_out;
+      c.tokens = {1000, 200, 999};
+      c.recent = 3;
+      c.shared = true;
+      // Few stages: the ring is always full. One group of consumers, then two.
+      const int blocks = splits == 1 ? 1 : 2;
+      const DecodePlan plan =
+          plan_decode(c.shape, limits(GetParam()),
+                      {.splits = splits, .stages = blocks + 1, .blocks_per_multiprocessor = blocks});
+      ASSERT_EQ(plan.n_groups, 3 - blocks);
+      const DecodeProblem before = make_decode_problem(c, splits);
+      DecodeProblem first = before;
+      run_decode_emulated(first, plan, 1);
+      EXPECT_EQ(check_decode_step(before, first).failure, "");
+      for (uint64_t seed = 2; seed < 4; ++seed) {
+        DecodeProblem again = before;
+        run_decode_emulated(again, plan, seed);
+        EXPECT_EQ(again.out, first.out) << splits;
+        EXPECT_EQ(again.victim_keys, first.victim_keys) << splits;
+        EXPECT_EQ(again.k, first.k) << splits;
+        EXPECT_EQ(again.v, first.v) << splits;
+        EXPECT_EQ(again.protect, first.protect) << splits;
+      }
     }
-  }
 }
 
 // Waiting for a barrier's phase is by parity. Were a stage shared by both groups, one could wait for the
@@ -92,6 +105,25 @@ TEST(DecodePlan, AStageBelongsToOneGroup) {
           EXPECT_GE(plan.n_stages, 4);
           EXPECT_LE(plan.smem_bytes, 232448);
         }
+}
+
+TEST(DecodePlan, LeavingOutFitsBesideTheRingAndReadsVTwice) {
+  for (int dim : {32, 64, 128, 256})
+    for (int group : {1, 4, 8})
+      for (int slots : {1, 200, 3276, 12000}) {
+        const DecodeShape plain{8, 8 * group, 8, dim, slots, DType::bf16};
+        DecodeShape shape = plain;
+        shape.leave_one_out = true;
+        const DecodePlan plan = plan_decode(shape, {.max_splits = 16, .resident_clusters = {}});
+        EXPECT_EQ(plan.n_stages % plan.n_groups, 0);
+        EXPECT_GE(plan.n_stages, 4);
+        EXPECT_LE(plan.smem_bytes, 232448);
+        // Partial sums begin behind the logits of the longest split.
+        const int tiles = (slots + 63) / 64, most = (tiles + plan.n_splits - 1) / plan.n_splits;
+        EXPECT_EQ(plan.partial_offset, most * 64 * ((group + 1) / 2) * 8);
+        EXPECT_EQ(decode_bytes(shape, slots, FusedScore::leave_one_out, false),
+                  decode_bytes(plain, slots, FusedScore::attention, false) + plain.kv_bytes(slots) / 2);
+      }
 }
 
 // What was fastest on an H100, with the clusters that it holds.
@@ -130,13 +162,23 @@ TEST(DecodePlan, ShapesThatWereMeasured) {
 
 // Every state that a step leaves is what the next one needs.
 TEST_P(EmulatedDecode, ClosedLoopStaysAsDefined) {
-  for (auto [shared, dtype] :
-       {std::pair{false, DType::f16}, {true, DType::f16}, {false, DType::f8e4m3}, {true, DType::f8e4m3}}) {
+  struct Loop {
+    bool shared;
+    DType dtype;
+    FusedScore score;
+  };
+  for (auto [shared, dtype, score] : {Loop{false, DType::f16, FusedScore::accumulated_contribution},
+                                      {true, DType::f16, FusedScore::contribution},
+                                      {false, DType::f8e4m3, FusedScore::accumulated_contribution},
+                                      {true, DType::f8e4m3, FusedScore::contribution},
+                                      {false, DType::bf16, FusedScore::leave_one_out},
+                                      {true, DType::f8e4m3, FusedScore::leave_one_out}}) {
     DecodeCase c;
     c.shape = {2, 4, 2, 32, 70, dtype, DType::f16};
+    c.shape.leave_one_out = score == FusedScore::leave_one_out;
     c.tokens = {57, 90};
     c.budget = 66, c.recent = 5, c.pinned = 2, c.shared = shared;
-    c.score = shared ? FusedScore::contribution : FusedScore::accumulated_contribution;
+    c.score = score;
     const DecodePlan plan = plan_decode(c.shape, limits(GetParam()), {.splits = 2});
     DecodeProblem p = make_decode_problem(c, plan.n_splits);
     for (uint64_t step = 0; step < 16; ++step) {
@@ -157,12 +199,9 @@ INSTANTIATE_TEST_SUITE_P(Paths, EmulatedDecode, testing::Bool(), [](const auto& 
 
 // The host's policy and evictor are the definition of a victim.
 TEST(EmulatedDecode, VictimsOfTheHostPolicies) {
-  for (const char* spec : {"longflow:recent=4", "longflow:recent=4:granularity=kv_head"}) {
-    DecodeCase c;
-    c.shape = {2, 8, 2, 64, 100, DType::bf16};
-    c.tokens = {300, 400};
-    c.recent = 4;
-    c.shared = std::string(spec).find("granularity") == std::string::npos;
+  for (const char* spec : {"longflow:recent=4", "longflow:recent=4:granularity=kv_head", "caote:recent=4",
+                           "caote:recent=4:granularity=layer"}) {
+    DecodeCase c = case_of_policy(spec);
     const DecodePlan plan = plan_decode(c.shape, limits(true), {.splits = 2});
     DecodeProblem p = make_decode_problem(c, 2);
     for (uint64_t step = 0; step < 4; ++step) {
@@ -179,17 +218,22 @@ TEST(EmulatedDecode, VictimsOfTheHostPolicies) {
 }
 
 TEST(EmulatedDecode, AllProtectedTakesTheOldestAndSaysSo) {
-  DecodeCase c;
-  c.shape = {1, 2, 1, 32, 40, DType::f16};
-  c.tokens = {100};
-  c.recent = 40;
-  const DecodePlan plan = plan_decode(c.shape, limits(true), {.splits = 1});
-  DecodeProblem p = make_decode_problem(c, 1);
-  ASSERT_EQ(p.victim_keys[0], ~uint64_t{0});
-  run_decode_emulated(p, plan, 1);
-  EXPECT_EQ(p.flags[0], kFlagNoCandidate);
-  EXPECT_EQ(std::count(p.positions.begin(), p.positions.end(), 100), 1);
-  EXPECT_EQ(std::count(p.positions.begin(), p.positions.end(), 60), 0);
+  for (FusedScore score : {FusedScore::contribution, FusedScore::leave_one_out}) {
+    DecodeCase c;
+    c.score = score;
+    c.shape = {1, 2, 1, 32, 40, DType::f16};
+    c.shape.leave_one_out = score == FusedScore::leave_one_out;
+    c.tokens = {100};
+    c.recent = 40;
+    const DecodePlan plan = plan_decode(c.shape, limits(true), {.splits = 1});
+    DecodeProblem p = make_decode_problem(c, 1);
+    ASSERT_EQ(p.victim_keys[0], ~uint64_t{0});
+    run_decode_emulated(p, plan, 1);
+    EXPECT_EQ(p.flags[0], kFlagNoCandidate);
+    EXPECT_EQ(p.victim_keys[0], ~uint64_t{0});
+    EXPECT_EQ(std::count(p.positions.begin(), p.positions.end(), 100), 1);
+    EXPECT_EQ(std::count(p.positions.begin(), p.positions.end(), 60), 0);
+  }
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ std::vector<NamedDecodeCase> decode_cases(bool small) {
   std::vector<NamedDecodeCase> cases;
   auto add = [&](std::string name, DecodeCase c, int splits = 0) {
     c.seed = cases.size() + 1;
+    c.shape.leave_one_out = c.score == FusedScore::leave_one_out;
     cases.push_back({std::move(name), std::move(c), splits});
   };
   using Data = DecodeCase::Data;
@@ -127,14 +128,73 @@ std::vector<NamedDecodeCase> decode_cases(bool small) {
   return cases;
 }
 
-std::vector<NamedDecodeCase> fp8_decode_cases(bool small) {
-  std::vector<NamedDecodeCase> cases = decode_cases(small);
+std::vector<NamedDecodeCase> leave_one_out_cases(bool small) {
+  std::vector<NamedDecodeCase> cases;
+  for (NamedDecodeCase c : decode_cases(small)) {
+    if (c.name.starts_with("score ")) continue;  // "plain" and "shared" are the same with one score
+    c.decode.score = FusedScore::leave_one_out;
+    c.decode.shape.leave_one_out = true;
+    cases.push_back(std::move(c));
+  }
+  auto add = [&](std::string name, DecodeCase c, int splits) {
+    c.score = FusedScore::leave_one_out;
+    c.shape.leave_one_out = true;
+    c.seed = cases.size() + 1;
+    cases.push_back({std::move(name), std::move(c), splits});
+  };
+  DecodeCase base;
+  base.shape = {2, 8, 2, 64, 200, DType::bf16};
+  base.tokens = {500, 700};
+  base.recent = 90, base.pinned = 4;
+  for (DType dtype : {DType::bf16, DType::f16}) {
+    DecodeCase c = base;
+    c.shape.dtype = dtype;
+    add("protected", c, 1);
+    c.shared = true;
+    add("protected, shared", c, 2);
+    c.recent = 1, c.pinned = 0;
+    for (double range : {6.0, 15.0, 200.0}) {  // some heads have a slot that outweighs the others
+      c.logit_range = range;
+      add("steep " + std::to_string(static_cast<int>(range)), c, 2);
+      add("steep, three splits " + std::to_string(static_cast<int>(range)), c, 3);
+    }
+  }
+  {
+    DecodeCase c = base;  // |o - v| far below |v|
+    c.recent = 1, c.pinned = 0;
+    c.data = DecodeCase::Data::near_rows;
+    add("nearly equal values", c, 1);
+    c.shape.dtype = DType::f16;
+    add("nearly equal values fp16", c, 2);
+    c.logit_range = 12;
+    add("nearly equal values, steep", c, 2);
+  }
+  {
+    DecodeCase c = base;
+    c.shape.n_slots = 40, c.tokens = {20, 30}, c.recent = 40, c.pinned = 0;
+    add("all protected", c, 1);
+    c.shared = true;
+    add("all protected, shared", c, 1);
+  }
+  {
+    DecodeCase c = base;  // wide heads: one group of consumers
+    c.shape = {1, 8, 1, 256, 150, DType::bf16};
+    c.tokens = {400}, c.recent = 1, c.pinned = 0;
+    add("head_dim 256, group 8", c, 2);
+  }
+  return cases;
+}
+
+std::vector<NamedDecodeCase> fp8_cases(std::vector<NamedDecodeCase> cases) {
   for (NamedDecodeCase& c : cases) {
     c.name += ", fp8";
     c.decode.shape.activation = c.decode.shape.dtype;
     c.decode.shape.dtype = DType::f8e4m3;
   }
   return cases;
+}
+std::vector<NamedDecodeCase> fp8_decode_cases(bool small) {
+  return fp8_cases(decode_cases(small));
 }
 
 }  // namespace kvlapse

@@ -18,7 +18,10 @@ struct NamedDecodeCase {
 
 // `small`: sizes that the emulator runs in a second.
 std::vector<NamedDecodeCase> decode_cases(bool small);
+// Those where the score makes a difference and a few of their own, with the error of leaving a slot out.
+std::vector<NamedDecodeCase> leave_one_out_cases(bool small);
 // The same with K and V in fp8; what was their type is that of q, new rows and output.
 std::vector<NamedDecodeCase> fp8_decode_cases(bool small);
+std::vector<NamedDecodeCase> fp8_cases(std::vector<NamedDecodeCase> cases);
 
 }  // namespace kvlapse

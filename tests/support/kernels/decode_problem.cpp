@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <span>
 #include <thread>
 
 #include "core/base/error.h"
@@ -112,6 +113,7 @@ void draw_decode_token(DecodeProblem& p, const DecodeCase& c, uint64_t step) {
     if (c.data == DecodeCase::Data::equal_rows)
       k = std::sin(static_cast<double>(d)), v = std::cos(static_cast<double>(d));
     if (c.data == DecodeCase::Data::zero_values) v = 0;
+    if (c.data == DecodeCase::Data::near_rows) v = std::cos(static_cast<double>(d)) + 1e-3 * v;
     p.k_new[i] = p.from_float(static_cast<float>(k));
     p.v_new[i] = p.from_float(static_cast<float>(v));
   }
@@ -173,6 +175,7 @@ DecodeProblem make_decode_problem(const DecodeCase& c, int n_splits) {
         if (c.data == DecodeCase::Data::equal_rows)
           k = std::sin(static_cast<double>(d)), v = std::cos(static_cast<double>(d));
         if (c.data == DecodeCase::Data::zero_values) v = 0;
+        if (c.data == DecodeCase::Data::near_rows) v = std::cos(static_cast<double>(d)) + 1e-3 * v;
         if (c.data == DecodeCase::Data::one_hot) k = i == n / 2 ? 40 * (d % 2 ? 1 : -1) : 0;
         k_row[d] = p.from_float(static_cast<float>(k));
         v_row[d] = p.from_float(static_cast<float>(v));
@@ -194,9 +197,56 @@ DecodeProblem make_decode_problem(const DecodeCase& c, int n_splits) {
 
 namespace {
 
-// Everything of one (b, kv head) but its victim. `scores`: fp64, of every valid slot.
+// What leaving each slot out does to a head's output: the sum over a group's heads, and how far it can be
+// told in fp32.
+struct LeftOut {
+  std::vector<double> error, doubt;
+};
+
+// Adds a head's. `p`: of its slots relative to the largest's. As defined: |o' - o|, o' from the other slots
+// alone.
+void leave_each_out(std::span<const double> p, const std::vector<float>& values, size_t D, double tolerance,
+                    LeftOut& to) {
+  const size_t n = p.size();
+  double sum = 0, largest_norm = 0;
+  std::vector<double> total(D, 0.0), left(D);
+  for (size_t i = 0; i < n; ++i) {
+    double norm = 0;
+    sum += p[i];
+    for (size_t d = 0; d < D; ++d) {
+      total[d] += p[i] * values[i * D + d];
+      norm += static_cast<double>(values[i * D + d]) * values[i * D + d];
+    }
+    largest_norm = std::max(largest_norm, std::sqrt(norm));
+  }
+  for (size_t i = 0; i < n; ++i) {
+    double rest = sum - p[i], square = 0;
+    for (size_t d = 0; d < D; ++d) left[d] = total[d] - p[i] * values[i * D + d];
+    if (p[i] > 0.5 * sum) {  // one slot at most: without differences of nearly equal numbers
+      rest = 0;
+      std::fill(left.begin(), left.end(), 0.0);
+      for (size_t j = 0; j < n; ++j) {
+        if (j == i) continue;
+        rest += p[j];
+        for (size_t d = 0; d < D; ++d) left[d] += p[j] * values[j * D + d];
+      }
+    }
+    // |o' - o| = w |o' - v|.
+    const double scale = rest > static_cast<double>(kLeastRest) * p[i] ? 1 / rest : 0;
+    for (size_t d = 0; d < D; ++d) {
+      const double x = left[d] * scale - values[i * D + d];
+      square += x * x;
+    }
+    const double distance = std::sqrt(square), w = p[i] / sum;
+    to.error[i] += distance < 1e-10 * largest_norm ? 0 : w * distance;  // values all equal: a tie
+    to.doubt[i] += w * tolerance * (distance + largest_norm);
+  }
+}
+
+// Everything of one (b, kv head) but its victim. `scores`: fp64, of every valid slot; `doubts`: what two of
+// them may differ by and still be one of the other's.
 void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t item,
-                std::vector<double>& scores, DecodeCheck& check) {
+                std::vector<double>& scores, std::vector<double>& doubts, DecodeCheck& check) {
   const DecodeShape& s = before.shape;
   const size_t D = s.head_dim, G = s.group(), S = s.n_slots;
   const double infinity = std::numeric_limits<double>::infinity();
@@ -245,6 +295,7 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
   for (int i = 0; i < n; ++i)
     for (size_t d = 0; d < D; ++d) norm[i] += std::abs(static_cast<double>(values[i * D + d]));
   double largest = 0;
+  LeftOut left_out{std::vector<double>(n, 0.0), std::vector<double>(n, 0.0)};
   for (size_t g = 0; g < G; ++g) {
     const size_t head = item * G + g;
     std::vector<float> q(D);
@@ -258,6 +309,8 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
       largest = std::max(largest, std::abs(logits[i]));
     }
     for (double& l : logits) sum += l = std::exp(l - top);
+    if (before.score == FusedScore::leave_one_out)
+      leave_each_out(logits, values, D, 2e-5 + 2e-6 * largest, left_out);
     std::fill(out.begin(), out.end(), 0.0);
     for (int i = 0; i < n; ++i) {
       const double p = logits[i] / sum;
@@ -276,7 +329,7 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
       report(check, "b {} query head {}: output error {:.3g}", b, h * G + g, relative);
   }
 
-  scores.assign(n, 0.0);
+  scores.assign(n, 0.0), doubts.assign(n, 0.0);
   if (before.score == FusedScore::none || step < 0) return;
   const double tolerance = 2e-5 + 2e-6 * largest;
   for (int i = 0; i < n; ++i) {
@@ -294,12 +347,15 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
                after.value_l1[row]);
       base *= norm[i];
     }
+    const bool leaves_out = before.score == FusedScore::leave_one_out;
+    if (leaves_out) base = left_out.error[i];
     scores[i] = base * before.score_scale();
+    if (leaves_out) doubts[i] = left_out.doubt[i] * before.score_scale();
     if (before.writes_importance) {
       const double found = after.importance[row];
-      const double error = std::abs(found - scores[i]) / std::max(scores[i], 1e-30);
-      if (scores[i] > 1e-30) check.score_error = std::max(check.score_error, error);
-      if (!(error <= tolerance))
+      const double away = std::abs(found - scores[i]), error = away / std::max(scores[i], 1e-30);
+      if (scores[i] > 1e-30 && scores[i] > doubts[i]) check.score_error = std::max(check.score_error, error);
+      if (!(leaves_out ? away <= doubts[i] + 1e-30 : error <= tolerance))
         report(check, "b {} head {} slot {}: score: expected {:.9g}, found {:.9g}", b, h, i, scores[i],
                found);
     }
@@ -312,7 +368,7 @@ void check_item(const DecodeProblem& before, const DecodeProblem& after, size_t 
 }
 
 void check_victim(const DecodeProblem& before, const DecodeProblem& after, size_t item,
-                  const std::vector<double>& scores, DecodeCheck& check) {
+                  const std::vector<double>& scores, const std::vector<double>& doubts, DecodeCheck& check) {
   const uint64_t* keys = &after.victim_keys[item * kMaxDecodeSplits];
   const uint64_t key = *std::min_element(keys, keys + before.n_splits);
   auto is_protected = [&](int slot) {
@@ -331,7 +387,7 @@ void check_victim(const DecodeProblem& before, const DecodeProblem& after, size_
     report(check, "item {}: victim: slot {} is protected", item, found);
   } else if (found != best) {
     ++check.near_ties;
-    if (!(scores[found] <= scores[best] * (1 + 1e-4) + 1e-30))
+    if (!(scores[found] - doubts[found] <= scores[best] * (1 + 1e-4) + doubts[best] + 1e-30))
       report(check, "item {}: victim: expected slot {} ({:.9g}), found {} ({:.9g})", item, best, scores[best],
              found, scores[found]);
     if (scores[found] == scores[best])
@@ -344,15 +400,19 @@ void check_victim(const DecodeProblem& before, const DecodeProblem& after, size_
 DecodeCheck check_decode_step(const DecodeProblem& before, const DecodeProblem& after) {
   const DecodeShape& s = before.shape;
   const size_t items = s.n_items();
-  std::vector<std::vector<double>> scores(items);
+  std::vector<std::vector<double>> scores(items), doubts(items);
   std::vector<DecodeCheck> checks(items);
-  for_each_index(items, [&](size_t item) { check_item(before, after, item, scores[item], checks[item]); });
+  for_each_index(
+      items, [&](size_t item) { check_item(before, after, item, scores[item], doubts[item], checks[item]); });
   for (size_t item = 0; item < items; ++item) {
     const int b = static_cast<int>(item) / s.n_kv_heads, h = static_cast<int>(item) % s.n_kv_heads;
     if (before.score == FusedScore::none || before.step_pos[b] < 0 || (before.shared && h > 0)) continue;
     for (int other = 1; before.shared && other < s.n_kv_heads; ++other)
-      for (size_t i = 0; i < scores[item].size(); ++i) scores[item][i] += scores[item + other][i];
-    check_victim(before, after, item, scores[item], checks[item]);
+      for (size_t i = 0; i < scores[item].size(); ++i) {
+        scores[item][i] += scores[item + other][i];
+        doubts[item][i] += doubts[item + other][i];
+      }
+    check_victim(before, after, item, scores[item], doubts[item], checks[item]);
   }
   DecodeCheck all;
   for (const DecodeCheck& c : checks) {

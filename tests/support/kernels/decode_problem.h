@@ -51,7 +51,8 @@ struct DecodeCase {
   std::vector<int>
       tokens;  // [B] seen so far, which is the position of the step's token; -1 skips the sequence
   double logit_range = 3;  // standard deviation of the logits
-  enum class Data : uint8_t { random, equal_rows, zero_values, one_hot } data = Data::random;
+  // near_rows: values that differ by a thousandth.
+  enum class Data : uint8_t { random, equal_rows, zero_values, one_hot, near_rows } data = Data::random;
   bool ragged = false;  // heads hold different counts
   uint64_t seed = 1;
 };

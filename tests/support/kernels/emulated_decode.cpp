@@ -11,8 +11,8 @@
 namespace kvlapse {
 namespace {
 
-template <int kHeadDim, class Element, bool kBulk>
-void run(const DecodeArgs<device::TensorMap>& args, const DecodePlan& plan, uint64_t seed) {
+template <int kHeadDim, class Element, bool kBulk, bool kLeaveOneOut>
+void run_kernel(const DecodeArgs<device::TensorMap>& args, const DecodePlan& plan, uint64_t seed) {
   device::EmulatedLaunch launch;
   launch.n_blocks = plan.n_ctas;
   launch.n_threads = plan.n_threads;
@@ -20,9 +20,15 @@ void run(const DecodeArgs<device::TensorMap>& args, const DecodePlan& plan, uint
   launch.smem_bytes = plan.smem_bytes;
   launch.seed = seed;
   device::run_emulated(launch, [&](unsigned char* shared) {
-    using Traits = device::DecodeTraits<kHeadDim, Element, kBulk>;
+    using Traits = device::DecodeTraits<kHeadDim, Element, kBulk, kLeaveOneOut>;
     device::DecodeCta<Traits, DecodeArgs<device::TensorMap>>(args, shared).run();
   });
+}
+
+template <int kHeadDim, class Element, bool kBulk>
+void run(const DecodeArgs<device::TensorMap>& args, const DecodePlan& plan, uint64_t seed) {
+  (args.score == FusedScore::leave_one_out ? run_kernel<kHeadDim, Element, kBulk, true>
+                                           : run_kernel<kHeadDim, Element, kBulk, false>)(args, plan, seed);
 }
 
 template <int kHeadDim>
@@ -75,7 +81,8 @@ void run_decode_emulated(DecodeProblem& p, const DecodePlan& plan, uint64_t seed
   args.arrivals = p.arrivals.data();
   args.flags = p.flags.data();
   std::vector<float> softmax(static_cast<size_t>(items) * kMaxDecodeSplits * 16 + 4);
-  std::vector<float> output(static_cast<size_t>(items) * plan.n_splits * p.shape.group() * D + 4);
+  std::vector<float> output(
+      static_cast<size_t>(items) * plan.n_splits * p.shape.group() * D * (p.shape.leave_one_out ? 2 : 1) + 4);
   std::vector<uint32_t> barrier(items, 0);
   auto aligned = [](std::vector<float>& v) {
     return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(v.data()) + 15) / 16 * 16);

@@ -81,6 +81,9 @@ inline void fence_proxy_async() {}
 inline uint64_t evict_first_policy() {
   return 0;
 }
+inline uint64_t evict_normal_policy() {
+  return 0;
+}
 void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar,
                   uint64_t policy);
 void bulk_load(SmemAddress to, const void* from, uint32_t bytes, SmemAddress bar, uint64_t policy);

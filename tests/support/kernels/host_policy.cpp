@@ -34,13 +34,15 @@ class ProblemInputs final : public LayerInputs {
         logits[i] = dot(q.data(), keys_[head / group_].data() + i * D, D) / std::sqrt(static_cast<float>(D));
       logits_.push_back(logits);
       softmax(logits, logits);
+      std::vector<float>& output = outputs_.emplace_back(D, 0.0f);
+      for (int i = 0; i < n; ++i) add_scaled(logits[i], {values_[head / group_].data() + i * D, D}, output);
       attention_.push_back(std::move(logits));
     }
   }
 
   std::span<const float> logits(int q_head) override { return logits_[q_head]; }
   std::span<const float> attention(int q_head) override { return attention_[q_head]; }
-  std::span<const float> output(int) override { fail("decode tests: no fused policy reads the output"); }
+  std::span<const float> output(int q_head) override { return outputs_[q_head]; }
   std::span<const float> value_l1(int kv_head) override { return norms_[kv_head]; }
   std::span<const float> keys(int kv_head) override { return keys_[kv_head]; }
   std::span<const float> values(int kv_head) override { return values_[kv_head]; }
@@ -53,7 +55,7 @@ class ProblemInputs final : public LayerInputs {
 
  private:
   int n_, group_;
-  std::vector<std::vector<float>> keys_, values_, norms_, logits_, attention_;
+  std::vector<std::vector<float>> keys_, values_, norms_, logits_, attention_, outputs_;
 };
 
 // A table that holds the problem's positions: every position is appended, then each head keeps its own.
@@ -77,6 +79,19 @@ SlotTable table_of(const DecodeProblem& p, int b, int n) {
 }
 
 }  // namespace
+
+DecodeCase case_of_policy(std::string_view policy_spec) {
+  const std::unique_ptr<Policy> policy = make_policy(policy_spec);
+  const PolicyInfo& info = policy->info();
+  DecodeCase c;
+  c.shape = {2, 8, 2, 64, 100, DType::bf16};
+  c.shape.leave_one_out = info.fused == FusedScore::leave_one_out;
+  c.score = info.fused;
+  c.tokens = {300, 400};
+  c.recent = info.rule.recent_slots(c.shape.n_slots);
+  c.shared = info.rule.granularity == Granularity::layer;
+  return c;
+}
 
 HostVictims host_policy_victims(const DecodeProblem& p, int b, std::string_view policy_spec) {
   const std::unique_ptr<Policy> policy = make_policy(policy_spec);

@@ -14,6 +14,9 @@ struct HostVictims {
   std::vector<std::vector<float>> scores;  // [row][slot]
 };
 
+// Two full sequences whose victims such a policy chooses, with its score, granularity and recent tokens.
+DecodeCase case_of_policy(std::string_view policy_spec);
+
 // Of sequence b after a step, all of whose heads hold `budget` tokens.
 HostVictims host_policy_victims(const DecodeProblem& after, int b, std::string_view policy_spec);
 
