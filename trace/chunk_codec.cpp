@@ -77,19 +77,20 @@ EncodedChunk ChunkEncoder::encode(std::span<const std::byte> raw, int element_by
     shuffle_bytes(raw, element_bytes, shuffled_.data());
     input = shuffled_;
   }
-  compressed_.resize(ZSTD_compressBound(raw.size()));
-  const size_t size = ZSTD_compressCCtx(context_->zstd, compressed_.data(), compressed_.size(), input.data(),
-                                        input.size(), context_->level);
-  if (ZSTD_isError(size)) fail("zstd cannot compress {} bytes: {}", raw.size(), ZSTD_getErrorName(size));
   EncodedChunk chunk;
+  const size_t bound = ZSTD_compressBound(raw.size());
+  chunk.buffer = std::make_unique_for_overwrite<std::byte[]>(bound);
+  const size_t size = ZSTD_compressCCtx(context_->zstd, chunk.buffer.get(), bound, input.data(), input.size(),
+                                        context_->level);
+  if (ZSTD_isError(size)) fail("zstd cannot compress {} bytes: {}", raw.size(), ZSTD_getErrorName(size));
   chunk.checksum = checksum_of(raw);
   if (size >= raw.size()) {
+    chunk.buffer.reset();
     chunk.encoding = "raw";
     chunk.data = raw;
   } else {
-    encoding_ = element_bytes > 1 ? fmt::format("{}{}", kShufflePrefix, element_bytes) : "zstd";
-    chunk.encoding = encoding_;
-    chunk.data = std::span(compressed_).first(size);
+    chunk.encoding = element_bytes > 1 ? fmt::format("{}{}", kShufflePrefix, element_bytes) : "zstd";
+    chunk.data = {chunk.buffer.get(), size};
   }
   return chunk;
 }

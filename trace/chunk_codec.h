@@ -13,12 +13,13 @@
 namespace kvlapse {
 
 struct EncodedChunk {
-  std::string_view encoding;  // "raw", "zstd" or "zstd-shuffleN"
+  std::string encoding;  // "raw", "zstd" or "zstd-shuffleN"
   int64_t checksum = 0;
-  std::span<const std::byte> data;  // valid until the next call
+  std::unique_ptr<std::byte[]> buffer;
+  std::span<const std::byte> data;  // in `buffer`; of "raw" the argument of encode
 };
 
-// One per writing thread.
+// One per thread that encodes; equal arguments give equal bytes from any of them.
 class ChunkEncoder {
  public:
   explicit ChunkEncoder(int zstd_level);
@@ -31,8 +32,7 @@ class ChunkEncoder {
  private:
   struct Context;
   std::unique_ptr<Context> context_;
-  std::vector<std::byte> shuffled_, compressed_;
-  std::string encoding_;
+  std::vector<std::byte> shuffled_;
 };
 
 // Throws Error (without file or chunk: the caller knows them) when the data cannot be what was written.

@@ -469,6 +469,7 @@ void TraceWriter::finish(bool interrupted, const std::map<std::string, std::stri
   all["interrupted"] = interrupted ? "1" : "0";
   all["queue_wait_ns"] = std::to_string(stats.queue_wait_ns);
   all["queue_waits"] = std::to_string(stats.queue_waits);
+  all["packers"] = std::to_string(stats.packers);
   all["writer_cpu_ns"] = std::to_string(stats.writer_cpu_ns);
   all["dropped_records"] = std::to_string(stats.dropped_records);
   all["raw_bytes"] = std::to_string(stats.raw_bytes);

@@ -1,8 +1,8 @@
-// TraceWriter: the append-only side of a trace. The decoding thread copies into chunk buffers; one writer
-// thread behind a bounded queue compresses them and commits: all layers of a step or none, every 64 steps or
-// every second. The caller waits only when the queue is full, and the wait is measured. A failure of the
-// writer thread (full disk) is thrown by the next call; what was committed before stays valid. All calls come
-// from one thread.
+// TraceWriter: the append-only side of a trace. The decoding thread copies into chunk buffers; threads behind
+// a bounded queue compress them, and one of them commits in order: all layers of a step or none, every 64
+// steps or every second. The file does not depend on how many compress. The caller waits only when the queue
+// is full, and the wait is measured. A failure behind the queue (full disk) is thrown by the next call; what
+// was committed before stays valid. All calls come from one thread.
 //
 // A run of a sequence: begin_sequence; for each position in order and each layer: append, then evict if the
 // policy did; step after all layers of a generated token; end_sequence. Sequences may interleave, prompts may
@@ -24,7 +24,8 @@ namespace kvlapse {
 struct TraceWriterOptions {
   bool force = false;  // replace an existing file
   int zstd_level = 1;
-  size_t queue_bytes = size_t{64} << 20;            // uncompressed bytes that may wait for the writer
+  int packers = 0;  // threads that compress, the writing one among them; 0: half of the machine's, at most 8
+  size_t queue_bytes = size_t{64} << 20;            // of chunks that may wait for the writer
   std::chrono::milliseconds commit_interval{1000};  // at most, while steps arrive
   // Bytes of a token, asked once for each id that occurs; empty: texts are not stored.
   std::function<std::string(int32_t)> token_text = {};
@@ -40,7 +41,8 @@ struct LayerRecord {
 struct TraceWriterStats {
   int64_t queue_wait_ns = 0;  // decode waited for the writer, measured
   int64_t queue_waits = 0;
-  int64_t writer_cpu_ns = 0;    // CPU time of the writer thread, measured
+  int64_t writer_cpu_ns = 0;    // CPU time of the threads behind the queue, measured
+  int packers = 0;              // threads that compress
   int64_t raw_bytes = 0;        // of chunks, before compression
   int64_t stored_bytes = 0;     // of chunks, after it
   int64_t committed_steps = 0;  // forward passes of all sequences, prompts included

@@ -1,26 +1,27 @@
 #include "trace/write_queue.h"
 
-#include <time.h>
-
 #include <algorithm>
 #include <chrono>
 
 #include "core/base/error.h"
+#include "trace/thread_cpu.h"
 
 namespace kvlapse {
 namespace {
-
-int64_t thread_cpu_ns() {
-  timespec time{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<int64_t>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
-}
 
 size_t bytes_of(const WriteMessage& message) {
   if (const auto* gpu = std::get_if<GpuMessage>(&message))
     return gpu->batch.kernels.size() * sizeof(GpuKernel) + gpu->batch.dram.size() * sizeof(DramSample);
   const auto* chunk = std::get_if<ChunkMessage>(&message);
   return chunk ? chunk->bytes : 0;
+}
+
+// A decode on the CPU has as many threads as the machine and loses by each that runs beside it: the rest of a
+// small machine is one.
+int packers_of(int asked) {
+  constexpr int kMostPackers = 8;
+  if (asked > 0) return asked;
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 2, 1, kMostPackers);
 }
 
 }  // namespace
@@ -57,28 +58,51 @@ size_t WriteQueue::ChunkKeyHash::operator()(const ChunkKey& key) const {
 WriteQueue::WriteQueue(Database database, const TraceWriterOptions& options)
     : database_(std::move(database)),
       statements_(std::make_unique<Statements>(database_)),
-      encoder_(options.zstd_level),
       queue_bytes_(options.queue_bytes),
-      thread_([this] { run(); }) {}
+      zstd_level_(options.zstd_level) {
+  stats_.packers = packers_of(options.packers);
+  try {
+    checkpointer_ = std::make_unique<Checkpointer>(database_);
+    for (int i = 1; i < stats_.packers; ++i) packers_.emplace_back([this] { pack(); });
+    writer_ = std::thread([this] { write(); });
+  } catch (...) {
+    join();
+    throw;
+  }
+}
 
 WriteQueue::~WriteQueue() {
+  join();
+}
+
+void WriteQueue::join() {
   {
     std::lock_guard lock(mutex_);
     stopping_ = true;
   }
-  not_empty_.notify_all();
-  if (thread_.joinable()) thread_.join();
+  front_ready_.notify_all();
+  to_pack_.notify_all();
+  if (writer_.joinable()) writer_.join();
+  for (std::thread& packer : packers_)
+    if (packer.joinable()) packer.join();
+  if (checkpointer_) stats_.writer_cpu_ns += checkpointer_->stop();
+  checkpointer_.reset();
 }
 
 int64_t WriteQueue::push(WriteMessage message) {
-  const size_t bytes = bytes_of(message);
+  Slot slot;
+  slot.bytes = bytes_of(message);
+  if (std::holds_alternative<ChunkMessage>(message)) slot.state = Slot::State::waiting;
+  slot.message = std::move(message);
+  const bool waits = slot.state == Slot::State::waiting;
   int64_t waited_ns = 0;
+  bool first = false;
   {
-    std::unique_lock lock(mutex_);
+    Lock lock(mutex_);
     throw_if_failed();
     // A message larger than the queue passes when the queue is empty.
     auto fits = [&] {
-      return queued_bytes_ == 0 || queued_bytes_ + bytes <= queue_bytes_ || !failure_.empty();
+      return queued_bytes_ == 0 || queued_bytes_ + slot.bytes <= queue_bytes_ || !failure_.empty();
     };
     if (!fits()) {
       const auto start = std::chrono::steady_clock::now();
@@ -88,20 +112,17 @@ int64_t WriteQueue::push(WriteMessage message) {
       ++stats_.queue_waits;
       throw_if_failed();
     }
-    queued_bytes_ += bytes;
-    messages_.push_back(std::move(message));
+    queued_bytes_ += slot.bytes;
+    slots_.push_back(std::move(slot));
+    first = waits ? n_waiting_++ == 0 : slots_.size() == 1;
   }
-  not_empty_.notify_one();
+  // One thread is woken; it wakes the next when it leaves something to pack.
+  if (first) (waits && !packers_.empty() ? to_pack_ : front_ready_).notify_one();
   return waited_ns;
 }
 
 Database& WriteQueue::stop() {
-  {
-    std::lock_guard lock(mutex_);
-    stopping_ = true;
-  }
-  not_empty_.notify_all();
-  if (thread_.joinable()) thread_.join();
+  join();
   throw_if_failed();
   gpu_rows_.reset();
   statements_.reset();
@@ -117,38 +138,70 @@ void WriteQueue::throw_if_failed() const {
   if (!failure_.empty()) throw Error(failure_);
 }
 
-void WriteQueue::run() {
-  while (true) {
-    WriteMessage message;
-    {
-      std::unique_lock lock(mutex_);
-      not_empty_.wait(lock, [&] { return !messages_.empty() || stopping_; });
-      if (messages_.empty()) break;
-      message = std::move(messages_.front());
-      messages_.pop_front();
-    }
-    const size_t bytes = bytes_of(message);
-    std::string failure;
-    try {
-      std::visit([&](auto& typed) { handle(typed); }, message);
-    } catch (const std::exception& error) {
-      failure = error.what();
-    }
-    // The buffer goes back to its pool before the producer is woken to take it.
-    message = CommitMessage{};
-    {
-      std::lock_guard lock(mutex_);
-      queued_bytes_ -= bytes;
-      stats_.writer_cpu_ns = thread_cpu_ns();
-      if (!failure.empty()) {
-        failure_ = fmt::format("{}; the trace is valid and holds {} steps", failure, stats_.committed_steps);
-        messages_.clear();
-        queued_bytes_ = 0;
-      }
-    }
-    not_full_.notify_all();
-    if (!failure.empty()) break;
+WriteQueue::Slot* WriteQueue::take() {
+  if (n_waiting_ == 0) return nullptr;
+  while (slots_[n_passed_].state != Slot::State::waiting) ++n_passed_;
+  Slot& slot = slots_[n_passed_++];
+  slot.state = Slot::State::packing;
+  if (--n_waiting_ > 0 && !packers_.empty()) to_pack_.notify_one();
+  return &slot;
+}
+
+void WriteQueue::pack(Slot& slot, ChunkEncoder& encoder, Lock& lock) {
+  lock.unlock();
+  auto& message = std::get<ChunkMessage>(slot.message);
+  try {
+    slot.chunk = encoder.encode({message.data.get(), message.bytes}, message.element_bytes);
+  } catch (const std::exception& error) {
+    slot.failure = error.what();
   }
+  // The raw rows go back to their pool before the producer is woken to take them.
+  if (slot.chunk.buffer) message.data.reset();
+  lock.lock();
+  if (slot.failure.empty()) {
+    queued_bytes_ -= slot.bytes - slot.chunk.data.size();
+    slot.bytes = slot.chunk.data.size();
+    wake_producer();
+  }
+  slot.state = Slot::State::ready;
+  if (&slot == &slots_.front()) front_ready_.notify_one();
+}
+
+void WriteQueue::pack() {
+  ChunkEncoder encoder(zstd_level_);
+  int64_t cpu_ns = 0;
+  Lock lock(mutex_);
+  while (failure_.empty()) {
+    if (Slot* slot = take()) {
+      pack(*slot, encoder, lock);
+      count_cpu(cpu_ns);
+    } else if (stopping_) {
+      break;
+    } else {
+      to_pack_.wait(lock);
+    }
+  }
+}
+
+void WriteQueue::write() {
+  {
+    ChunkEncoder encoder(zstd_level_);
+    int64_t cpu_ns = 0;
+    Lock lock(mutex_);
+    while (failure_.empty()) {
+      if (!slots_.empty() && slots_.front().state == Slot::State::ready)
+        handle_front(lock);
+      else if (Slot* slot = take())
+        pack(*slot, encoder, lock);
+      else if (slots_.empty() && stopping_)
+        break;
+      else
+        front_ready_.wait(lock);
+      count_cpu(cpu_ns);
+    }
+  }
+  to_pack_.notify_all();
+  not_full_.notify_all();
   try {
     gpu_rows_.reset();
     statements_.reset();
@@ -158,22 +211,64 @@ void WriteQueue::run() {
   }
 }
 
+void WriteQueue::handle_front(Lock& lock) {
+  Slot& slot = slots_.front();
+  lock.unlock();
+  std::string failure = slot.failure;
+  if (failure.empty()) {
+    try {
+      std::visit(
+          [&](auto& message) {
+            if constexpr (std::is_same_v<decltype(message), ChunkMessage&>)
+              handle(message, slot.chunk);
+            else
+              handle(message);
+          },
+          slot.message);
+    } catch (const std::exception& error) {
+      failure = error.what();
+    }
+  }
+  const size_t bytes = slot.bytes;
+  slot.message = CommitMessage{};  // a chunk that stayed raw: its rows go back to their pool
+  slot.chunk = {};
+  lock.lock();
+  slots_.pop_front();
+  if (n_passed_ > 0) --n_passed_;
+  queued_bytes_ -= bytes;
+  if (!failure.empty())
+    failure_ = fmt::format("{}; the trace is valid and holds {} steps", failure, stats_.committed_steps);
+  wake_producer();
+}
+
+// Not for each chunk that leaves: a producer that waits is woken to a queue with room for many. Under the
+// lock.
+void WriteQueue::wake_producer() {
+  if (queued_bytes_ <= queue_bytes_ / 4 * 3) not_full_.notify_one();
+}
+
+// Adds what the calling thread used since the last call. Under the lock.
+void WriteQueue::count_cpu(int64_t& before_ns) {
+  const int64_t now_ns = thread_cpu_ns();
+  stats_.writer_cpu_ns += now_ns - std::exchange(before_ns, now_ns);
+}
+
 void WriteQueue::begin_if_needed() {
   if (!transaction_) transaction_ = std::make_unique<Transaction>(database_);
 }
 
-void WriteQueue::handle(ChunkMessage& message) {
+void WriteQueue::handle(ChunkMessage& message, const EncodedChunk& chunk) {
   begin_if_needed();
-  const EncodedChunk chunk = encoder_.encode({message.data.get(), message.bytes}, message.element_bytes);
   const auto raw_bytes = static_cast<int64_t>(message.bytes);
   LastChunk& last = last_chunks_[{message.kind, message.sequence, message.layer}];
   if (last.step_begin == message.step_begin) {
-    statements_->update_chunk.run(message.step_end, chunk.encoding, raw_bytes, chunk.checksum, chunk.data,
-                                  last.id);
+    statements_->update_chunk.run(message.step_end, std::string_view(chunk.encoding), raw_bytes,
+                                  chunk.checksum, chunk.data, last.id);
   } else {
     last = {message.step_begin, next_chunk_id_++};
     statements_->insert_chunk.run(last.id, message.kind, message.sequence, message.layer, message.step_begin,
-                                  message.step_end, chunk.encoding, raw_bytes, chunk.checksum, chunk.data);
+                                  message.step_end, std::string_view(chunk.encoding), raw_bytes,
+                                  chunk.checksum, chunk.data);
   }
   std::lock_guard lock(mutex_);
   stats_.raw_bytes += raw_bytes;

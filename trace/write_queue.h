@@ -1,5 +1,7 @@
-// The writer thread of a trace and the bounded queue in front of it. Messages are handled in order;
-// everything between two commits is one transaction. One producer thread.
+// The threads behind a trace's writer and the bounded queue in front of them. Packers compress chunks in any
+// order; one of them, the writer thread, owns the connection and handles messages in the order of push, so
+// the file is the same for any number of packers. Everything between two commits is one transaction; a
+// checkpointer moves what is committed into the file. One producer thread.
 #pragma once
 
 #include <condition_variable>
@@ -12,6 +14,7 @@
 #include <variant>
 #include <vector>
 
+#include "trace/checkpointer.h"
 #include "trace/chunk_codec.h"
 #include "trace/gpu_rows.h"
 #include "trace/trace_file.h"
@@ -50,8 +53,8 @@ class WriteQueue {
   WriteQueue(Database database, const TraceWriterOptions& options);
   ~WriteQueue();  // handles what is queued, then stops
 
-  // Waits while more than options.queue_bytes are queued. Throws Error when the writer failed. Returns the
-  // wait.
+  // Waits while more than options.queue_bytes are queued: of a chunk its size as it is now, compressed or
+  // not. Throws Error when a thread behind the queue failed. Returns the wait.
   int64_t push(WriteMessage message);
   // Handles what is queued and stops. Throws Error when the writer failed. The connection is the caller's
   // afterwards.
@@ -72,9 +75,26 @@ class WriteQueue {
     int64_t id = 0;
   };
   struct Statements;
+  // A message on its way. Only a thread that took it, or the writer once it is ready, looks inside.
+  struct Slot {
+    enum class State : uint8_t { waiting, packing, ready };
+    WriteMessage message;
+    size_t bytes = 0;
+    State state = State::ready;
+    EncodedChunk chunk;   // of a chunk that is ready
+    std::string failure;  // of its packer
+  };
+  using Lock = std::unique_lock<std::mutex>;
 
-  void run();
-  void handle(ChunkMessage& message);
+  void write();
+  void pack();
+  Slot* take();  // the first chunk that nobody packs yet
+  void pack(Slot& slot, ChunkEncoder& encoder, Lock& lock);
+  void handle_front(Lock& lock);
+  void wake_producer();
+  void count_cpu(int64_t& before_ns);
+  void join();
+  void handle(ChunkMessage& message, const EncodedChunk& chunk);
   void handle(StepsMessage& message);
   void handle(SequenceMessage& message);
   void handle(TokenTextMessage& message);
@@ -86,21 +106,25 @@ class WriteQueue {
   // The writer thread's own, until stop().
   Database database_;
   std::unique_ptr<Statements> statements_;
+  std::unique_ptr<Checkpointer> checkpointer_;
   std::unique_ptr<GpuRows> gpu_rows_;  // once there is something to write
-  ChunkEncoder encoder_;
   std::unique_ptr<Transaction> transaction_;
   std::unordered_map<ChunkKey, LastChunk, ChunkKeyHash> last_chunks_;
   int64_t next_chunk_id_ = 1;
 
   const size_t queue_bytes_;
+  const int zstd_level_;
   mutable std::mutex mutex_;
-  std::condition_variable not_empty_, not_full_;
-  std::deque<WriteMessage> messages_;
+  std::condition_variable front_ready_, to_pack_, not_full_;
+  std::deque<Slot> slots_;  // in order; a slot stays where it is until it was handled
+  size_t n_passed_ = 0;     // slots from the front that need no packer
+  size_t n_waiting_ = 0;    // slots that do
   size_t queued_bytes_ = 0;
   bool stopping_ = false;
   std::string failure_;
   TraceWriterStats stats_;
-  std::thread thread_;
+  std::vector<std::thread> packers_;
+  std::thread writer_;
 };
 
 }  // namespace kvlapse

@@ -28,7 +28,8 @@ int main(int argc, char** argv) {
   process.budget = 100;
   int64_t reported = -1;
   try {
-    TraceWriter writer(argv[1], process.header(), {.commit_interval = std::chrono::milliseconds(5)});
+    TraceWriter writer(argv[1], process.header(),
+                       {.packers = 4, .commit_interval = std::chrono::milliseconds(5)});
     test::SyntheticRun run(writer, process);
     while (run.step()) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
