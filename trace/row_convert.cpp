@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "core/base/error.h"
+#include "hwy/cache_control.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "trace/row_convert.cpp"
@@ -51,7 +52,10 @@ size_t copy_f32(const float* values, size_t n, float* out) {
   const hn::ScalableTag<float> df;
   const size_t lanes = hn::Lanes(df);
   size_t i = 0;
-  for (; i + lanes <= n; i += lanes) hn::StoreU(hn::LoadU(df, values + i), df, out + i);
+  if (reinterpret_cast<uintptr_t>(out) % kRowAlignment == 0 && lanes * sizeof(float) <= kRowAlignment)
+    for (; i + lanes <= n; i += lanes) hn::Stream(hn::LoadU(df, values + i), df, out + i);
+  else
+    for (; i + lanes <= n; i += lanes) hn::StoreU(hn::LoadU(df, values + i), df, out + i);
   return i;
 }
 
@@ -108,6 +112,10 @@ void store_rows(const float* values, size_t n, DType type, std::byte* out) {
     case DType::f8e4m3: break;
   }
   refuse(type);
+}
+
+void publish_rows() {
+  hwy::FlushStream();
 }
 
 void load_rows(const std::byte* data, size_t n, DType type, float* out) {

@@ -10,7 +10,11 @@
 namespace kvlapse {
 
 // `out` holds n * dtype_bytes(type) bytes. Throws Error for a dtype without a conversion.
+// fp32 to an address that is a multiple of kRowAlignment goes past the caches, to which nobody returns for it
+// soon: call publish_rows() before another thread reads it.
+inline constexpr size_t kRowAlignment = 64;
 void store_rows(const float* values, size_t n, DType type, std::byte* out);
+void publish_rows();
 void load_rows(const std::byte* data, size_t n, DType type, float* out);
 
 }  // namespace kvlapse

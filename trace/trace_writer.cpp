@@ -14,32 +14,38 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+struct AlignedDelete {
+  void operator()(std::byte* data) const { ::operator delete[](data, std::align_val_t{kRowAlignment}); }
+};
+using Buffer = std::unique_ptr<std::byte[], AlignedDelete>;
+
 // Buffers of one size class are used again: a fresh one costs the page faults of its first touch.
 class BufferPool : public std::enable_shared_from_this<BufferPool> {
  public:
   std::shared_ptr<std::byte[]> take(size_t bytes) {
-    std::unique_ptr<std::byte[]> buffer;
+    Buffer buffer;
     {
       std::lock_guard lock(mutex_);
-      std::vector<std::unique_ptr<std::byte[]>>& free = free_[bytes];
+      std::vector<Buffer>& free = free_[bytes];
       if (!free.empty()) {
         buffer = std::move(free.back());
         free.pop_back();
       }
     }
-    if (!buffer) buffer = std::make_unique_for_overwrite<std::byte[]>(bytes);
+    if (!buffer)
+      buffer.reset(static_cast<std::byte*>(::operator new[](bytes, std::align_val_t{kRowAlignment})));
     return {buffer.release(),
             [pool = shared_from_this(), bytes](std::byte* data) { pool->give(bytes, data); }};
   }
 
  private:
   void give(size_t bytes, std::byte* data) {
-    std::unique_ptr<std::byte[]> buffer(data);
+    Buffer buffer(data);
     std::lock_guard lock(mutex_);
     free_[bytes].push_back(std::move(buffer));
   }
   std::mutex mutex_;
-  std::map<size_t, std::vector<std::unique_ptr<std::byte[]>>> free_;
+  std::map<size_t, std::vector<Buffer>> free_;
 };
 
 std::shared_ptr<std::byte[]> copy_bytes(const void* data, size_t bytes) {
@@ -136,6 +142,7 @@ struct TraceWriter::Impl {
         stream.kind, sequence.facts.sequence, layer,         stream.begin,
         end,         stream.element_bytes,    stream.buffer, (end - stream.begin) * stream.row_bytes};
     stream.flushed_end = end;
+    publish_rows();
     push(sequence, std::move(chunk));
   }
 
