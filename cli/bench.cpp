@@ -218,7 +218,8 @@ void add_bench(CLI::App& app, Context& context) {
       "  kvlapse bench decode --context 4096 --policy longflow --budget 1024 --json\n"
       "  kvlapse bench throughput --batches 1,8,32 --context 2048 --policy longflow --budget 512\n"
       "  kvlapse bench replay --trace full.kvl --configs 8,32\n"
-      "  kvlapse bench record --tier qkv --context 512 --steps 512\n");
+      "  kvlapse bench record --tier qkv --context 512 --steps 512\n"
+      "  kvlapse bench record --tier qkv --batch 20 --policy longflow --budget 256 --context 256 --json\n");
   std::vector<std::string> names;
   for (const Bench& bench : kBenches) names.push_back(bench.name);
   command->add_option("WHAT", options->what, "what to measure")->required()->check(CLI::IsMember(names));
