@@ -118,6 +118,14 @@ TEST(KernelView, CountsKernelsBytesAndSteps) {
   EXPECT_TRUE(read_launches(reader, span, 5).cut);
   EXPECT_THAT(counted_steps(reader, 0), testing::ElementsAre(first + test::kCountedStep));
 
+  // The time of attention is that of its kernels, not what the host's clock says.
+  const std::vector<int64_t> attention = phase_times(reader, steps, StepPhase::attention);
+  ASSERT_EQ(attention.size(), steps.size());
+  for (int step = first; step < 200; ++step) {
+    const double ns = process.geometry.n_layers * test::synthetic_attention_ns(process, held(step));
+    ASSERT_NEAR(static_cast<double>(attention[static_cast<size_t>(step - first)]), ns, 0.01 * ns + 4) << step;
+  }
+
   const DramTimeline dram = read_dram(reader, 0);
   ASSERT_EQ(dram.mib.size(), static_cast<size_t>(n_timed));
   // Every launch's bytes, a counted share more than modelled.

@@ -186,6 +186,27 @@ DramTimeline read_dram(const TraceReader& reader, int sequence) {
   return dram;
 }
 
+std::vector<int64_t> phase_times(const TraceReader& reader, const std::vector<TraceStep>& steps,
+                                 StepPhase phase) {
+  std::vector<int64_t> times(steps.size());
+  if (!has_rows(reader, "KV_LAUNCH") || !has_rows(reader, "CUPTI_ACTIVITY_KIND_KERNEL")) {
+    for (size_t i = 0; i < steps.size(); ++i) times[i] = steps[i].summary.phase_ns[static_cast<int>(phase)];
+    return times;
+  }
+  SqlQuery query(reader.file(),
+                 fmt::format("SELECT k.start, k.\"end\" FROM KV_LAUNCH l JOIN CUPTI_ACTIVITY_KIND_KERNEL k ON "
+                             "k.rowid = l.kernel WHERE l.phase = '{}' ORDER BY k.start",
+                             step_phase_name(phase)));
+  size_t at = 0;
+  for (std::vector<SqlValue> row; query.next(row);) {
+    const int64_t start = whole(row[0]);
+    while (at < steps.size() && steps[at].summary.start_ns + steps[at].summary.total_ns <= start) ++at;
+    if (at == steps.size()) break;
+    if (start >= steps[at].summary.start_ns) times[at] += whole(row[1]) - start;
+  }
+  return times;
+}
+
 std::vector<int> counted_steps(const TraceReader& reader, int sequence) {
   std::vector<int> positions;
   if (!has_rows(reader, "KV_KERNEL_COUNTER") || !has_rows(reader, "NVTX_EVENTS")) return positions;

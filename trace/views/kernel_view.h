@@ -57,6 +57,11 @@ struct DramTimeline {
 };
 DramTimeline read_dram(const TraceReader& reader, int sequence);
 
+// Nanoseconds of a phase in each of these steps: of the kernels that were launched for it while the step ran
+// where they were recorded, else as the step says; 0: not known. Measured.
+std::vector<int64_t> phase_times(const TraceReader& reader, const std::vector<TraceStep>& steps,
+                                 StepPhase phase);
+
 // Steps whose kernels were counted one by one: their times are no timing figures. Positions in `sequence`.
 std::vector<int> counted_steps(const TraceReader& reader, int sequence);
 

@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "trace/sql.h"
+#include "trace/views/kernel_view.h"
 
 namespace kvlapse {
 namespace {
@@ -116,9 +117,11 @@ Roofline read_roofline(const TraceReader& reader, int sequence) {
   const double flop_per_token = 4.0 * geometry.head_dim * geometry.group();  // of one kv head
   const double flop_per_byte = flop_per_token / static_cast<double>(geometry.head_token_bytes());
   std::vector<double> gflops;
-  for (const TraceStep& step : reader.steps(sequence, 0, reader.n_steps(sequence))) {
-    const int64_t ns = step.summary.phase_ns[static_cast<int>(StepPhase::attention)];
-    if (ns > 0)
+  const std::vector<TraceStep> steps = reader.steps(sequence, 0, reader.n_steps(sequence));
+  const std::vector<int64_t> times = phase_times(reader, steps, StepPhase::attention);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const TraceStep& step = steps[i];
+    if (const int64_t ns = times[i]; ns > 0)
       gflops.push_back(static_cast<double>(step.held_tokens + step.evicted_tokens) * flop_per_token /
                        static_cast<double>(ns));
   }

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/base/error.h"
+#include "trace/views/kernel_view.h"
 
 namespace kvlapse {
 
@@ -28,10 +29,12 @@ Timeline read_timeline(const TraceReader& reader, int sequence) {
   const std::vector<TraceStep> steps = reader.steps(sequence, 0, timeline.n_steps);
   timeline.first_step = steps.empty() ? timeline.n_prompt : raw(steps.front().summary.pos);
   const double heads = static_cast<double>(geometry.n_layers) * geometry.n_kv_heads;
-  for (const TraceStep& step : steps) {
+  const std::vector<int64_t> attention = phase_times(reader, steps, StepPhase::attention),
+                             evict = phase_times(reader, steps, StepPhase::evict);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const TraceStep& step = steps[i];
     const StepSummary& summary = step.summary;
-    const int64_t attention_ns = summary.phase_ns[static_cast<int>(StepPhase::attention)];
-    const int64_t evict_ns = summary.phase_ns[static_cast<int>(StepPhase::evict)];
+    const int64_t attention_ns = attention[i], evict_ns = evict[i];
     const double total = std::max<double>(1, static_cast<double>(summary.total_ns));
     timeline.held_tokens.push_back(static_cast<float>(static_cast<double>(step.held_tokens) / heads));
     timeline.evicted_tokens.push_back(static_cast<float>(step.evicted_tokens));
