@@ -28,6 +28,14 @@ uint32_t& Sketch::at(int bin) {
   return bins_[static_cast<size_t>(bin - first_)];
 }
 
+void Sketch::add(std::span<const uint32_t> counts) {
+  for (size_t bin = 0; bin < counts.size(); ++bin) {
+    if (counts[bin] == 0) continue;
+    at(static_cast<int>(bin)) += counts[bin];
+    count_ += counts[bin];
+  }
+}
+
 void Sketch::merge(const Sketch& other) {
   zeros_ += other.zeros_;
   for (size_t i = 0; i < other.bins_.size(); ++i)

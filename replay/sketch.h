@@ -3,12 +3,13 @@
 // order.
 #pragma once
 
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
 #include <vector>
+
+#include "core/base/sketch_bins.h"
 
 namespace kvlapse {
 
@@ -20,6 +21,8 @@ class Sketch {
     ++(bin >= first_ && i < bins_.size() && bin > 0 ? bins_[i] : at(bin));
     ++count_;
   }
+  // counts[bin] numbers of each bin of core/base/sketch_bins.h.
+  void add(std::span<const uint32_t> counts);
   void merge(const Sketch& other);
   int64_t count() const { return count_; }
   // Value below which the share `q` of the numbers lies (the middle of its bin); 0 when empty or in the zero
@@ -32,16 +35,9 @@ class Sketch {
   static Sketch from_bytes(std::span<const std::byte> bytes);  // throws Error
 
  private:
-  static constexpr int kPerOctave = 32, kMinExponent = -40, kMaxExponent = 24;
-  static constexpr int kBins = (kMaxExponent - kMinExponent) * kPerOctave + 1;  // bin 0: below 2^kMinExponent
-  static int bin_of(float value) {
-    if (!(value > 0)) return 0;
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    const int exponent = static_cast<int>(bits >> 23) - 127;
-    if (exponent < kMinExponent) return 0;
-    if (exponent >= kMaxExponent) return kBins - 1;
-    return 1 + (exponent - kMinExponent) * kPerOctave + static_cast<int>((bits >> 18) & 31u);
-  }
+  static constexpr int kPerOctave = sketch_bins::kPerOctave, kMinExponent = sketch_bins::kMinExponent,
+                       kBins = sketch_bins::kBins;
+  static int bin_of(float value) { return sketch_bins::bin_of(value); }
   static double middle(int bin);
   uint32_t& at(int bin);
   uint32_t zeros_ = 0;          // bin 0

@@ -16,6 +16,19 @@ enum class FusedScore : uint8_t {
   leave_one_out,             // p / (1 - p) * ||o - v||_2 of every head (CAOTE)
 };
 
+// What a slot's score is made of where a device may take every decision of a replay in the policy's stead.
+// Sums run over heads in ascending order, as in core/policy/scoring/reduce.h.
+enum class DeviceScore : uint8_t {
+  none,
+  position,                  // the token's position: older ones go first
+  random,                    // uniform in (seed, layer, row, step, position); the seed is parameter 0
+  attention,                 // p, reduced over the query heads by the rule's gqa
+  attention_mean,            // p, mean over the query heads whatever the rule says
+  contribution,              // sum of p * ||v||_1 / (query heads * D); a prompt is cut by its own score
+  accumulated,               // sum over steps of p reduced over the group; then over kv heads by gqa
+  accumulated_contribution,  // that sum * ||v||_1
+};
+
 // The two lowest scores among the slots of a head, or of a layer that shares its victim, that may be evicted.
 struct Lowest {
   float score = 0;  // +inf: no candidate

@@ -95,6 +95,7 @@ struct PolicyInfo {
   float alike_above = 0;                      // cosine that last_alike() is asked for; 0: not asked
   std::vector<std::string_view> score_parts;  // named parts of the score, at most 2
   FusedScore fused = FusedScore::none;        // what a device may compute in the policy's stead
+  DeviceScore device = DeviceScore::none;     // what a device may replay in the policy's stead
   bool evicts = true;                         // false: full, and policies that select
   // Holds every token and attends, at each step, to the `budget` of highest score per kv head: memory is not
   // reduced. Replay only.

@@ -8,6 +8,7 @@
 #include "kernels/choice/gpu.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/exact_launch.h"
+#include "kernels/cuda/replay_launch.h"
 #include "kernels/gpu/gpu_backend.h"
 
 namespace kvlapse {
@@ -29,6 +30,8 @@ class CudaDevice final : public DeviceApi {
     KVLAPSE_CUDA_CHECK(cudaDriverGetVersion(&driver));
     description_ = fmt::format("cuda:{} {}, driver API {}", index, properties.name, version_text(driver));
     stream_ = std::make_unique<Stream>();
+    shared_bytes_ = static_cast<int>(properties.sharedMemPerBlockOptin);
+    clusters_ = properties.major >= 9;
   }
 
   std::string describe() const override { return description_; }
@@ -71,6 +74,9 @@ class CudaDevice final : public DeviceApi {
   void upload_later(void* to, const void* from, size_t bytes) override {
     KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_->get()));
   }
+  void fill(void* to, int byte, size_t bytes) override {
+    KVLAPSE_CUDA_CHECK(cudaMemsetAsync(to, byte, bytes, stream_->get()));
+  }
   void synchronize() override { stream_->synchronize(); }
 
   void launch(const exact::EmbedArgs& a) override { launch_exact(stream_->get(), a); }
@@ -90,6 +96,29 @@ class CudaDevice final : public DeviceApi {
   void launch(const exact::MeanKeyArgs& a) override { launch_exact(stream_->get(), a); }
   void launch(const exact::SimilarKeyArgs& a) override { launch_exact(stream_->get(), a); }
 
+  void launch(const gpu_replay::LogitsArgs& a) override { launch_replay(lane(), a); }
+  void launch(const gpu_replay::ValuesArgs& a) override { launch_replay(lane(), a); }
+  void launch(const gpu_replay::DecideArgs& a, bool large) override { launch_replay(lane(), a, large); }
+  void launch(const gpu_replay::RowsArgs& a) override { launch_replay(lane(), a); }
+  void launch(const gpu_replay::MassesArgs& a) override { launch_replay(lane(), a); }
+  void launch(const gpu_replay::FutureArgs& a) override { launch_replay(lane(), a); }
+  void launch(const gpu_replay::SumFutureArgs& a) override { launch_replay(lane(), a); }
+  void launch(const gpu_replay::CloseArgs& a) override { launch_replay(lane(), a); }
+  Limits limits() const override { return {shared_bytes_, clusters_, kReplayDecideThreads}; }
+
+  void fork() override {
+    if (!forked_) forked_ = std::make_unique<Event>();
+    forked_->record(*stream_);
+    next_lane_ = 0;
+  }
+  void join() override {
+    for (int i = 0; i < next_lane_; ++i) {
+      lanes_[i]->done.record(lanes_[i]->stream);
+      KVLAPSE_CUDA_CHECK(cudaStreamWaitEvent(stream_->get(), lanes_[i]->done.get()));
+    }
+    next_lane_ = -1;
+  }
+
   void run_graph(uint64_t key, const std::function<void()>& record) override {
     std::unique_ptr<Graph>& graph = graphs_[key];
     if (!graph) graph = std::make_unique<Graph>(*stream_, record);
@@ -101,6 +130,14 @@ class CudaDevice final : public DeviceApi {
   }
 
  private:
+  // The stream of the next launch: between fork() and join() one of its own.
+  cudaStream_t lane() {
+    if (next_lane_ < 0) return stream_->get();
+    if (next_lane_ == static_cast<int>(lanes_.size())) lanes_.push_back(std::make_unique<Lane>());
+    const Lane& lane = *lanes_[next_lane_++];
+    KVLAPSE_CUDA_CHECK(cudaStreamWaitEvent(lane.stream.get(), forked_->get()));
+    return lane.stream.get();
+  }
   // Whether the copy engine reads `memory` itself, after the call has returned.
   static bool pinned(const void* memory) {
     cudaPointerAttributes attributes{};
@@ -111,6 +148,15 @@ class CudaDevice final : public DeviceApi {
   std::string description_;
   std::unique_ptr<Stream> stream_;
   std::map<uint64_t, std::unique_ptr<Graph>> graphs_;
+  struct Lane {
+    Stream stream;
+    Event done;
+  };
+  std::vector<std::unique_ptr<Lane>> lanes_;
+  std::unique_ptr<Event> forked_;
+  int next_lane_ = -1;  // -1: not forked
+  int shared_bytes_ = 0;
+  bool clusters_ = false;
 };
 
 // How many GPUs answer; `why` says what is wrong when none does.

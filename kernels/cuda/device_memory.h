@@ -78,6 +78,7 @@ class Event {
   ~Event() { KVLAPSE_CUDA_LOG(cudaEventDestroy(event_)); }
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
+  cudaEvent_t get() const { return event_; }
   void record(const Stream& stream) { KVLAPSE_CUDA_CHECK(cudaEventRecord(event_, stream.get())); }
   // Milliseconds from `start` to this one; waits for this one.
   float ms_since(const Event& start) const {

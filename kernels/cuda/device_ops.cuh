@@ -12,6 +12,7 @@
 
 #define KVLAPSE_DEVICE __device__ __forceinline__
 #define KVLAPSE_UNROLL _Pragma("unroll")
+#define KVLAPSE_UNROLL_2 _Pragma("unroll 2")
 #define KVLAPSE_UNROLL_8 _Pragma("unroll 8")
 #define KVLAPSE_NO_UNROLL _Pragma("unroll 1")
 
@@ -301,6 +302,19 @@ KVLAPSE_DEVICE uint32_t warp_ballot(bool v) {
 KVLAPSE_DEVICE void shared_add(uint64_t* to, uint64_t v) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(v));
 }
+KVLAPSE_DEVICE void shared_max(uint32_t* to, uint32_t v) {
+  atomicMax(to, v);
+}
+KVLAPSE_DEVICE void shared_increment(uint32_t* to) {
+  atomicAdd(to, 1u);
+}
+KVLAPSE_DEVICE void global_max(int32_t* to, int32_t v) {
+  atomicMax(to, v);
+}
+// The count before this one.
+KVLAPSE_DEVICE uint32_t shared_append(uint32_t* count) {
+  return atomicAdd(count, 1u);
+}
 template <class T>
 KVLAPSE_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
@@ -340,6 +354,12 @@ KVLAPSE_DEVICE SmemAddress remote_address(SmemAddress local, int rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
 #endif
   return remote;
+}
+// Seen by the other CTA behind the next cluster barrier.
+KVLAPSE_DEVICE void remote_store(SmemAddress to, uint32_t v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+#endif
 }
 // Stores 16 bytes to another CTA and completes them on a barrier of that CTA.
 KVLAPSE_DEVICE void remote_store4(SmemAddress to, Float4 v, SmemAddress bar) {

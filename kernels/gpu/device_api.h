@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/gpu/exact_args.h"
+#include "kernels/gpu/replay_args.h"
 
 namespace kvlapse {
 
@@ -29,6 +30,7 @@ class DeviceApi {
   virtual void download_later(void* to, const void* from, size_t bytes) = 0;
   // The same the other way: `from` stays as it is until synchronize().
   virtual void upload_later(void* to, const void* from, size_t bytes) = 0;
+  virtual void fill(void* to, int byte, size_t bytes) = 0;
   virtual void synchronize() = 0;
 
   virtual void launch(const exact::EmbedArgs&) = 0;
@@ -47,6 +49,25 @@ class DeviceApi {
   virtual void launch(const exact::UnitKeysArgs&) = 0;
   virtual void launch(const exact::MeanKeyArgs&) = 0;
   virtual void launch(const exact::SimilarKeyArgs&) = 0;
+
+  // Of a replay.
+  virtual void launch(const gpu_replay::LogitsArgs&) = 0;
+  virtual void launch(const gpu_replay::ValuesArgs&) = 0;
+  virtual void launch(const gpu_replay::DecideArgs&, bool large) = 0;
+  virtual void launch(const gpu_replay::RowsArgs&) = 0;
+  virtual void launch(const gpu_replay::MassesArgs&) = 0;
+  virtual void launch(const gpu_replay::FutureArgs&) = 0;
+  virtual void launch(const gpu_replay::SumFutureArgs&) = 0;
+  virtual void launch(const gpu_replay::CloseArgs&) = 0;
+  struct Limits {
+    int shared_bytes = 0;    // of a block
+    bool clusters = false;   // blocks that exchange through shared memory
+    int decide_threads = 0;  // of a block that takes decisions
+  };
+  virtual Limits limits() const = 0;
+  // Launches until join() may run beside one another, each behind what was launched before fork().
+  virtual void fork() {}
+  virtual void join() {}
 
   // Runs what `record` launches. A key names it: launches, their arguments and copies are the same whenever
   // the key is, so they may be captured once.

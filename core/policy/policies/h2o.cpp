@@ -37,6 +37,7 @@ PolicyInfo h2o_fminference_info() {
                      "prompt tokens accumulate from causal attention over the prompt"};
   info.rule.recent = 0.5;
   info.signals = static_cast<SignalSet>(Signal::attention);
+  info.device = DeviceScore::accumulated;
   info.state_columns = 1;
   return info;
 }
@@ -60,6 +61,7 @@ PolicyInfo h2o_longflow_info() {
   info.rule.headroom = 0;
   info.rule.recent = 0.5;
   info.signals = static_cast<SignalSet>(Signal::attention);
+  info.device = DeviceScore::attention;
   return info;
 }
 

@@ -82,6 +82,7 @@ PolicyInfo longflow_info() {
   info.signals = Signal::attention | Signal::value_l1 | Signal::query_window;
   info.query_window = kPromptWindow;
   info.fused = FusedScore::contribution;
+  info.device = DeviceScore::contribution;
   return info;
 }
 

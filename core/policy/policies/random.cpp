@@ -30,6 +30,7 @@ PolicyInfo random_info() {
   info.paper = "arXiv 2609.03430 (Random Attention: prompt pinned, per head, rounds of 64)";
   info.deviations = {"evicts every step by default; cadence=64:pin_prompt=1 is the paper's setting"};
   info.parameters = {{"seed", 0, 0, 4294967295.0, "key of the draws"}};
+  info.device = DeviceScore::random;
   return info;
 }
 

@@ -38,6 +38,7 @@ PolicyInfo streaming_llm_info() {
                      {"positions", 0, 0, 1, "what attention counts", {"absolute", "cache"}}};
   info.rule.granularity = Granularity::layer;
   info.rule.sinks = 4;
+  info.device = DeviceScore::position;
   return info;
 }
 

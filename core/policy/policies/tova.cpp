@@ -25,6 +25,7 @@ PolicyInfo tova_info() {
   info.source = "schwartz-lab/TOVA";
   info.rule.granularity = Granularity::layer;
   info.signals = static_cast<SignalSet>(Signal::attention);
+  info.device = DeviceScore::attention;
   return info;
 }
 

@@ -65,6 +65,7 @@ PolicyInfo vatp_guozhiyu_info() {
   info.rule.recent = 0.5;
   info.rule.sinks = 20;
   info.signals = Signal::attention | Signal::value_l1;
+  info.device = DeviceScore::accumulated_contribution;
   info.state_columns = 1;
   return info;
 }
@@ -94,12 +95,14 @@ PolicyInfo vatp_longflow_info() {
   info.rule.headroom = 0;
   info.rule.recent = 0.5;
   info.signals = static_cast<SignalSet>(Signal::attention);
+  info.device = DeviceScore::attention_mean;
   return info;
 }
 
 std::unique_ptr<Policy> make_vatp_longflow(PolicyInfo info) {
   if (info.parameters[0].value != 0) {
     info.signals = Signal::attention | Signal::values;
+    info.device = DeviceScore::none;
     info.state_columns = 1;
   }
   return std::make_unique<VatpLongFlow>(std::move(info));

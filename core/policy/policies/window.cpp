@@ -10,6 +10,7 @@ PolicyInfo window_info() {
   info.formula = "score = position";
   info.paper = "arXiv 2004.05150";
   info.rule.granularity = Granularity::layer;
+  info.device = DeviceScore::position;
   return info;
 }
 

@@ -31,6 +31,7 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   int block = 0, thread = 0;
   bool done = false;
+  int cluster_rounds = 0;  // barriers of the cluster that it has waited for
   std::function<bool()> ready;               // empty: can run
   std::deque<std::function<void()>> copies;  // copy_async of this thread, in order
   std::vector<unsigned char> exchanged;
@@ -412,11 +413,15 @@ void cluster_arrive() {
 }
 void cluster_wait() {
   NamedBarrier& bar = machine->cluster_barriers[block_index() / machine->launch.cluster];
-  wait_until([&bar] { return bar.arrived == machine->launch.cluster * machine->launch.n_threads; });
+  const int wanted = ++machine->current->cluster_rounds * machine->launch.cluster * machine->launch.n_threads;
+  wait_until([&bar, wanted] { return bar.arrived >= wanted; });
 }
 SmemAddress remote_address(SmemAddress local, int rank) {
   const int first = block_index() / machine->launch.cluster * machine->launch.cluster;
   return (static_cast<uint32_t>(first + rank + 1) << kBlockShift) | (local & ((1u << kBlockShift) - 1));
+}
+void remote_store(SmemAddress to, uint32_t v) {
+  std::memcpy(pointer_in(to, 4), &v, 4);
 }
 void remote_store4(SmemAddress to, Float4 v, SmemAddress bar) {
   machine->pending.push_back([=] {

@@ -13,6 +13,7 @@
 
 #define KVLAPSE_DEVICE inline
 #define KVLAPSE_UNROLL
+#define KVLAPSE_UNROLL_2
 #define KVLAPSE_UNROLL_8
 #define KVLAPSE_NO_UNROLL
 
@@ -158,6 +159,18 @@ inline uint32_t warp_ballot(bool v) {
   for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
   return bits;
 }
+inline void shared_max(uint32_t* to, uint32_t v) {
+  if (v > *to) *to = v;
+}
+inline void shared_increment(uint32_t* to) {
+  ++*to;
+}
+inline void global_max(int32_t* to, int32_t v) {
+  if (v > *to) *to = v;
+}
+inline uint32_t shared_append(uint32_t* count) {
+  return (*count)++;
+}
 inline void shared_add(uint64_t* to, uint64_t v) {
   *to += v;
 }
@@ -183,6 +196,7 @@ void block_sync();
 void cluster_arrive();
 void cluster_wait();
 SmemAddress remote_address(SmemAddress local, int rank);
+void remote_store(SmemAddress to, uint32_t v);
 void remote_store4(SmemAddress to, Float4 v, SmemAddress bar);
 
 uint32_t count_arrival(uint32_t* counter, uint32_t last);

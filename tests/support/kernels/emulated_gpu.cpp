@@ -22,13 +22,14 @@ inline uint16_t float_to_half(float value) {
 }  // namespace kvlapse::device
 // After the emulator, which stands for the device's operations.
 #include "kernels/gpu/exact_kernels.cuh"
+#include "kernels/gpu/replay_kernels.cuh"
 
 namespace kvlapse {
 namespace {
 
 class EmulatedGpu final : public DeviceApi {
  public:
-  explicit EmulatedGpu(EmulatedGpuCounts* counts) : counts_(counts ? counts : &own_) {}
+  EmulatedGpu(EmulatedGpuCounts* counts, Limits limits) : limits_(limits), counts_(counts ? counts : &own_) {}
   std::string describe() const override { return "cuda emulated"; }
   void* allocate(size_t bytes) override { return std::calloc(bytes + 256, 1); }
   void release(void* memory) override { std::free(memory); }
@@ -41,6 +42,7 @@ class EmulatedGpu final : public DeviceApi {
   }
   void download_later(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void upload_later(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void fill(void* to, int byte, size_t bytes) override { std::memset(to, byte, bytes); }
   void synchronize() override {}
 
   void launch(const exact::EmbedArgs& a) override { run(a); }
@@ -59,6 +61,44 @@ class EmulatedGpu final : public DeviceApi {
   void launch(const exact::UnitKeysArgs& a) override { run(a); }
   void launch(const exact::MeanKeyArgs& a) override { run(a); }
   void launch(const exact::SimilarKeyArgs& a) override { run(a); }
+
+  void launch(const gpu_replay::LogitsArgs& a) override { replay(a); }
+  void launch(const gpu_replay::ValuesArgs& a) override { replay(a); }
+  void launch(const gpu_replay::RowsArgs& a) override {
+    blocks(a, [&](int block, unsigned char* shared) {
+      a.shape.lanes() == 4 ? gpu_replay::run<4>(a, block, shared) : gpu_replay::run<8>(a, block, shared);
+    });
+  }
+  void launch(const gpu_replay::MassesArgs& a) override {
+    blocks(a, [&](int block, unsigned char* shared) {
+      a.shape.lanes() == 4 ? gpu_replay::run<4>(a, block, shared) : gpu_replay::run<8>(a, block, shared);
+    });
+  }
+  void launch(const gpu_replay::FutureArgs& a) override { replay(a); }
+  void launch(const gpu_replay::SumFutureArgs& a) override { replay(a); }
+  void launch(const gpu_replay::CloseArgs& a) override { replay(a); }
+  void launch(const gpu_replay::DecideArgs& a, bool large) override {
+    device::EmulatedLaunch launch;
+    launch.n_blocks = launch.cluster = a.cluster;
+    launch.n_threads = a.n_threads;
+    launch.smem_bytes = a.smem;
+    for (int task = 0; task < a.n_tasks; ++task) {
+      launch.seed = seed_++;
+      device::run_emulated(launch, [&](unsigned char* shared) {
+        const int block = task * a.cluster + device::block_index();
+        const bool four = a.shape.lanes() == 4;
+        if (four && large)
+          gpu_replay::Decide<4, true>(a, block, shared).run();
+        else if (four)
+          gpu_replay::Decide<4, false>(a, block, shared).run();
+        else if (large)
+          gpu_replay::Decide<8, true>(a, block, shared).run();
+        else
+          gpu_replay::Decide<8, false>(a, block, shared).run();
+      });
+    }
+  }
+  Limits limits() const override { return limits_; }
 
   void run_graph(uint64_t key, const std::function<void()>& record) override {
     counts_->graphs_captured += keys_.insert(key).second;
@@ -79,6 +119,22 @@ class EmulatedGpu final : public DeviceApi {
     }
   }
 
+  template <class Args, class Body>
+  void blocks(const Args& args, const Body& body) {
+    device::EmulatedLaunch launch;
+    launch.n_threads = Args::kThreads;
+    launch.smem_bytes = args.smem_bytes();
+    for (int block = 0; block < args.n_blocks(); ++block) {
+      launch.seed = seed_++;
+      device::run_emulated(launch, [&](unsigned char* shared) { body(block, shared); });
+    }
+  }
+  template <class Args>
+  void replay(const Args& args) {
+    blocks(args, [&](int block, unsigned char* shared) { gpu_replay::run(args, block, shared); });
+  }
+
+  Limits limits_;
   EmulatedGpuCounts own_;
   EmulatedGpuCounts* counts_;
   std::set<uint64_t> keys_;
@@ -87,8 +143,8 @@ class EmulatedGpu final : public DeviceApi {
 
 }  // namespace
 
-std::unique_ptr<DeviceApi> make_emulated_gpu(EmulatedGpuCounts* counts) {
-  return std::make_unique<EmulatedGpu>(counts);
+std::unique_ptr<DeviceApi> make_emulated_gpu(EmulatedGpuCounts* counts, DeviceApi::Limits limits) {
+  return std::make_unique<EmulatedGpu>(counts, limits);
 }
 
 }  // namespace kvlapse

@@ -16,6 +16,7 @@ struct EmulatedGpuCounts {
   int downloads = 0;
 };
 
-std::unique_ptr<DeviceApi> make_emulated_gpu(EmulatedGpuCounts* counts = nullptr);
+std::unique_ptr<DeviceApi> make_emulated_gpu(EmulatedGpuCounts* counts = nullptr,
+                                             DeviceApi::Limits limits = {200000, true, 64});
 
 }  // namespace kvlapse

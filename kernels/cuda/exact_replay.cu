@@ -1,0 +1,78 @@
+#include "kernels/cuda/exact_ops.cuh"
+#include "kernels/cuda/replay_launch.h"
+// After the operations that it is written in.
+#include "kernels/gpu/replay_kernels.cuh"
+
+namespace kvlapse {
+namespace {
+
+template <class Args>
+void launch(cudaStream_t stream, void (*kernel)(Args), const Args& args) {
+  LaunchShape shape;
+  shape.n_blocks = args.n_blocks();
+  shape.n_threads = Args::kThreads;
+  shape.smem_bytes = args.smem_bytes();
+  if (shape.n_blocks == 0) return;
+  if (shape.smem_bytes > 48 * 1024)
+    KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, shape.smem_bytes));
+  launch_kernel(stream, {Args::kName, 0, nullptr}, shape, kernel, args);
+}
+
+}  // namespace
+
+#define KVLAPSE_REPLAY_KERNEL(name, Args, call)                                        \
+  static __global__ void __launch_bounds__(gpu_replay::Args::kThreads)                 \
+      name##_kernel(const __grid_constant__ gpu_replay::Args args) {                   \
+    extern __shared__ __align__(16) unsigned char shared[];                            \
+    gpu_replay::call(args, device::block_index(), shared);                             \
+  }
+#define KVLAPSE_REPLAY_LAUNCH(name, Args)                                   \
+  void launch_replay(cudaStream_t stream, const gpu_replay::Args& args) {   \
+    launch(stream, name##_kernel, args);                                    \
+  }
+#define KVLAPSE_REPLAY_LAUNCH_LANES(name, Args)                             \
+  void launch_replay(cudaStream_t stream, const gpu_replay::Args& args) {   \
+    launch(stream, args.shape.lanes() == 4 ? name##_4_kernel : name##_8_kernel, args); \
+  }
+
+KVLAPSE_REPLAY_KERNEL(replay_logits, LogitsArgs, run)
+KVLAPSE_REPLAY_KERNEL(replay_values, ValuesArgs, run)
+KVLAPSE_REPLAY_KERNEL(replay_rows_4, RowsArgs, run<4>)
+KVLAPSE_REPLAY_KERNEL(replay_rows_8, RowsArgs, run<8>)
+KVLAPSE_REPLAY_KERNEL(replay_masses_4, MassesArgs, run<4>)
+KVLAPSE_REPLAY_KERNEL(replay_masses_8, MassesArgs, run<8>)
+KVLAPSE_REPLAY_KERNEL(replay_future, FutureArgs, run)
+KVLAPSE_REPLAY_KERNEL(replay_sum_future, SumFutureArgs, run)
+KVLAPSE_REPLAY_KERNEL(replay_close, CloseArgs, run)
+
+KVLAPSE_REPLAY_LAUNCH(replay_logits, LogitsArgs)
+KVLAPSE_REPLAY_LAUNCH(replay_values, ValuesArgs)
+KVLAPSE_REPLAY_LAUNCH_LANES(replay_rows, RowsArgs)
+KVLAPSE_REPLAY_LAUNCH_LANES(replay_masses, MassesArgs)
+KVLAPSE_REPLAY_LAUNCH(replay_future, FutureArgs)
+KVLAPSE_REPLAY_LAUNCH(replay_sum_future, SumFutureArgs)
+KVLAPSE_REPLAY_LAUNCH(replay_close, CloseArgs)
+
+template <int kLanes, bool kLarge>
+static __global__ void __launch_bounds__(kReplayDecideThreads, 2)
+    replay_decide_kernel(const __grid_constant__ gpu_replay::DecideArgs args) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  gpu_replay::Decide<kLanes, kLarge>(args, device::block_index(), shared).run();
+}
+
+void launch_replay(cudaStream_t stream, const gpu_replay::DecideArgs& args, bool large) {
+  const bool four = args.shape.lanes() == 4;
+  auto* kernel = large ? (four ? replay_decide_kernel<4, true> : replay_decide_kernel<8, true>)
+                       : (four ? replay_decide_kernel<4, false> : replay_decide_kernel<8, false>);
+  KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, args.smem));
+  LaunchShape shape;
+  shape.n_blocks = args.n_blocks();
+  shape.n_threads = args.n_threads;
+  shape.smem_bytes = args.smem;
+  shape.cluster = args.cluster;
+  launch_kernel(stream, {gpu_replay::DecideArgs::kName, 0, nullptr}, shape, kernel, args);
+}
+
+}  // namespace kvlapse

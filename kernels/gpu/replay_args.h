@@ -1,0 +1,232 @@
+// Arguments of the kernels of a replay on a device (kernels/gpu/replay_kernels.cuh), by value, shared by host,
+// device and emulator. A block of steps [t0, t1) is processed at a time:
+//   logits    of every step, head and token, with the bits of dense::logits_block (replay/dense_kernels.h)
+//   decide    victims of every configuration; sums in the order of core/base/vector_math.h
+//   rows      in place: probabilities of the full cache; what is of the recording alone
+//   masses    what each configuration has dropped of them
+//   future    what its victims would have got
+//   outputs   of what it has dropped: output error
+// and, once at the end, close: sums, histograms and series over all steps. All pointers are device memory.
+//
+// Weights are laid out [step][kv head][position][lanes], lanes = group rounded up to 4, so that a slot's
+// numbers for all query heads of a kv head are one or two loads of 16 bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/base/sketch_bins.h"
+#include "core/base/victim.h"
+
+namespace kvlapse::gpu_replay {
+
+inline constexpr int kMaxGroup = 8;     // query heads per kv head
+inline constexpr int kMaxDim = 256;
+inline constexpr int kMaxCluster = 8;   // blocks that share a task whose victims the layer shares
+inline constexpr int kSumLanes = 16;    // of vector_math.h
+inline constexpr int kHorizon = 32, kTop = 10, kSinks = 4;
+inline constexpr float kHot = 0.01f;
+inline constexpr int32_t kHeld = 0x7f7f7f7f;  // a step that never comes; equal bytes
+
+struct Shape {
+  int32_t n_q = 0, n_kv = 0, dim = 0;
+  int32_t n_tokens = 0;
+  int32_t stride = 0;  // positions of a row: n_tokens rounded up to 64
+  constexpr int group() const { return n_q / n_kv; }
+  constexpr int lanes() const { return (group() + 3) / 4 * 4; }
+  constexpr int64_t row(int step, int head) const {  // first weight of (step of the block, kv head)
+    return (static_cast<int64_t>(step) * n_kv + head) * stride * lanes();
+  }
+};
+
+// weights[s][h][i][g] = factor * q[s][h * G + g] . k[i][h] for i <= t0 + s.
+struct LogitsArgs {
+  static constexpr const char* kName = "replay_logits";
+  static constexpr int kThreads = 128, kRows = 64, kColumns = 64, kPad = 4;
+  Shape shape;
+  const float* q;  // [t1 - t0, Hq, D]
+  const float* k;  // [T, H, D]
+  float* weights;
+  int32_t t0, t1;
+  float factor;
+  constexpr int row_tiles() const { return ((t1 - t0) * shape.group() + kRows - 1) / kRows; }
+  constexpr int column_tiles() const { return (t1 + kColumns - 1) / kColumns; }
+  constexpr int n_blocks() const { return row_tiles() * column_tiles() * shape.n_kv; }
+  constexpr int smem_bytes() const { return shape.dim * (kRows + kColumns + 2 * kPad) * 4; }
+};
+
+enum class Reduce : uint8_t { mean, max, sum };  // as GqaRule
+
+// One row of scores of one configuration: the state that a launch begins with and leaves behind.
+struct DecideTask {
+  DeviceScore score;
+  Reduce gqa;
+  uint8_t last_tie;  // the last slot goes first among equal scores
+  uint8_t large;     // of the block's shared memory too large: weights in `scratch`
+  int32_t head, n_heads;         // kv heads that share the victim
+  int32_t target, trigger;       // slots left behind an eviction; more than `trigger` cause one
+  int32_t first_free, recent;    // protected: positions below first_free, the newest `recent`
+  int32_t capacity;              // of the slot arrays, a multiple of 16
+  int32_t begin;                 // first step that it takes part in
+  uint64_t seed;                 // of (seed, layer, row)
+  float scale;                   // of a contribution
+  int32_t count, hole;           // slots in use; vacant one, -1: none
+  int32_t failed;                // step whose scores were NaN or left no candidate, -1: none
+  int64_t near_ties;
+  int32_t* positions;            // [capacity]
+  float* sums;                   // [n_heads][capacity], accumulating scores only
+  const float* value_l1;         // [H][T], contributions only
+  int32_t* last;                 // [H][T] of the configuration
+  float* scratch;                // large: [cluster][weights of a block]
+};
+
+struct DecideArgs {
+  static constexpr const char* kName = "replay_decide";
+  Shape shape;
+  DecideTask* tasks;
+  const float* weights;  // logits
+  int32_t n_tasks, cluster;
+  int32_t t0, t1, n_prompt;
+  int32_t n_threads;
+  int32_t smem;  // bytes
+  constexpr int n_blocks() const { return n_tasks * cluster; }
+};
+// Whether the score reads attention at all; keeps sums; reads norms.
+constexpr bool attends(DeviceScore s) {
+  return s != DeviceScore::position && s != DeviceScore::random && s != DeviceScore::none;
+}
+constexpr bool accumulates(DeviceScore s) {
+  return s == DeviceScore::accumulated || s == DeviceScore::accumulated_contribution;
+}
+constexpr bool reads_l1(DeviceScore s) {
+  return s == DeviceScore::contribution || s == DeviceScore::accumulated_contribution;
+}
+// Floats of one slot's weights: padded so that slots of several heads fall on different banks.
+constexpr int slot_floats(int n_heads, int lanes) {
+  return n_heads * lanes + (n_heads > 1 ? 4 : 0);
+}
+struct DecideLayout {
+  int slots = 0;  // of one block
+  size_t positions = 0, sums = 0, norms = 0, weights = 0, fixed = 0, end = 0;  // byte offsets
+};
+// Shared memory of one block of a task: small exchange areas in front, then arrays by slot.
+constexpr DecideLayout decide_layout(DeviceScore score, int n_heads, int lanes, int capacity, int cluster,
+                                     bool large) {
+  DecideLayout l;
+  l.slots = capacity / cluster;
+  const auto n = static_cast<size_t>(l.slots);
+  const auto width = static_cast<size_t>(n_heads) * static_cast<size_t>(lanes);
+  // Candidates of warps and of blocks [2][2]; maxima [2][width], of blocks [cluster][width], sums of lanes
+  // [16][width], inverse totals [width].
+  l.fixed = 32 * 16 + kMaxCluster * 16 + 4 * (2 + kMaxCluster + kSumLanes + 1) * width;
+  l.positions = (l.fixed + 15) / 16 * 16;
+  l.sums = l.positions + n * 4;
+  l.norms = l.sums + (accumulates(score) ? n * 4 * static_cast<size_t>(n_heads) : 0);
+  l.weights = l.norms + (reads_l1(score) ? n * 4 * static_cast<size_t>(n_heads) : 0);
+  l.weights = (l.weights + 15) / 16 * 16;
+  l.end = l.weights + (attends(score) && !large ? n * 4 * static_cast<size_t>(slot_floats(n_heads, lanes)) : 0);
+  return l;
+}
+
+// What is of one (step, query head) of the recording.
+struct RowFacts {
+  float sinks;  // weight of the first kSinks tokens
+  int32_t n_top;
+  int32_t top[kTop];
+};
+
+struct RowsArgs {
+  static constexpr const char* kName = "replay_rows";
+  static constexpr int kThreads = 256, kList = 128;
+  Shape shape;
+  float* weights;        // logits in, probabilities out
+  const float* q;        // [t1 - t0, Hq, D]
+  const float* before;   // [Hq, D] of step t0 - 1; null: there is none
+  RowFacts* facts;       // [t1 - t0][Hq]
+  float* older;          // [T][H][kHorizon]
+  int32_t* last_hot;     // [H][T]
+  float* entropy;        // [T][Hq]
+  float* query_cosine;   // [T][Hq]
+  int32_t* failed;       // step + 1 of a row that is not finite
+  int32_t t0, t1, begin;  // steps from `begin` on are measured
+  constexpr int n_blocks() const { return (t1 - t0) * shape.n_kv; }
+  constexpr int smem_bytes() const {
+    return kThreads * 4 * 3 * shape.lanes() + kMaxGroup * (kList * 8 + 24);
+  }
+};
+
+// Per (configuration, query head, step) from t_begin on: what later kernels close. [kind][config][Hq][T].
+enum MetricKind { kMissing, kMissingRest, kTopHeld, kError, kCosine, kMetricKinds };
+
+struct MassesArgs {
+  static constexpr const char* kName = "replay_masses";
+  static constexpr int kThreads = 256, kSteps = 32, kTokens = 32, kConfigs = 32;
+  Shape shape;
+  const float* weights;  // probabilities
+  const RowFacts* facts;
+  const int32_t* last;  // [config][H][T]
+  float* metrics;
+  int32_t n_configs, t0, t1, begin;  // steps [max(t0, begin), t1) are measured
+  constexpr int step_tiles() const { return (t1 - t0 + kSteps - 1) / kSteps; }
+  constexpr int config_tiles() const { return (n_configs + kConfigs - 1) / kConfigs; }
+  constexpr int n_blocks() const { return step_tiles() * config_tiles() * shape.n_kv; }
+  constexpr int smem_bytes() const {
+    return kSteps * kTokens * shape.lanes() * 4 + kTokens * (kConfigs + 1) * 4;
+  }
+};
+
+struct FutureArgs {
+  static constexpr const char* kName = "replay_future";
+  static constexpr int kThreads = 256;
+  Shape shape;
+  const float* weights;
+  const int32_t* last;
+  float* future;  // [config][H][T]
+  int32_t n_configs, t0, t1, begin, scope_begin;
+  constexpr int token_blocks() const { return (t1 + kThreads - 1) / kThreads; }
+  constexpr int n_blocks() const { return token_blocks() * n_configs * shape.n_kv; }
+  constexpr int smem_bytes() const { return 0; }
+};
+
+// l1[h][i] = sum over D of |v[i][h]|, in the order of vector_math.h; and v as half precision [H][T][D].
+struct ValuesArgs {
+  static constexpr const char* kName = "replay_values";
+  static constexpr int kThreads = 128;
+  Shape shape;
+  const float* v;  // [T, H, D]
+  float* l1;
+  uint16_t* half;
+  int32_t t0, t1;
+  constexpr int n_blocks() const { return ((t1 - t0) * shape.n_kv + kThreads - 1) / kThreads; }
+  constexpr int smem_bytes() const { return 0; }
+};
+
+struct HeadSums {
+  int64_t low_recall;
+  double recall, recall_no_sinks, output_error, cosine_error, topk_recall, missing;
+};
+struct CloseArgs {
+  static constexpr const char* kName = "replay_close";
+  static constexpr int kThreads = 256;
+  Shape shape;
+  const float* metrics;
+  HeadSums* sums;      // [config][Hq]
+  uint32_t* sketches;  // [config][Hq][4][kBins]
+  float* series;       // [config][Hq][2][n_series]
+  int32_t n_configs, n_series, begin, end;
+  constexpr int n_blocks() const { return n_configs * shape.n_q; }
+  constexpr int smem_bytes() const { return 4 * sketch_bins::kBins * 4 + kThreads * 7 * 8 + 16; }
+};
+
+// future_missed[config][H] = sum over tokens of future.
+struct SumFutureArgs {
+  static constexpr const char* kName = "replay_sum_future";
+  static constexpr int kThreads = 256;
+  const float* future;  // [n_rows][width]
+  double* sums;         // [n_rows]
+  int32_t n_rows, width;
+  constexpr int n_blocks() const { return n_rows; }
+  constexpr int smem_bytes() const { return kThreads * 8; }
+};
+
+}  // namespace kvlapse::gpu_replay

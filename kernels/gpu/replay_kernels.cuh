@@ -1,0 +1,960 @@
+// The kernels of a replay on a device, one function a kernel that every thread of a block runs; contract:
+// replay_args.h. Written in the operations of kernels/cuda/device_ops.cuh, so that the tests' emulator
+// compiles the same text: include these (or the emulator) first. Compiled without contraction of products and
+// sums: fused multiply-adds are written where they are meant, so that victims are those of the CPU's replay.
+#pragma once
+
+#include <cmath>
+
+#include "core/base/rng.h"
+#include "kernels/gpu/replay_args.h"
+
+namespace kvlapse::gpu_replay {
+
+using device::block_sync;
+using device::Float4;
+using device::shuffle_from;
+using device::shuffle_xor;
+using device::thread_index;
+using device::warp_ballot;
+using device::warp_largest;
+
+KVLAPSE_DEVICE float infinity() {
+  return __builtin_huge_valf();
+}
+KVLAPSE_DEVICE int least(int a, int b) {
+  return a < b ? a : b;
+}
+KVLAPSE_DEVICE int most(int a, int b) {
+  return a > b ? a : b;
+}
+// Unsigned numbers in the order of the floats (of one zero).
+KVLAPSE_DEVICE uint32_t ordered(float v) {
+  const uint32_t bits = device::float_bits(v);
+  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+KVLAPSE_DEVICE float unordered(uint32_t key) {
+  return device::bits_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
+}
+
+// scalar::exp_one of core/base for x <= 0, with its rounding to integers as a sum with 1.5 * 2^23.
+KVLAPSE_DEVICE float exp_negative(float x) {
+  constexpr float kRound = 12582912.0f;
+  const float shifted = x * 1.44269504088896341f + kRound;
+  const float n = shifted - kRound;
+  float r = fmaf(n, -0.693359375f, x);
+  r = fmaf(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = fmaf(p, r, 1.3981999507e-3f);
+  p = fmaf(p, r, 8.3334519073e-3f);
+  p = fmaf(p, r, 4.1665795894e-2f);
+  p = fmaf(p, r, 1.6666665459e-1f);
+  p = fmaf(p, r, 5.0000001201e-1f);
+  const float y = fmaf(p, r * r, r) + 1.0f;
+  const float e = y * device::bits_float((device::float_bits(shifted) + 127u) << 23);
+  return x > -87.3f ? e : 0.0f;
+}
+
+template <int kLanes>
+struct Weights {
+  float v[kLanes];
+  KVLAPSE_DEVICE static Weights load(const float* from) {
+    Weights w;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kLanes / 4; ++i) {
+      const Float4 x = *reinterpret_cast<const Float4*>(from + 4 * i);
+      w.v[4 * i] = x.x, w.v[4 * i + 1] = x.y, w.v[4 * i + 2] = x.z, w.v[4 * i + 3] = x.w;
+    }
+    return w;
+  }
+  KVLAPSE_DEVICE void store(float* to) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kLanes / 4; ++i)
+      *reinterpret_cast<Float4*>(to + 4 * i) = Float4{v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]};
+  }
+};
+
+// ---- logits ----
+// A block: kRows (step, query head of the group) by kColumns tokens; a thread four by eight of them.
+KVLAPSE_DEVICE void run(const LogitsArgs& a, int block, unsigned char* memory) {
+  constexpr int kRows = LogitsArgs::kRows, kColumns = LogitsArgs::kColumns,
+                kStride = kRows + LogitsArgs::kPad, kR = 4, kC = 8;
+  static_assert(kRows == kColumns);
+  const Shape& shape = a.shape;
+  const int group = shape.group(), dim = shape.dim, lanes = shape.lanes(), thread = thread_index();
+  const int tile = block % (a.row_tiles() * a.column_tiles()),
+            head = block / (a.row_tiles() * a.column_tiles());
+  const int first_row = tile / a.column_tiles() * kRows, first = tile % a.column_tiles() * kColumns;
+  const int n_rows = least(kRows, (a.t1 - a.t0) * group - first_row);
+  if (first > a.t0 + (first_row + n_rows - 1) / group) return;  // behind every step of the block
+  float* queries = reinterpret_cast<float*>(memory);
+  float* keys = queries + dim * kStride;
+  // Four rows by eight components a warp, so that transposed stores fall on different banks.
+  for (int i = thread; i < kRows * ((dim + 7) / 8 * 8); i += LogitsArgs::kThreads) {
+    const int low = i % 32, high = i / 32, row = high % (kRows / 4) * 4 + low % 4,
+              d = high / (kRows / 4) * 8 + low / 4;
+    if (d >= dim) continue;
+    const int step = (first_row + row) / group, g = (first_row + row) % group;
+    queries[d * kStride + row] =
+        row < n_rows ? a.q[(static_cast<int64_t>(step) * shape.n_q + head * group + g) * dim + d] : 0.0f;
+    keys[d * kStride + row] =
+        first + row < a.t1 ? a.k[(static_cast<int64_t>(first + row) * shape.n_kv + head) * dim + d] : 0.0f;
+  }
+  block_sync();
+  // Sums of lanes, combined as the tree of vector_math.h does: l + 8, then + 4, + 2, + 1.
+  const int row0 = thread / 8 * kR, column0 = thread % 8 * 4;
+  float sum[kR][kC] = {}, level[4][kR][kC] = {};
+  KVLAPSE_NO_UNROLL
+  for (int i = 0; i < kSumLanes; ++i) {
+    const int lane = (i & 1) * 8 + (i & 2) * 2 + (i & 4) / 2 + (i & 8) / 8;
+    KVLAPSE_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      KVLAPSE_UNROLL
+      for (int c = 0; c < kC; ++c) sum[r][c] = 0;
+    }
+    KVLAPSE_UNROLL_2
+    for (int d = lane; d < dim; d += kSumLanes) {
+      const Weights<4> x = Weights<4>::load(queries + d * kStride + row0);
+      const Weights<4> y0 = Weights<4>::load(keys + d * kStride + column0),
+                       y1 = Weights<4>::load(keys + d * kStride + 32 + column0);
+      KVLAPSE_UNROLL
+      for (int r = 0; r < kR; ++r) {
+        KVLAPSE_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          sum[r][c] = fmaf(x.v[r], y0.v[c], sum[r][c]);
+          sum[r][4 + c] = fmaf(x.v[r], y1.v[c], sum[r][4 + c]);
+        }
+      }
+    }
+    // As many finished pairs as `i` ends in ones.
+    bool carry = true;
+    KVLAPSE_UNROLL
+    for (int l = 0; l < 4; ++l) {
+      const bool second = (i >> l & 1) != 0;
+      if (carry) {
+        KVLAPSE_UNROLL
+        for (int r = 0; r < kR; ++r) {
+          KVLAPSE_UNROLL
+          for (int c = 0; c < kC; ++c) {
+            if (second)
+              sum[r][c] = level[l][r][c] + sum[r][c];
+            else
+              level[l][r][c] = sum[r][c];
+          }
+        }
+      }
+      carry = carry && second;
+    }
+  }
+  KVLAPSE_UNROLL
+  for (int c = 0; c < kC; ++c) {
+    const int pos = first + (c / 4) * 32 + column0 + c % 4;
+    if (group == 4) {
+      if (row0 >= n_rows) continue;
+      float* to = a.weights + shape.row((first_row + row0) / 4, head) + static_cast<int64_t>(pos) * 4;
+      *reinterpret_cast<Float4*>(to) =
+          Float4{sum[0][c] * a.factor, sum[1][c] * a.factor, sum[2][c] * a.factor, sum[3][c] * a.factor};
+      continue;
+    }
+    KVLAPSE_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      if (row0 + r >= n_rows) continue;
+      const int step = (first_row + row0 + r) / group, g = (first_row + row0 + r) % group;
+      float* to = a.weights + shape.row(step, head) + static_cast<int64_t>(pos) * lanes;
+      to[g] = sum[r][c] * a.factor;
+      for (int pad = group; g == group - 1 && pad < lanes; ++pad) to[pad] = 0;
+    }
+  }
+}
+
+// ---- decisions ----
+// A lowest score and the next one, with their slots: smaller goes first.
+struct Candidates {
+  uint64_t low = ~uint64_t{0}, next = ~uint64_t{0};
+  KVLAPSE_DEVICE void add(uint64_t key) {
+    if (key < low)
+      next = low, low = key;
+    else if (key < next)
+      next = key;
+  }
+  KVLAPSE_DEVICE void merge(const Candidates& o) {
+    const uint64_t between = low < o.low ? o.low : low, least_next = next < o.next ? next : o.next;
+    low = low < o.low ? low : o.low;
+    next = between < least_next ? between : least_next;
+  }
+  KVLAPSE_DEVICE Candidates across_warp() const {
+    Candidates all = *this;
+    KVLAPSE_UNROLL
+    for (int mask = 16; mask > 0; mask /= 2) {
+      Candidates other;
+      other.low = shuffle_xor(all.low, mask);
+      other.next = shuffle_xor(all.next, mask);
+      all.merge(other);
+    }
+    return all;
+  }
+};
+
+// A task on `cluster` blocks. Slot s belongs to the block that has its lane s % 16, so that each block sums
+// whole lanes; they exchange maxima, sums of lanes and candidates.
+template <int kLanes, bool kLarge>
+class Decide {
+ public:
+  KVLAPSE_DEVICE Decide(const DecideArgs& args, int block, unsigned char* memory)
+      : a_(args),
+        index_(block / args.cluster),
+        task_(args.tasks[index_]),
+        shape_(args.shape),
+        rank_(block % args.cluster),
+        thread_(thread_index()),
+        n_heads_(task_.n_heads),
+        group_(args.shape.group()),
+        width_(n_heads_ * kLanes),
+        slot_floats_(slot_floats(n_heads_, kLanes)),
+        own_lanes_(kSumLanes / args.cluster) {
+    const DecideLayout layout =
+        decide_layout(task_.score, n_heads_, kLanes, task_.capacity, args.cluster, kLarge);
+    slots_ = layout.slots;
+    warp_candidates_ = reinterpret_cast<Candidates*>(memory);
+    block_candidates_ = reinterpret_cast<Candidates*>(memory + 32 * 16);
+    keys_ = reinterpret_cast<uint32_t*>(memory + 32 * 16 + kMaxCluster * 16);
+    maxima_ = keys_ + 2 * width_;
+    lane_sums_ = reinterpret_cast<float*>(maxima_ + kMaxCluster * width_);
+    inverse_ = lane_sums_ + kSumLanes * width_;
+    positions_ = reinterpret_cast<int32_t*>(memory + layout.positions);
+    sums_ = reinterpret_cast<float*>(memory + layout.sums);
+    norms_ = reinterpret_cast<float*>(memory + layout.norms);
+    if constexpr (kLarge)
+      weights_ = task_.scratch + static_cast<int64_t>(rank_) * slots_ * slot_floats_;
+    else
+      weights_ = reinterpret_cast<float*>(memory + layout.weights);
+  }
+
+  KVLAPSE_DEVICE void run() {
+    const int begin = most(a_.t0, task_.begin);
+    if (begin >= a_.t1) return;
+    int count = task_.count, hole = task_.hole;
+    int64_t near_ties = task_.near_ties;
+    const bool has_attention = attends(task_.score), keeps_sums = accumulates(task_.score),
+               has_norms = reads_l1(task_.score);
+    load(count, keeps_sums, has_norms);
+    for (int i = thread_; i < 2 * width_; i += a_.n_threads) keys_[i] = 0;
+    float next_norm = 0;
+    if (has_norms && thread_ < n_heads_) next_norm = norm_of(thread_, begin);
+    bool failed = false;
+    block_sync();
+    for (int step = begin; step < a_.t1; ++step) {
+      const int slot = hole >= 0 ? hole : count++;
+      hole = -1;
+      append(slot, step, keeps_sums, has_norms, next_norm);
+      if (has_norms && thread_ < n_heads_ && step + 1 < shape_.n_tokens)
+        next_norm = norm_of(thread_, step + 1);
+      block_sync();
+      const int n = own_count(count);
+      const bool due = step >= a_.n_prompt && count > task_.trigger;
+      if (has_attention && (due || keeps_sums)) attend(step, n, count);
+      if (!due && !keeps_sums) continue;
+      const Candidates found = score(step, n, due);
+      if (!due) continue;
+      if (found.low == ~uint64_t{0} || found.low >> 32 == 0) {
+        failed = true;
+        if (thread_ == 0) a_.tasks[index_].failed = step;
+        break;
+      }
+      const auto tie = static_cast<uint32_t>(found.low);
+      hole = static_cast<int>(task_.last_tie != 0 ? ~tie : tie);
+      if (thread_ == 0) {
+        near_ties += near_tie(found);
+        if (owns(hole)) {
+          const int pos = positions_[local(hole)];
+          for (int h = 0; h < n_heads_; ++h)
+            task_.last[static_cast<int64_t>(task_.head + h) * shape_.n_tokens + pos] = step;
+        }
+      }
+    }
+    block_sync();
+    if (failed) return;
+    for (int j = thread_; j < own_count(count); j += a_.n_threads) {
+      task_.positions[slot_of(j)] = positions_[j];
+      if (!keeps_sums) continue;
+      for (int h = 0; h < n_heads_; ++h)
+        task_.sums[static_cast<int64_t>(h) * task_.capacity + slot_of(j)] = sums_[h * slots_ + j];
+    }
+    if (rank_ != 0 || thread_ != 0) return;
+    DecideTask& to = a_.tasks[index_];
+    to.count = count, to.hole = hole, to.near_ties = near_ties;
+  }
+
+ private:
+  KVLAPSE_DEVICE bool owns(int slot) const { return slot % kSumLanes / own_lanes_ == rank_; }
+  KVLAPSE_DEVICE int local(int slot) const {
+    return slot / kSumLanes * own_lanes_ + slot % kSumLanes - rank_ * own_lanes_;
+  }
+  KVLAPSE_DEVICE int slot_of(int j) const {
+    return j / own_lanes_ * kSumLanes + rank_ * own_lanes_ + j % own_lanes_;
+  }
+  KVLAPSE_DEVICE int own_count(int count) const {
+    const int rest = count % kSumLanes - rank_ * own_lanes_;
+    return count / kSumLanes * own_lanes_ + most(0, least(rest, own_lanes_));
+  }
+  KVLAPSE_DEVICE float norm_of(int head, int pos) const {
+    return task_.value_l1[static_cast<int64_t>(task_.head + head) * shape_.n_tokens + pos];
+  }
+
+  KVLAPSE_DEVICE void load(int count, bool keeps_sums, bool has_norms) {
+    for (int j = thread_; j < own_count(count); j += a_.n_threads) {
+      const int slot = slot_of(j), pos = task_.positions[slot];
+      positions_[j] = pos;
+      for (int h = 0; h < n_heads_; ++h) {
+        if (keeps_sums) sums_[h * slots_ + j] = task_.sums[static_cast<int64_t>(h) * task_.capacity + slot];
+        if (has_norms) norms_[h * slots_ + j] = norm_of(h, pos);
+      }
+    }
+  }
+  KVLAPSE_DEVICE void append(int slot, int step, bool keeps_sums, bool has_norms, float norm) {
+    if (!owns(slot) || thread_ >= most(1, n_heads_)) return;
+    const int j = local(slot);
+    if (thread_ == 0) positions_[j] = step;
+    if (keeps_sums) sums_[thread_ * slots_ + j] = 0;
+    if (has_norms) norms_[thread_ * slots_ + j] = norm;
+  }
+  KVLAPSE_DEVICE void cluster_sync() const {
+    device::cluster_arrive();
+    device::cluster_wait();
+  }
+  KVLAPSE_DEVICE void tell(uint32_t* to, uint32_t v, int rank) const {
+    device::remote_store(device::remote_address(device::smem_address(to), rank), v);
+  }
+
+  // Exponentials of the own slots and, in inverse_, one over their sum over all slots, for every query head.
+  KVLAPSE_DEVICE void attend(int step, int n, int count) {
+    uint32_t* keys = keys_ + (step & 1) * width_;
+    uint32_t* cleared = keys_ + (~step & 1) * width_;
+    gather(step, n, keys);
+    block_sync();
+    if (a_.cluster > 1) {
+      for (int i = thread_; i < width_ * a_.cluster; i += a_.n_threads)
+        tell(maxima_ + rank_ * width_ + i % width_, keys[i % width_], i / width_);
+      cluster_sync();
+      for (int i = thread_; i < width_; i += a_.n_threads) {
+        uint32_t key = 0;
+        for (int r = 0; r < a_.cluster; ++r) {
+          const uint32_t other = maxima_[r * width_ + i];
+          key = other > key ? other : key;
+        }
+        keys[i] = key;
+      }
+      block_sync();
+    }
+    exponentials(n, keys);
+    for (int i = thread_; i < width_; i += a_.n_threads) cleared[i] = 0;
+    block_sync();
+    for (int i = thread_; i < own_lanes_ * width_; i += a_.n_threads) {
+      const int lane = rank_ * own_lanes_ + i / width_;
+      const float* from = weights_ + i / width_ * slot_floats_ + i % width_;
+      const int rows = (count - lane + kSumLanes - 1) / kSumLanes, stride = own_lanes_ * slot_floats_;
+      float sum = 0;
+      KVLAPSE_UNROLL_16
+      for (int k = 0; k < rows; ++k) sum += from[k * stride];
+      float* to = lane_sums_ + lane * width_ + i % width_;
+      if (a_.cluster == 1) {
+        *to = sum;
+      } else {
+        for (int r = 0; r < a_.cluster; ++r)
+          tell(reinterpret_cast<uint32_t*>(to), device::float_bits(sum), r);
+      }
+    }
+    if (a_.cluster > 1)
+      cluster_sync();
+    else
+      block_sync();
+    for (int i = thread_; i < width_; i += a_.n_threads) {
+      float lanes[kSumLanes];
+      KVLAPSE_UNROLL
+      for (int l = 0; l < kSumLanes; ++l) lanes[l] = lane_sums_[l * width_ + i];
+      KVLAPSE_UNROLL
+      for (int w = kSumLanes / 2; w > 0; w /= 2) {
+        KVLAPSE_UNROLL
+        for (int l = 0; l < w; ++l) lanes[l] += lanes[l + w];
+      }
+      inverse_[i] = 1.0f / lanes[0];
+    }
+    block_sync();
+  }
+
+  // A thread keeps to one kv head.
+  KVLAPSE_DEVICE void gather(int step, int n, uint32_t* keys) {
+    const int teams = a_.n_threads / n_heads_, h = thread_ % n_heads_, team = thread_ / n_heads_;
+    float largest[kLanes];
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) largest[g] = -infinity();
+    if (team < teams) {
+      const float* row = a_.weights + shape_.row(step - a_.t0, task_.head + h);
+      const int64_t next =
+          step + 1 < a_.t1 ? static_cast<int64_t>(shape_.n_kv) * shape_.stride * kLanes : 0;
+      constexpr int kAtOnce = kLanes == 4 ? 8 : 4;
+      for (int j = team; j < n; j += kAtOnce * teams) {
+        Weights<kLanes> w[kAtOnce];
+        KVLAPSE_UNROLL
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int at = j + k * teams;
+          if (at >= n) continue;
+          const float* from = row + static_cast<int64_t>(positions_[at]) * kLanes;
+          w[k] = Weights<kLanes>::load(from);
+          device::prefetch_l2(from + next);
+        }
+        KVLAPSE_UNROLL
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int at = j + k * teams;
+          if (at >= n) continue;
+          w[k].store(weights_ + at * slot_floats_ + h * kLanes);
+          KVLAPSE_UNROLL
+          for (int g = 0; g < kLanes; ++g) largest[g] = w[k].v[g] > largest[g] ? w[k].v[g] : largest[g];
+        }
+      }
+    }
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) {
+      uint32_t key = ordered(largest[g] + 0.0f);
+      bool tells = team < teams;
+      if (n_heads_ == 1) {
+        key = warp_largest(key);
+        tells = thread_ % 32 == 0;
+      } else if (32 % n_heads_ == 0) {
+        for (int mask = n_heads_; mask < 32; mask *= 2) {
+          const uint32_t other = shuffle_xor(key, mask);
+          key = other > key ? other : key;
+        }
+        tells = thread_ % 32 < n_heads_;
+      }
+      if (tells) device::shared_max(keys + h * kLanes + g, key);
+    }
+  }
+
+  KVLAPSE_DEVICE void exponentials(int n, const uint32_t* keys) {
+    const int teams = a_.n_threads / n_heads_, h = thread_ % n_heads_, team = thread_ / n_heads_;
+    if (team >= teams) return;
+    float largest[kLanes];
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) largest[g] = unordered(keys[h * kLanes + g]);
+    KVLAPSE_UNROLL_2
+    for (int j = team; j < n; j += teams) {
+      float* at = weights_ + j * slot_floats_ + h * kLanes;
+      Weights<kLanes> w = Weights<kLanes>::load(at);
+      KVLAPSE_UNROLL
+      for (int g = 0; g < kLanes; ++g) w.v[g] = g < group_ ? exp_negative(w.v[g] - largest[g]) : 0.0f;
+      w.store(at);
+    }
+  }
+
+  KVLAPSE_DEVICE Candidates score(int step, int n, bool due) {
+    const int first_free = task_.first_free, last_free = step - task_.recent;
+    uint64_t draw = 0;
+    if (task_.score == DeviceScore::random) draw = mix64(task_.seed ^ static_cast<uint64_t>(step));
+    Candidates own;
+    bool nan = false;
+    for (int j = thread_; j < n; j += a_.n_threads) {
+      const int pos = positions_[j];
+      float value;
+      if (task_.score == DeviceScore::random)
+        value = unit_float(mix64(draw ^ static_cast<uint64_t>(pos)));
+      else
+        value = score_of(j);
+      if (!due || pos < first_free || pos > last_free) continue;
+      nan |= value != value;
+      const int slot = slot_of(j);
+      own.add(static_cast<uint64_t>(ordered(value + 0.0f)) << 32 |
+              static_cast<uint32_t>(task_.last_tie != 0 ? ~slot : slot));
+    }
+    if (!due) return own;
+    if (nan) own.low = 0;  // below every number
+    own = own.across_warp();
+    if (thread_ % 32 == 0) warp_candidates_[thread_ / 32] = own;
+    block_sync();
+    Candidates all;
+    if (thread_ < 32) {
+      if (thread_ < a_.n_threads / 32) all = warp_candidates_[thread_];
+      all = all.across_warp();
+      if (thread_ < a_.cluster) {
+        if (a_.cluster == 1) {
+          block_candidates_[0] = all;
+        } else {
+          auto* to = reinterpret_cast<uint32_t*>(block_candidates_ + rank_);
+          tell(to, static_cast<uint32_t>(all.low), thread_);
+          tell(to + 1, static_cast<uint32_t>(all.low >> 32), thread_);
+          tell(to + 2, static_cast<uint32_t>(all.next), thread_);
+          tell(to + 3, static_cast<uint32_t>(all.next >> 32), thread_);
+        }
+      }
+    }
+    if (a_.cluster == 1) {
+      block_sync();
+      return block_candidates_[0];
+    }
+    cluster_sync();
+    all = block_candidates_[0];
+    for (int r = 1; r < a_.cluster; ++r) all.merge(block_candidates_[r]);
+    return all;
+  }
+
+  // Weights become scores as policies of core/policy define them; sums of attention move on.
+  KVLAPSE_DEVICE float score_of(int j) {
+    const bool by_max = task_.gqa == Reduce::max, by_mean = task_.gqa == Reduce::mean;
+    const bool sums = accumulates(task_.score), contributes = task_.score == DeviceScore::contribution;
+    const bool mean_always = task_.score == DeviceScore::attention_mean;
+    const bool largest = by_max && !mean_always;
+    const bool of_norms = task_.score == DeviceScore::accumulated_contribution;
+    const float share = by_mean ? 1.0f / static_cast<float>(group_) : 1.0f;
+    float score = largest && !contributes && !of_norms ? -infinity() : 0.0f;
+    for (int h = 0; h < n_heads_; ++h) {
+      Weights<kLanes> w = Weights<kLanes>::load(weights_ + j * slot_floats_ + h * kLanes);
+      KVLAPSE_UNROLL
+      for (int g = 0; g < kLanes; ++g) w.v[g] *= inverse_[h * kLanes + g];
+      if (sums) {
+        float sum = sums_[h * slots_ + j];
+        if (by_max && group_ > 1) {
+          float peak = 0;
+          KVLAPSE_UNROLL
+          for (int g = 0; g < kLanes; ++g)
+            if (g < group_) peak = w.v[g] > peak ? w.v[g] : peak;
+          sum += peak;
+        } else {
+          KVLAPSE_UNROLL
+          for (int g = 0; g < kLanes; ++g)
+            if (g < group_) sum = fmaf(share, w.v[g], sum);
+        }
+        sums_[h * slots_ + j] = sum;
+        if (of_norms)
+          score = fmaf(sum, norms_[h * slots_ + j], score);
+        else if (largest)
+          score = sum > score ? sum : score;
+        else
+          score += sum;
+        continue;
+      }
+      const float norm = contributes ? norms_[h * slots_ + j] : 0.0f;
+      KVLAPSE_UNROLL
+      for (int g = 0; g < kLanes; ++g) {
+        if (g >= group_) continue;
+        if (contributes)
+          score = fmaf(w.v[g], norm, score);
+        else if (largest)
+          score = w.v[g] > score ? w.v[g] : score;
+        else
+          score += w.v[g];
+      }
+    }
+    if (contributes) return score * task_.scale;
+    if (of_norms) return score;
+    const int voters = sums ? n_heads_ : n_heads_ * group_;
+    if ((by_mean || mean_always) && voters > 1) score *= 1.0f / static_cast<float>(voters);
+    return score;
+  }
+
+  KVLAPSE_DEVICE static bool near_tie(const Candidates& found) {
+    if (found.next == ~uint64_t{0}) return false;
+    const double a = unordered(static_cast<uint32_t>(found.low >> 32)),
+                 b = unordered(static_cast<uint32_t>(found.next >> 32));
+    const double size = (a < 0 ? -a : a) > (b < 0 ? -b : b) ? (a < 0 ? -a : a) : (b < 0 ? -b : b);
+    return (a < b ? b - a : a - b) <= 1e-6 * size;
+  }
+
+  const DecideArgs& a_;
+  const int index_;
+  const DecideTask task_;
+  const Shape shape_;
+  const int rank_, thread_, n_heads_, group_, width_, slot_floats_, own_lanes_;
+  int slots_;
+  Candidates *warp_candidates_, *block_candidates_;
+  uint32_t *keys_, *maxima_;
+  float *lane_sums_, *inverse_, *sums_, *norms_, *weights_;
+  int32_t* positions_;
+};
+
+// ---- rows ----
+template <int kLanes>
+KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
+  constexpr int kThreads = RowsArgs::kThreads, kList = RowsArgs::kList, kShare = kThreads / 32;
+  const Shape& shape = a.shape;
+  const int group = shape.group(), thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  const int s = block / shape.n_kv, h = block % shape.n_kv, t = a.t0 + s, n = t + 1;
+  if (t < a.begin) return;
+  float* row = a.weights + shape.row(s, h);
+  float* peaks = reinterpret_cast<float*>(memory);  // [lanes][threads]
+  float* totals = peaks + kLanes * kThreads;
+  float* products = totals + kLanes * kThreads;
+  float* list = products + kLanes * kThreads;  // [group][kList]
+  auto* list_pos = reinterpret_cast<int32_t*>(list + kMaxGroup * kList);
+  auto* listed = reinterpret_cast<uint32_t*>(list_pos + kMaxGroup * kList);  // [group]
+  float* facts = reinterpret_cast<float*>(listed + kMaxGroup);  // [3][group]: max, total, threshold
+
+  // A thread's own maximum, sum of exponentials and of exponential times logit against it.
+  float peak[kLanes], total[kLanes], product[kLanes];
+  KVLAPSE_UNROLL
+  for (int g = 0; g < kLanes; ++g) peak[g] = -infinity(), total[g] = product[g] = 0;
+  for (int i = thread; i < n; i += kThreads) {
+    const Weights<kLanes> x = Weights<kLanes>::load(row + static_cast<int64_t>(i) * kLanes);
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) {
+      if (g >= group) continue;
+      if (x.v[g] > peak[g]) {
+        const float shrink = exp_negative(peak[g] - x.v[g]);
+        total[g] *= shrink, product[g] *= shrink, peak[g] = x.v[g];
+      }
+      const float e = exp_negative(x.v[g] - peak[g]);
+      total[g] += e;
+      product[g] = fmaf(e, x.v[g], product[g]);
+    }
+  }
+  KVLAPSE_UNROLL
+  for (int g = 0; g < kLanes; ++g) {
+    peaks[g * kThreads + thread] = peak[g];
+    totals[g * kThreads + thread] = total[g];
+    products[g * kThreads + thread] = product[g];
+  }
+  if (thread < kMaxGroup) listed[thread] = 0;
+  block_sync();
+  if (warp < group) {
+    uint32_t own[kShare];
+    uint32_t best = 0;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kShare; ++i) {
+      own[i] = ordered(peaks[warp * kThreads + lane + 32 * i]);
+      best = own[i] > best ? own[i] : best;
+    }
+    const float highest = unordered(warp_largest(best));
+    float sum = 0, dot = 0;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kShare; ++i) {
+      const int at = warp * kThreads + lane + 32 * i;
+      const float shrink = exp_negative(peaks[at] - highest);
+      sum = fmaf(totals[at], shrink, sum);
+      dot = fmaf(products[at], shrink, dot);
+    }
+    KVLAPSE_UNROLL
+    for (int mask = 16; mask > 0; mask /= 2) {
+      sum += shuffle_xor(sum, mask);
+      dot += shuffle_xor(dot, mask);
+    }
+    // The tenth of the threads' maxima is exceeded by ten tokens at least.
+    uint32_t threshold = 0;
+    KVLAPSE_NO_UNROLL
+    for (int k = 0; k < kTop; ++k) {
+      threshold = warp_largest(best);
+      const uint32_t who = warp_ballot(best == threshold);
+      if (device::bits_below(who, lane) == 0 && best == threshold) {
+        bool removed = false;
+        best = 0;
+        KVLAPSE_UNROLL
+        for (int i = 0; i < kShare; ++i) {
+          if (!removed && own[i] == threshold)
+            own[i] = 0, removed = true;
+          else
+            best = own[i] > best ? own[i] : best;
+        }
+      }
+    }
+    if (lane == 0) {
+      facts[warp] = highest, facts[kMaxGroup + warp] = sum;
+      const float least_top = threshold == 0 ? -infinity() : unordered(threshold);
+      facts[2 * kMaxGroup + warp] = least_top == -infinity() ? 0.0f : exp_negative(least_top - highest);
+      if (!(sum >= 1.0f) || !(highest < infinity()) || !(highest > -infinity())) *a.failed = t + 1;
+      const int64_t at = static_cast<int64_t>(t) * shape.n_q + h * group + warp;
+      a.entropy[at] = logf(sum) - (dot / sum - highest);
+    }
+    // Cosine with the query of the step before.
+    const float* q = a.q + (static_cast<int64_t>(s) * shape.n_q + h * group + warp) * shape.dim;
+    const float* before = s > 0         ? q - static_cast<int64_t>(shape.n_q) * shape.dim
+                          : a.before ? a.before + static_cast<int64_t>(h * group + warp) * shape.dim
+                                     : nullptr;
+    float cosine = 1;
+    if (before) {
+      float ab = 0, aa = 0, bb = 0;
+      for (int d = lane; d < shape.dim; d += 32) {
+        ab = fmaf(q[d], before[d], ab);
+        aa = fmaf(q[d], q[d], aa);
+        bb = fmaf(before[d], before[d], bb);
+      }
+      KVLAPSE_UNROLL
+      for (int mask = 16; mask > 0; mask /= 2)
+        ab += shuffle_xor(ab, mask), aa += shuffle_xor(aa, mask), bb += shuffle_xor(bb, mask);
+      const float norms = device::square_root(aa * bb);
+      cosine = norms > 0 ? ab / norms : 0.0f;
+    }
+    if (lane == 0) a.query_cosine[static_cast<int64_t>(t) * shape.n_q + h * group + warp] = cosine;
+  }
+  block_sync();
+  for (int i = thread; i < n; i += kThreads) {
+    float* at = row + static_cast<int64_t>(i) * kLanes;
+    Weights<kLanes> x = Weights<kLanes>::load(at);
+    bool hot = false;
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) {
+      if (g >= group) continue;
+      const float e = exp_negative(x.v[g] - facts[g]), sum = facts[kMaxGroup + g];
+      hot |= e > kHot * sum;
+      if (e >= facts[2 * kMaxGroup + g]) {
+        const uint32_t place = device::shared_append(listed + g);
+        if (place < kList) list[g * kList + place] = e, list_pos[g * kList + place] = i;
+      }
+      x.v[g] = e / sum;
+    }
+    x.store(at);
+    if (hot && t >= a.begin) device::global_max(a.last_hot + static_cast<int64_t>(h) * shape.n_tokens + i, t);
+  }
+  block_sync();
+  if (warp < group) {
+    RowFacts& out = a.facts[static_cast<int64_t>(s) * shape.n_q + h * group + warp];
+    const int wanted = least(n, kTop), found = static_cast<int>(listed[warp]);
+    if (found <= kList) {
+      for (int i = lane; i < found; i += 32) {
+        const float e = list[warp * kList + i];
+        const int pos = list_pos[warp * kList + i];
+        int rank = 0;
+        for (int k = 0; k < found; ++k) {
+          const float other = list[warp * kList + k];
+          rank += other > e || (other == e && list_pos[warp * kList + k] < pos);
+        }
+        if (rank < wanted) out.top[rank] = pos;
+      }
+    } else {  // many are equal: one after the other
+      float above = infinity();
+      int behind = -1;
+      for (int k = 0; k < wanted; ++k) {
+        float value = -1;
+        int pos = n;
+        for (int i = lane; i < n; i += 32) {
+          const float p = row[static_cast<int64_t>(i) * kLanes + warp];
+          if (p > above || (p == above && i <= behind) || p <= value) continue;
+          value = p, pos = i;
+        }
+        const uint32_t key = warp_largest(ordered(value));
+        const uint32_t nearest = ~warp_largest(ordered(value) == key ? ~static_cast<uint32_t>(pos) : 0u);
+        above = unordered(key), behind = static_cast<int>(nearest);
+        if (lane == 0) out.top[k] = behind;
+      }
+    }
+    if (lane == 0) {
+      float sinks = 0;
+      for (int i = 0; i < least(n, kSinks); ++i) sinks += row[static_cast<int64_t>(i) * kLanes + warp];
+      out.sinks = sinks, out.n_top = wanted;
+    }
+  }
+  if (warp == 0) {
+    float older = 0;
+    for (int g = 0; g < group; ++g) {
+      float newest = t - lane >= 0 ? row[static_cast<int64_t>(t - lane) * kLanes + g] : 0.0f;
+      KVLAPSE_UNROLL
+      for (int shift = 1; shift < 32; shift *= 2) {
+        const float other = shuffle_from(newest, lane >= shift ? lane - shift : lane);
+        if (lane >= shift) newest += other;
+      }
+      older += newest < 1.0f ? 1.0f - newest : 0.0f;
+    }
+    a.older[(static_cast<int64_t>(t) * shape.n_kv + h) * kHorizon + lane] = older;
+  }
+}
+
+// ---- masses ----
+// A lane is a configuration, a warp four steps.
+template <int kLanes>
+KVLAPSE_DEVICE void run(const MassesArgs& a, int block, unsigned char* memory) {
+  constexpr int kSteps = MassesArgs::kSteps, kTokens = MassesArgs::kTokens, kConfigs = MassesArgs::kConfigs,
+                kOwn = kSteps / (MassesArgs::kThreads / 32);
+  static_assert(kConfigs == 32 && kTokens == 32);
+  const Shape& shape = a.shape;
+  const int group = shape.group(), thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  const int h = block % shape.n_kv, config_tile = block / shape.n_kv % a.config_tiles(),
+            step_tile = block / shape.n_kv / a.config_tiles();
+  const int first = a.t0 + step_tile * kSteps, end = least(a.t1, first + kSteps);
+  if (end <= a.begin) return;
+  float* weights = reinterpret_cast<float*>(memory);  // [steps][tokens][lanes]
+  auto* last = reinterpret_cast<int32_t*>(weights + kSteps * kTokens * kLanes);  // [tokens][configs + 1]
+  const int config = config_tile * kConfigs + lane;
+  const int32_t* own_last =
+      a.last + (static_cast<int64_t>(least(config, a.n_configs - 1)) * shape.n_kv + h) * shape.n_tokens;
+  float rest[kOwn][kLanes], sinks[kOwn][kLanes];
+  KVLAPSE_UNROLL
+  for (int k = 0; k < kOwn; ++k) {
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) rest[k][g] = sinks[k][g] = 0;
+  }
+  for (int token = 0; token < end; token += kTokens) {
+    block_sync();
+    for (int i = thread; i < kSteps * kTokens; i += MassesArgs::kThreads) {
+      const int s = i / kTokens, pos = token + i % kTokens;
+      Weights<kLanes> w = {};
+      if (pos <= first + s && first + s < end)
+        w = Weights<kLanes>::load(a.weights + shape.row(first + s - a.t0, h) +
+                                  static_cast<int64_t>(pos) * kLanes);
+      w.store(weights + i * kLanes);
+    }
+    for (int i = thread; i < kConfigs * kTokens; i += MassesArgs::kThreads) {
+      const int c = config_tile * kConfigs + i / kTokens, pos = token + i % kTokens;
+      last[i % kTokens * (kConfigs + 1) + i / kTokens] =
+          c < a.n_configs && pos < shape.n_tokens
+              ? a.last[(static_cast<int64_t>(c) * shape.n_kv + h) * shape.n_tokens + pos]
+              : kHeld;
+    }
+    block_sync();
+    float part[kOwn][kLanes];
+    KVLAPSE_UNROLL
+    for (int k = 0; k < kOwn; ++k) {
+      KVLAPSE_UNROLL
+      for (int g = 0; g < kLanes; ++g) part[k][g] = 0;
+    }
+    for (int i = 0; i < kTokens; ++i) {
+      if (token == 0 && i == kSinks) {
+        KVLAPSE_UNROLL
+        for (int k = 0; k < kOwn; ++k) {
+          KVLAPSE_UNROLL
+          for (int g = 0; g < kLanes; ++g) sinks[k][g] = part[k][g], part[k][g] = 0;
+        }
+      }
+      const int gone = last[i * (kConfigs + 1) + lane];
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kOwn; ++k) {
+        const Weights<kLanes> w =
+            Weights<kLanes>::load(weights + ((warp * kOwn + k) * kTokens + i) * kLanes);
+        if (gone >= first + warp * kOwn + k) continue;
+        KVLAPSE_UNROLL
+        for (int g = 0; g < kLanes; ++g) part[k][g] += w.v[g];
+      }
+    }
+    KVLAPSE_UNROLL
+    for (int k = 0; k < kOwn; ++k) {
+      KVLAPSE_UNROLL
+      for (int g = 0; g < kLanes; ++g) rest[k][g] += part[k][g];
+    }
+  }
+  if (config >= a.n_configs) return;
+  const int64_t plane = static_cast<int64_t>(a.n_configs) * shape.n_q * shape.n_tokens;
+  KVLAPSE_UNROLL
+  for (int k = 0; k < kOwn; ++k) {
+    const int t = first + warp * kOwn + k;
+    if (t >= end || t < a.begin) continue;
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) {
+      if (g >= group) continue;
+      const RowFacts& facts = a.facts[static_cast<int64_t>(t - a.t0) * shape.n_q + h * group + g];
+      const float missing = rest[k][g] + sinks[k][g], outside = 1.0f - facts.sinks;
+      const float share = outside > 1e-6f ? rest[k][g] / outside : 0.0f;
+      int held = 0;
+      for (int i = 0; i < facts.n_top; ++i) held += own_last[facts.top[i]] >= t;
+      float* to = a.metrics +
+                  (static_cast<int64_t>(config) * shape.n_q + h * group + g) * shape.n_tokens + t;
+      to[kMissing * plane] = missing < 1.0f ? missing : 1.0f;
+      to[kMissingRest * plane] = share < 1.0f ? share : 1.0f;
+      to[kTopHeld * plane] = static_cast<float>(held) / static_cast<float>(facts.n_top);
+    }
+  }
+}
+
+// ---- values ----
+KVLAPSE_DEVICE void run(const ValuesArgs& a, int block, unsigned char*) {
+  const int i = block * ValuesArgs::kThreads + thread_index(), dim = a.shape.dim;
+  if (i >= (a.t1 - a.t0) * a.shape.n_kv) return;
+  const int t = a.t0 + i / a.shape.n_kv, h = i % a.shape.n_kv;
+  const float* v = a.v + (static_cast<int64_t>(t) * a.shape.n_kv + h) * dim;
+  const int64_t at = static_cast<int64_t>(h) * a.shape.n_tokens + t;
+  float lanes[kSumLanes] = {};
+  for (int d = 0; d < dim; d += kSumLanes) {
+    KVLAPSE_UNROLL
+    for (int l = 0; l < kSumLanes; ++l) {
+      if (d + l >= dim) continue;
+      const float x = v[d + l];
+      lanes[l] += x < 0 ? -x : x;
+      a.half[at * dim + d + l] = device::float_to_half(x);
+    }
+  }
+  KVLAPSE_UNROLL
+  for (int w = kSumLanes / 2; w > 0; w /= 2) {
+    KVLAPSE_UNROLL
+    for (int l = 0; l < w; ++l) lanes[l] += lanes[l + w];
+  }
+  a.l1[at] = lanes[0];
+}
+
+// ---- future ----
+KVLAPSE_DEVICE void run(const FutureArgs& a, int block, unsigned char*) {
+  const Shape& shape = a.shape;
+  const int pos = block % a.token_blocks() * FutureArgs::kThreads + thread_index();
+  const int64_t row = block / a.token_blocks();  // config, kv head
+  if (pos >= a.t1) return;
+  const int32_t last = a.last[row * shape.n_tokens + pos];
+  if (last < a.scope_begin || last >= a.t1 - 1) return;
+  const int from = most(most(a.t0, a.begin), last + 1), to = least(a.t1, last + kHorizon + 1);
+  if (from >= to) return;
+  const int lanes = shape.lanes(), group = shape.group(), h = static_cast<int>(row % shape.n_kv);
+  float sum = 0;
+  for (int t = from; t < to; ++t) {
+    const float* w = a.weights + shape.row(t - a.t0, h) + static_cast<int64_t>(pos) * lanes;
+    for (int g = 0; g < group; ++g) sum += w[g];
+  }
+  a.future[row * shape.n_tokens + pos] += sum;
+}
+
+KVLAPSE_DEVICE void run(const SumFutureArgs& a, int block, unsigned char* memory) {
+  auto* shared = reinterpret_cast<double*>(memory);
+  const float* row = a.future + static_cast<int64_t>(block) * a.width;
+  double sum = 0;
+  for (int i = thread_index(); i < a.width; i += SumFutureArgs::kThreads) sum += static_cast<double>(row[i]);
+  shared[thread_index()] = sum;
+  block_sync();
+  if (thread_index() != 0) return;
+  for (int i = 1; i < SumFutureArgs::kThreads; ++i) sum += shared[i];
+  a.sums[block] = sum;
+}
+
+// ---- close ----
+KVLAPSE_DEVICE void run(const CloseArgs& a, int block, unsigned char* memory) {
+  constexpr int kThreads = CloseArgs::kThreads, kBins = sketch_bins::kBins, kSums = 7;
+  const Shape& shape = a.shape;
+  auto* sums = reinterpret_cast<double*>(memory);  // [threads][kSums]
+  auto* bins = reinterpret_cast<uint32_t*>(sums + kThreads * kSums);
+  const int thread = thread_index();
+  const int64_t head = block, plane = static_cast<int64_t>(a.n_configs) * shape.n_q * shape.n_tokens;
+  for (int i = thread; i < 4 * kBins; i += kThreads) bins[i] = 0;
+  block_sync();
+  double own[kSums] = {};
+  for (int b = thread; b < a.n_series; b += kThreads) {
+    const auto first = static_cast<int>((static_cast<int64_t>(b) * shape.n_tokens + a.n_series - 1) / a.n_series),
+               behind =
+                   static_cast<int>((static_cast<int64_t>(b + 1) * shape.n_tokens + a.n_series - 1) / a.n_series);
+    const int from = most(first, a.begin), to = least(behind, a.end);
+    double recall_sum = 0, error_sum = 0;
+    for (int t = from; t < to; ++t) {
+      const float* m = a.metrics + head * shape.n_tokens + t;
+      const float missing = m[kMissing * plane], rest = m[kMissingRest * plane], error = m[kError * plane],
+                  cosine = m[kCosine * plane];
+      const double recall = 1.0 - static_cast<double>(missing);
+      recall_sum += recall, error_sum += static_cast<double>(error);
+      own[0] += recall < 0.9 ? 1 : 0;
+      own[2] += 1.0 - static_cast<double>(rest);
+      own[4] += static_cast<double>(cosine);
+      own[5] += static_cast<double>(m[kTopHeld * plane]);
+      own[6] += static_cast<double>(missing);
+      const float sketched[4] = {missing, rest, error, cosine};
+      KVLAPSE_UNROLL
+      for (int k = 0; k < 4; ++k)
+        device::shared_increment(
+            bins + k * kBins +
+            (sketched[k] > 0 ? sketch_bins::bin_of_bits(device::float_bits(sketched[k])) : 0));
+    }
+    own[1] += recall_sum, own[3] += error_sum;
+    float* series = a.series + head * 2 * a.n_series + b;
+    const double n = to - from;
+    series[0] = to > from ? static_cast<float>(recall_sum / n) : device::bits_float(0x7fc00000u);
+    series[a.n_series] = to > from ? static_cast<float>(error_sum / n) : device::bits_float(0x7fc00000u);
+  }
+  for (int k = 0; k < kSums; ++k) sums[thread * kSums + k] = own[k];
+  block_sync();
+  for (int i = thread; i < 4 * kBins; i += kThreads) a.sketches[head * 4 * kBins + i] = bins[i];
+  if (thread != 0) return;
+  for (int i = 1; i < kThreads; ++i) {
+    for (int k = 0; k < kSums; ++k) own[k] += sums[i * kSums + k];
+  }
+  a.sums[head] = {static_cast<int64_t>(own[0]), own[1], own[2], own[3], own[4], own[5], own[6]};
+}
+
+}  // namespace kvlapse::gpu_replay
