@@ -101,6 +101,7 @@ class CudaDevice final : public DeviceApi {
   void launch(const gpu_replay::DecideArgs& a, bool large) override { launch_replay(lane(), a, large); }
   void launch(const gpu_replay::RowsArgs& a) override { launch_replay(lane(), a); }
   void launch(const gpu_replay::MassesArgs& a) override { launch_replay(lane(), a); }
+  void launch(const gpu_replay::OutputsArgs& a) override { launch_replay(lane(), a); }
   void launch(const gpu_replay::FutureArgs& a) override { launch_replay(lane(), a); }
   void launch(const gpu_replay::SumFutureArgs& a) override { launch_replay(lane(), a); }
   void launch(const gpu_replay::CloseArgs& a) override { launch_replay(lane(), a); }

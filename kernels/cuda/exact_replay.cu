@@ -54,6 +54,17 @@ KVLAPSE_REPLAY_LAUNCH(replay_future, FutureArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_sum_future, SumFutureArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_close, CloseArgs)
 
+template <int kTiles>
+static __global__ void __launch_bounds__(gpu_replay::OutputsArgs::kThreads, 1)
+    replay_outputs_kernel(const __grid_constant__ gpu_replay::OutputsArgs args) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  gpu_replay::Outputs<kTiles>(args, device::block_index(), shared).run();
+}
+
+void launch_replay(cudaStream_t stream, const gpu_replay::OutputsArgs& args) {
+  launch(stream, args.column_tiles() == 16 ? replay_outputs_kernel<16> : replay_outputs_kernel<8>, args);
+}
+
 template <int kLanes, bool kLarge>
 static __global__ void __launch_bounds__(kReplayDecideThreads, 2)
     replay_decide_kernel(const __grid_constant__ gpu_replay::DecideArgs args) {

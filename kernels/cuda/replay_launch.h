@@ -13,6 +13,7 @@ void launch_replay(cudaStream_t stream, const gpu_replay::ValuesArgs& args);
 void launch_replay(cudaStream_t stream, const gpu_replay::DecideArgs& args, bool large);
 void launch_replay(cudaStream_t stream, const gpu_replay::RowsArgs& args);
 void launch_replay(cudaStream_t stream, const gpu_replay::MassesArgs& args);
+void launch_replay(cudaStream_t stream, const gpu_replay::OutputsArgs& args);
 void launch_replay(cudaStream_t stream, const gpu_replay::FutureArgs& args);
 void launch_replay(cudaStream_t stream, const gpu_replay::SumFutureArgs& args);
 void launch_replay(cudaStream_t stream, const gpu_replay::CloseArgs& args);

@@ -57,6 +57,7 @@ class DeviceApi {
   virtual void launch(const gpu_replay::RowsArgs&) = 0;
   virtual void launch(const gpu_replay::MassesArgs&) = 0;
   virtual void launch(const gpu_replay::FutureArgs&) = 0;
+  virtual void launch(const gpu_replay::OutputsArgs&) = 0;
   virtual void launch(const gpu_replay::SumFutureArgs&) = 0;
   virtual void launch(const gpu_replay::CloseArgs&) = 0;
   struct Limits {

@@ -34,7 +34,9 @@ struct GpuReplay::Run {
   int n_configs, begin, end, block_steps;  // steps [begin, end) are measured, or decide when nothing is
   size_t row_floats;                       // weights of a step
   float *q_host, *k_host, *v_host, *q, *k, *v, *weights, *l1, *metrics = nullptr, *future = nullptr;
-  uint16_t* half;
+  uint16_t *half, *half_weights = nullptr;
+  float *outputs = nullptr, *totals = nullptr;
+  int32_t* most_held = nullptr;
   int32_t *last, *failed;
   gr::RowFacts* facts = nullptr;
   float *older = nullptr, *entropy = nullptr, *cosine = nullptr;
@@ -104,7 +106,7 @@ struct GpuReplay::Run {
     q = on_device<float>("q", static_cast<size_t>(block_steps + 1) * q_width);
     k = on_device<float>("k", n_tokens * kv_width);
     v = on_device<float>("v", n_tokens * kv_width);
-    half = on_device<uint16_t>("half", n_tokens * kv_width);
+    half = on_device<uint16_t>("half", n_tokens * shape.n_kv * shape.dim_padded());
     l1 = on_device<float>("l1", n_tokens * shape.n_kv);
     weights = on_device<float>("weights", static_cast<size_t>(block_steps) * row_floats);
     last = on_device<int32_t>("last", heads * n_tokens);
@@ -115,6 +117,13 @@ struct GpuReplay::Run {
     metrics = on_device<float>("metrics", gr::kMetricKinds * q_heads * n_tokens);
     future = on_device<float>("future", heads * n_tokens);
     facts = on_device<gr::RowFacts>("facts", static_cast<size_t>(block_steps) * shape.n_q);
+    half_weights = on_device<uint16_t>("half_weights", static_cast<size_t>(block_steps) * row_floats);
+    outputs = on_device<float>("outputs", static_cast<size_t>(block_steps) * shape.n_q * shape.dim_padded());
+    totals = on_device<float>("totals", static_cast<size_t>(block_steps) * shape.n_q);
+    most_held = on_device<int32_t>("held", n_configs);
+    std::vector<int32_t> peaks;
+    for (const DeviceReplayConfig& c : r.configs) peaks.push_back(c.rule.peak_slots(c.budget));
+    api.upload(most_held, peaks.data(), peaks.size() * 4);
     older = on_device<float>("older", n_tokens * shape.n_kv * gr::kHorizon);
     entropy = on_device<float>("entropy", n_tokens * shape.n_q);
     cosine = on_device<float>("cosine", n_tokens * shape.n_q);
@@ -350,12 +359,17 @@ struct GpuReplay::Run {
     api.join();
     stage("decisions");
     if (!r.metrics || t1 <= begin) return;
-    api.launch(gr::RowsArgs{shape, weights, q + q_width, t0 > 0 ? q : nullptr, facts, older, last_hot, entropy,
+    api.launch(gr::RowsArgs{shape, weights, half_weights, q + q_width, t0 > 0 ? q : nullptr, facts, older, last_hot, entropy,
                             cosine, failed, t0, t1, begin});
     stage("rows");
     api.launch(gr::MassesArgs{shape, weights, facts, last, metrics, n_configs, t0, t1, begin});
     api.launch(gr::FutureArgs{shape, weights, last, future, n_configs, t0, t1, begin, r.step_begin});
     stage("masses");
+    gr::OutputsArgs a{shape, half_weights, half, last, most_held, outputs, totals, metrics, n_configs, t0, t1, begin, 1};
+    api.launch(a);
+    a.full = 0;
+    api.launch(a);
+    stage("outputs");
   }
 
   void collect() {

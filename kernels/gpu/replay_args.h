@@ -26,6 +26,7 @@ inline constexpr int kMaxCluster = 8;   // blocks that share a task whose victim
 inline constexpr int kSumLanes = 16;    // of vector_math.h
 inline constexpr int kHorizon = 32, kTop = 10, kSinks = 4;
 inline constexpr float kHot = 0.01f;
+inline constexpr float kHalfScale = 32768.0f;  // of probabilities in half precision
 inline constexpr int32_t kHeld = 0x7f7f7f7f;  // a step that never comes; equal bytes
 
 struct Shape {
@@ -34,6 +35,7 @@ struct Shape {
   int32_t stride = 0;  // positions of a row: n_tokens rounded up to 64
   constexpr int group() const { return n_q / n_kv; }
   constexpr int lanes() const { return (group() + 3) / 4 * 4; }
+  constexpr int dim_padded() const { return (dim + 15) / 16 * 16; }
   constexpr int64_t row(int step, int head) const {  // first weight of (step of the block, kv head)
     return (static_cast<int64_t>(step) * n_kv + head) * stride * lanes();
   }
@@ -140,6 +142,7 @@ struct RowsArgs {
   static constexpr int kThreads = 256, kList = 128;
   Shape shape;
   float* weights;        // logits in, probabilities out
+  uint16_t* half;        // the same layout: kHalfScale times the probabilities in half precision
   const float* q;        // [t1 - t0, Hq, D]
   const float* before;   // [Hq, D] of step t0 - 1; null: there is none
   RowFacts* facts;       // [t1 - t0][Hq]
@@ -195,10 +198,36 @@ struct ValuesArgs {
   Shape shape;
   const float* v;  // [T, H, D]
   float* l1;
-  uint16_t* half;
+  uint16_t* half;  // [H, T, dim_padded()]
   int32_t t0, t1;
   constexpr int n_blocks() const { return ((t1 - t0) * shape.n_kv + kThreads - 1) / kThreads; }
   constexpr int smem_bytes() const { return 0; }
+};
+
+// Output and cosine error. The smaller side, dropped or held tokens, is summed: its weights and values in half
+// precision, fp32 sums, the sum of the weights among them, so that both sides are of one distribution. The
+// full cache's output comes first, as the `full` launch, from all tokens.
+struct OutputsArgs {
+  static constexpr const char* kName = "replay_outputs";
+  static constexpr int kThreads = 256, kSteps = 64, kChunk = 64, kSegment = 4096, kPad = 16;
+  Shape shape;
+  const uint16_t* weights;  // half
+  const uint16_t* values;   // [H, T, dim_padded()]
+  const int32_t* last;      // [config][H][T]
+  const int32_t* held;      // [config] most slots in use
+  float* outputs;           // [t1 - t0][Hq][dim_padded()] of the full cache
+  float* totals;            // [t1 - t0][Hq] its weights
+  float* metrics;
+  int32_t n_configs, t0, t1, begin;
+  int32_t full;
+  constexpr int step_tiles() const { return (t1 - t0 + kSteps - 1) / kSteps; }
+  constexpr int quads() const { return shape.lanes() / 4; }
+  constexpr int n_blocks() const {
+    return step_tiles() * shape.n_kv * quads() * (full ? 1 : n_configs);
+  }
+  constexpr int column_tiles() const { return shape.dim_padded() > 64 ? 16 : 8; }  // of 8, at a time
+  constexpr int row_bytes() const { return column_tiles() * 16 + kPad; }
+  constexpr int smem_bytes() const { return 2 * kChunk * row_bytes() + kSegment * 8 + 128; }
 };
 
 struct HeadSums {

@@ -74,6 +74,12 @@ class EmulatedGpu final : public DeviceApi {
       a.shape.lanes() == 4 ? gpu_replay::run<4>(a, block, shared) : gpu_replay::run<8>(a, block, shared);
     });
   }
+  void launch(const gpu_replay::OutputsArgs& a) override {
+    blocks(a, [&](int block, unsigned char* shared) {
+      a.column_tiles() == 16 ? gpu_replay::Outputs<16>(a, block, shared).run()
+                             : gpu_replay::Outputs<8>(a, block, shared).run();
+    });
+  }
   void launch(const gpu_replay::FutureArgs& a) override { replay(a); }
   void launch(const gpu_replay::SumFutureArgs& a) override { replay(a); }
   void launch(const gpu_replay::CloseArgs& a) override { replay(a); }

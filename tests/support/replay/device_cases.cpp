@@ -25,10 +25,15 @@ MemoryRows rows_of(const DeviceCase& at) {
   return rows;
 }
 
-std::vector<ReplayConfig> configs_of(const std::vector<std::string>& specs, const std::vector<int>& budgets) {
+std::vector<ReplayConfig> configs_of(const DeviceCase& at, const std::vector<std::string>& specs,
+                                     const std::vector<int>& budgets) {
   std::vector<ReplayConfig> configs;
   for (const std::string& spec : specs)
-    for (int budget : budgets) configs.push_back({make_policy(spec), budget});
+    for (int budget : budgets) {
+      ReplayConfig config{make_policy(spec), budget};
+      const bool holds_prompt = at.n_prompt < budget || !config.policy->info().rule.pin_prompt;
+      if (holds_prompt) configs.push_back(std::move(config));
+    }
   return configs;
 }
 
@@ -60,7 +65,7 @@ std::vector<std::string> device_policies() {
 std::string check_device_victims(ReplayDevice& device, const DeviceCase& at,
                                  const std::vector<std::string>& specs, const std::vector<int>& budgets) {
   const MemoryRows rows = rows_of(at);
-  const std::vector<ReplayConfig> configs = configs_of(specs, budgets);
+  const std::vector<ReplayConfig> configs = configs_of(at, specs, budgets);
   std::vector<int32_t> expected(configs.size() * at.n_kv_heads * at.n_tokens, Retention::kHeld);
   std::mutex mutex;
   ReplayEngine(rows, {}).decide(0, configs, [&](size_t c, int, const EvictionPlan& plan) {
@@ -95,7 +100,7 @@ std::string check_device_metrics(ReplayDevice& device, const DeviceCase& at,
                                  const std::vector<std::string>& specs, const std::vector<int>& budgets,
                                  int step_begin, int step_end) {
   const MemoryRows rows = rows_of(at);
-  const std::vector<ReplayConfig> configs = configs_of(specs, budgets);
+  const std::vector<ReplayConfig> configs = configs_of(at, specs, budgets);
   ReplayOptions options;
   options.step_begin = step_begin, options.step_end = step_end;
   const std::vector<SequenceMetrics> expected = ReplayEngine(rows, options).run(0, configs),
