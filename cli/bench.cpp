@@ -149,8 +149,12 @@ std::vector<BenchRow> throughput(const Options& options) {
 }
 
 std::vector<BenchRow> replay(const Options& o) {
-  if (o.device != "cpu") fail("bench replay: --device: expected cpu, found {}", o.device);
   ReplayBench bench;
+  bench.gpu = parse_device(o.device);
+  if (bench.gpu >= 0) {
+    bench.n_tokens = 16384;
+    bench.n_q_heads = o.q_heads, bench.n_kv_heads = o.kv_heads, bench.head_dim = o.head_dim;
+  }
   bench.n_threads = o.threads;
   bench.trace = o.trace;
   if (o.given_context || !o.trace.empty()) bench.n_tokens = o.given_context ? o.context : 0;
@@ -218,6 +222,7 @@ void add_bench(CLI::App& app, Context& context) {
       "  kvlapse bench decode --context 4096 --policy longflow --budget 1024 --json\n"
       "  kvlapse bench throughput --batches 1,8,32 --context 2048 --policy longflow --budget 512\n"
       "  kvlapse bench replay --trace full.kvl --configs 8,32\n"
+      "  kvlapse bench replay --device cuda --configs 32\n"
       "  kvlapse bench record --tier qkv --context 512 --steps 512\n"
       "  kvlapse bench record --tier qkv --batch 20 --policy longflow --budget 256 --context 256 --json\n");
   std::vector<std::string> names;

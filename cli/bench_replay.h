@@ -15,11 +15,13 @@ struct ReplayBench {
   int n_q_heads = 2, n_kv_heads = 1, head_dim = 64;  // of synthetic rows
   std::vector<int> configs;                          // one row each
   int runs = 3;
+  int gpu = -1;  // index; -1: the CPU
 };
 
 // Rows of configurations a second, metrics included. Their limit: the full cache's attention over the
 // measured steps, which every replay needs once as its reference, at the rate of multiply-adds that this run
-// measures.
+// measures. On a GPU: the time in which its logits can be multiplied or its weights can pass through memory,
+// whichever is longer; with the stages of one more run that waits between them.
 std::vector<BenchRow> bench_replay(const ReplayBench& bench);
 
 }  // namespace kvlapse::cli

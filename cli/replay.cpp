@@ -10,6 +10,7 @@
 #include "cli/progress.h"
 #include "cli/table.h"
 #include "core/base/error.h"
+#include "kernels/choice/gpu.h"
 #include "replay/comparison.h"
 #include "replay/self_replay.h"
 #include "replay/sweep.h"
@@ -78,6 +79,7 @@ void print_sbatch(const Options& o) {
   if (!o.layers.empty()) command += " --layers " + o.layers;
   if (!o.heads.empty()) command += " --heads " + o.heads;
   if (!o.steps.empty()) command += " --steps " + o.steps;
+  if (o.device != "cpu") command += " --device " + o.device;
   if (o.max_tokens > 0) command += fmt::format(" --max-tokens {}", o.max_tokens);
   if (o.cells_at_once != Options{}.cells_at_once)
     command += fmt::format(" --cells-at-once {}", o.cells_at_once);
@@ -86,6 +88,7 @@ void print_sbatch(const Options& o) {
   fmt::print("#!/bin/bash\n");
   fmt::print("#SBATCH --job-name=kvlapse-replay\n#SBATCH --array=0-{}\n#SBATCH --requeue\n", o.sbatch - 1);
   fmt::print("#SBATCH --cpus-per-task=2\n#SBATCH --mem={}M\n", o.memory_mib + 256);
+  if (o.device != "cpu") fmt::print("#SBATCH --gpus-per-task=1\n");
   fmt::print("# Then: kvlapse merge {}*.kvr -o {}\n", parts, quoted(o.output));
   fmt::print(
       "{} --memory-mib {} -j \"${{SLURM_CPUS_PER_TASK:-2}}\" \\\n  --shard \"${{SLURM_ARRAY_TASK_ID}}/{}\" "
@@ -211,7 +214,18 @@ void run_sweep(const Options& o, Context& context) {
   options.cells_at_once = o.cells_at_once;
   std::tie(options.shard, options.n_shards) = parse_pair("--shard", o.shard, '/');
   std::vector<fs::path> traces(o.traces.begin(), o.traces.end());
+  std::unique_ptr<ReplayDevice> device;
+  if (const int index = parse_device(o.device); index >= 0) device = make_cuda_replay(index);
+  options.device = device.get();
   Sweep sweep(traces, parse_policy_list(joined(o.policies)), parse_budget_list(joined(o.budgets)), options);
+  if (device) {
+    std::set<std::string> others;
+    for (const SweepCell& cell : sweep.cells())
+      if (!sweep.on_device(cell)) others.insert(canonical_spec(*cell.policy));
+    if (!others.empty())
+      fmt::print(stderr, "replay: on the CPU, since no GPU serves them: {}\n",
+                 joined({others.begin(), others.end()}));
+  }
   ResultsFile results(o.output, o.resume  ? ResultsFile::Open::resume
                                 : o.force ? ResultsFile::Open::replace
                                           : ResultsFile::Open::create);
@@ -232,6 +246,7 @@ void run_sweep(const Options& o, Context& context) {
   if (!context.json) return print_table(rows, selection, fitted);
   Json document = {{"trace", all.traces.empty() ? "" : all.traces[0].name},
                    {"results", o.output},
+                   {"device", device ? device->describe() : "cpu"},
                    {"rows", Json::array()}};
   if (!selection.empty()) document["selection"] = selection;
   for (const ResultCell& cell : all.cells)
@@ -248,6 +263,7 @@ void add_replay(CLI::App& app, Context& context) {
   CLI::App* command = add_command(
       app, context, "replay", "every policy x budget over every trace, open loop",
       "  kvlapse replay run.kvl --policy longflow,rkv,random:pin_prompt=1 --budget 10%,25%,512 -o run.kvr\n"
+      "  kvlapse replay run.kvl --device cuda --policy h2o,tova,longflow --budget 10%,20%,40% -o gpu.kvr\n"
       "  kvlapse replay run.kvl --self");
   command->add_option("traces", options->traces, "recordings (*.kvl)")->required()->type_name("TRACE");
   command->add_option("--policy", options->policies,
@@ -294,10 +310,15 @@ void add_replay(CLI::App& app, Context& context) {
                    "configurations that share work; a killed sweep repeats at most these")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command->add_option("--device", options->device, "cpu")
-      ->check(CLI::IsMember({"cpu"}))
+  command
+      ->add_option("--device", options->device,
+                   "cpu or cuda[:i]: a GPU replays the policies that it serves (window, streaming_llm, random, "
+                   "h2o, tova, longflow, vatp that evict at every step), the CPU the others")
       ->capture_default_str();
   command->callback([options, &context] {
+    parse_device(options->device);
+    if (options->self && options->device != "cpu")
+      fail_usage("replay --self: compares victims on the CPU: expected --device cpu, found {}", options->device);
     if (options->self) return run_self(*options, context);
     if (options->policies.empty() || options->budgets.empty())
       fail_usage("replay: expected --policy and --budget, or --self");

@@ -9,5 +9,7 @@
 namespace kvlapse {
 
 std::vector<ReplayConfig> bench_configs(int n_configs, const RowSequence& sequence);
+// The same policies at budgets of 10 % to 40 %, both ends included.
+std::vector<ReplayConfig> gpu_bench_configs(int n_configs, const RowSequence& sequence);
 
 }  // namespace kvlapse

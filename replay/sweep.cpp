@@ -34,6 +34,7 @@ std::string cell_id(const std::string& trace, const Policy& policy, const std::s
     hash.add("heads").add(engine.scope().head_begin).add(engine.scope().head_end);
   if (options.replay.step_begin >= 0 || options.replay.step_end >= 0)
     hash.add("steps").add(engine.scope().step_begin).add(engine.scope().step_end);
+  if (options.device != nullptr && DeviceReplayer::supports(policy)) hash.add("gpu");
   return hash.hex();
 }
 
@@ -179,20 +180,31 @@ void Sweep::run_cells(const std::vector<const SweepCell*>& cells, ResultsFile& r
   std::vector<std::vector<SequenceResult>> done(cells.size());  // [cell][sequence]
   int layer_begin = 0, layer_end = 0;
   for (int s = 0; s < n_sequences; ++s) {
-    ReplayOptions options = options_.replay;
-    options.progress = [&](int layers, int total) {
-      return progress((s + static_cast<double>(layers) / total) / n_sequences);
-    };
-    const ReplayEngine engine(rows, options);
-    layer_begin = engine.layer_begin();
-    layer_end = engine.layer_end();
-    std::vector<ReplayConfig> configs;
-    for (const SweepCell* cell : cells) configs.push_back({cell->policy, cell->budget_slots[s]});
-    std::vector<SequenceMetrics> metrics = engine.run(s, configs);
     const RowSequence sequence = rows.sequence(s);
-    for (size_t c = 0; c < cells.size(); ++c)
-      done[c].push_back(
-          {std::move(metrics[c]), sequence.n_tokens, sequence.n_prompt, cells[c]->budget_slots[s]});
+    for (const bool on_gpu : {true, false}) {
+      std::vector<ReplayConfig> configs;
+      std::vector<size_t> index;
+      for (size_t c = 0; c < cells.size(); ++c) {
+        if (on_device(*cells[c]) != on_gpu) continue;
+        configs.push_back({cells[c]->policy, cells[c]->budget_slots[s]});
+        index.push_back(c);
+      }
+      ReplayOptions options = options_.replay;
+      const double share = static_cast<double>(configs.size()) / static_cast<double>(cells.size()),
+                   before = on_gpu ? 0.0 : 1.0 - share;
+      options.progress = [&, s](int layers, int total) {
+        return progress((s + before + share * layers / total) / n_sequences);
+      };
+      const ReplayEngine engine(rows, options);
+      layer_begin = engine.layer_begin();
+      layer_end = engine.layer_end();
+      if (configs.empty()) continue;
+      std::vector<SequenceMetrics> metrics =
+          on_gpu ? DeviceReplayer(rows, options, *options_.device).run(s, configs) : engine.run(s, configs);
+      for (size_t i = 0; i < index.size(); ++i)
+        done[index[i]].push_back({std::move(metrics[i]), sequence.n_tokens, sequence.n_prompt,
+                                  cells[index[i]]->budget_slots[s]});
+    }
   }
 
   std::vector<ResultCell> out;
@@ -219,6 +231,7 @@ void Sweep::run_cells(const std::vector<const SweepCell*>& cells, ResultsFile& r
       result.sequences.push_back(summarise(rows.geometry(), cell.policy->info(), {&sequence}));
     }
     result.total = summarise(rows.geometry(), cell.policy->info(), all);
+    if (on_device(cell)) result.total.push_back({"measured_on_gpu", 1});
     if (cell.fitted_here) result.total.push_back({"fitted_on_this_trace", 1});
     result.heads = summarise_heads(layer_begin, all);
     result.sketches = merged_sketches(all);

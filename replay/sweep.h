@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "replay/device_replay.h"
 #include "replay/occupancy.h"
 #include "replay/results_file.h"
 #include "trace/trace_reader.h"
@@ -21,6 +22,8 @@ struct SweepOptions {
   int max_tokens = 0;  // of each sequence, the first ones; 0: all
   BudgetMatch match = BudgetMatch::nominal;
   int shard = 0, n_shards = 1;
+  // Replays what it serves; null, or for other policies: the CPU.
+  ReplayDevice* device = nullptr;
   int cells_at_once = 48;  // of one trace, sharing work; a killed sweep loses at most these
 };
 
@@ -43,6 +46,11 @@ class Sweep {
 
   // What is replayed, as options; "" for everything. Cells of different selections do not share a file.
   static std::string selection_text(const SweepOptions& options);
+  // Whether the cell is computed on the device. Its numbers then agree with the CPU's within a stated
+  // precision, not bit for bit: it has an id of its own and says so in its metrics.
+  bool on_device(const SweepCell& cell) const {
+    return options_.device != nullptr && DeviceReplayer::supports(*cell.policy);
+  }
   const std::vector<SweepCell>& cells() const { return cells_; }  // of this shard, in order of trace and id
   const ResultTrace& trace(size_t index) const { return traces_[index].facts; }
   // Computes the cells that `results` lacks and adds them. `progress`: cells done and in total (fractions

@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 
+#include "core/engine/replay_device.h"
 #include "core/model/model_spec.h"
 #include "core/ops/backend.h"
 #include "core/policy/policy.h"
@@ -20,6 +21,15 @@ std::unique_ptr<Backend> make_cuda_backend(int index);
 // On `device` as parse_device reads it; n_threads and mode are the CPU's, a GPU is always exact.
 std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads,
                                       MatmulMode mode = MatmulMode::exact);
+
+// Replays of many configurations at once on GPU `index`. Throws as make_cuda_backend.
+std::unique_ptr<ReplayDevice> make_cuda_replay(int index);
+// What GPU `index` reads from its memory, measured, and its fp32 multiply-adds, two operations each, at its
+// highest clock.
+struct GpuRates {
+  double read_gbps = 0, fp32_gflops = 0;
+};
+GpuRates gpu_rates(int index);
 
 // One row: a step of the fast decoder (bf16 weights and K/V, one CUDA graph) against the time in which its
 // weights and K/V can be read, at the read ceiling that the same run measures first. The policy is `full`, or

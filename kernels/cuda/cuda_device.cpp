@@ -6,10 +6,12 @@
 
 #include "core/base/error.h"
 #include "kernels/choice/gpu.h"
+#include "kernels/cuda/attention_bench.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/exact_launch.h"
 #include "kernels/cuda/replay_launch.h"
 #include "kernels/gpu/gpu_backend.h"
+#include "kernels/gpu/gpu_replay.h"
 
 namespace kvlapse {
 namespace {
@@ -193,6 +195,19 @@ std::unique_ptr<DeviceApi> make_cuda_device(int index) {
 
 std::unique_ptr<Backend> make_cuda_backend(int index) {
   return std::make_unique<GpuBackend>(make_cuda_device(index));
+}
+
+std::unique_ptr<ReplayDevice> make_cuda_replay(int index) {
+  return std::make_unique<GpuReplay>(make_cuda_device(index));
+}
+
+GpuRates gpu_rates(int index) {
+  use_gpu(index);
+  int n_multiprocessors = 0, khz = 0;
+  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, index));
+  constexpr double kPerClock = 2 * 128;  // of a multiprocessor of compute capability 9.0
+  return {measure_read_ceiling_gbps(), n_multiprocessors * kPerClock * khz * 1e-6};
 }
 
 GpuReport report_gpu() {

@@ -132,7 +132,7 @@ constexpr DecideLayout decide_layout(DeviceScore score, int n_heads, int lanes, 
 
 // What is of one (step, query head) of the recording.
 struct RowFacts {
-  float sinks;  // weight of the first kSinks tokens
+  float outside;  // weight of the tokens behind the first kSinks
   int32_t n_top;
   int32_t top[kTop];
 };

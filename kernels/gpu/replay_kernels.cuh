@@ -685,6 +685,7 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
     if (lane == 0) a.query_cosine[static_cast<int64_t>(t) * shape.n_q + h * group + warp] = cosine;
   }
   block_sync();
+  float outside[kLanes] = {};
   for (int i = thread; i < n; i += kThreads) {
     float* at = row + static_cast<int64_t>(i) * kLanes;
     Weights<kLanes> x = Weights<kLanes>::load(at);
@@ -699,6 +700,7 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
         if (place < kList) list[g * kList + place] = e, list_pos[g * kList + place] = i;
       }
       x.v[g] = e / sum;
+      outside[g] += i >= kSinks ? x.v[g] : 0.0f;
     }
     x.store(at);
     uint64_t packed[kLanes / 4];
@@ -713,6 +715,8 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
     for (int g = 0; g < kLanes / 4; ++g) half[g] = packed[g];
     if (hot && t >= a.begin) device::global_max(a.last_hot + static_cast<int64_t>(h) * shape.n_tokens + i, t);
   }
+  KVLAPSE_UNROLL
+  for (int g = 0; g < kLanes; ++g) totals[g * kThreads + thread] = outside[g];
   block_sync();
   if (warp < group) {
     RowFacts& out = a.facts[static_cast<int64_t>(s) * shape.n_q + h * group + warp];
@@ -745,11 +749,11 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
         if (lane == 0) out.top[k] = behind;
       }
     }
-    if (lane == 0) {
-      float sinks = 0;
-      for (int i = 0; i < least(n, kSinks); ++i) sinks += row[static_cast<int64_t>(i) * kLanes + warp];
-      out.sinks = sinks, out.n_top = wanted;
-    }
+    float sum = 0;
+    for (int i = lane; i < kThreads; i += 32) sum += totals[warp * kThreads + i];
+    KVLAPSE_UNROLL
+    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane == 0) out.outside = sum, out.n_top = wanted;
   }
   if (warp == 0) {
     float older = 0;
@@ -848,7 +852,7 @@ KVLAPSE_DEVICE void run(const MassesArgs& a, int block, unsigned char* memory) {
     for (int g = 0; g < kLanes; ++g) {
       if (g >= group) continue;
       const RowFacts& facts = a.facts[static_cast<int64_t>(t - a.t0) * shape.n_q + h * group + g];
-      const float missing = rest[k][g] + sinks[k][g], outside = 1.0f - facts.sinks;
+      const float missing = rest[k][g] + sinks[k][g], outside = facts.outside;
       const float share = outside > 1e-6f ? rest[k][g] / outside : 0.0f;
       int held = 0;
       for (int i = 0; i < facts.n_top; ++i) held += own_last[facts.top[i]] >= t;

@@ -11,6 +11,16 @@ std::unique_ptr<Backend> make_cuda_backend(int index) {
       index);
 }
 
+std::unique_ptr<ReplayDevice> make_cuda_replay(int index) {
+  make_cuda_backend(index);
+  return nullptr;
+}
+
+GpuRates gpu_rates(int index) {
+  make_cuda_backend(index);
+  return {};
+}
+
 std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const ModelSpec&,
                                         const TransformerWeights*, const Policy&) {
   make_cuda_backend(bench.device);

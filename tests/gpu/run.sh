@@ -41,7 +41,7 @@ for test in EveryCase WithFp8 LeaveOneOut TunedPlans ThousandSteps Graph Overlap
   done
 done
 # The profiler's tests in processes of their own: it has one state a process.
-for test in GpuRkv. CuptiOnGpu.EveryKernel CuptiOnGpu.Dram CuptiOnGpu.Counted CuptiOnGpu.TheFused CuptiOnGpu.Cost; do
+for test in GpuReplay.Small GpuReplay.Victims GpuReplay.Metrics GpuRkv. CuptiOnGpu.EveryKernel CuptiOnGpu.Dram CuptiOnGpu.Counted CuptiOnGpu.TheFused CuptiOnGpu.Cost; do
   stage "test $test" 10 || continue
   ours 40 "$here/gpu_tests" --gtest_brief=1 --gtest_filter="$test*" >"$out/test.log" 2>&1 || status=1
   cat "$out/test.log" >>"$out/tests.log"
@@ -54,6 +54,7 @@ stage "bench fp8" 10 && { ours 40 "$here/attention_bench" "$out/fp8.jsonl" fp8 2
 stage "bench leave one out" 15 && { ours 40 "$here/attention_bench" "$out/leave_one_out.jsonl" caote 2>&1 || status=1; }
 stage peers 30 && { timeout 80 python3 "$here/peers.py" "$out/peers.jsonl" >"$out/peers.log" 2>&1 || status=1; tail -n 3 "$out/peers.log"; }
 stage rkv 15 && { ours 40 "$here/attention_bench" "$out/rkv.jsonl" rkv 2>&1 || status=1; timeout 40 python3 "$here/rkv_peer.py" "$out/rkv_peer.jsonl" 2>&1 || status=1; }
+stage replay 30 && { ours 90 "$here/kvlapse" bench replay --device cuda --configs 32 --json >"$out/replay.json" || status=1; cat "$out/replay.json"; }
 stage sweep 20 && { ours 45 "$here/attention_bench" "$out/sweep.jsonl" sweep 2>&1 || status=1; }
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "kernels/gpu/gpu_replay.h"
 #include "replay/synthetic_rows.h"
 #include "tests/support/kernels/emulated_gpu.h"
@@ -37,10 +39,36 @@ TEST(DeviceReplay, VictimsOfEveryGroup) {
     EXPECT_EQ(check_device_victims(*small, at, {"tova", "longflow:granularity=kv_head"}, {29}), "") << group;
   }
 }
-TEST(DeviceReplay, Metrics) {
+TEST(DeviceReplay, MetricsOfEveryPolicy) {
   const auto device = emulated();
-  EXPECT_EQ(check_device_metrics(*device, {4, 2, 20, 150, 40, 3}, {"window", "random", "h2o", "longflow"}, {30, 64}),
-            "");
+  EXPECT_EQ(check_device_metrics(*device, {4, 2, 20, 110, 40, 3}, device_policies(), {30, 64}), "");
+}
+// Groups that do not fill their lanes, several columns of outputs, part of the steps.
+TEST(DeviceReplay, MetricsOfOtherShapes) {
+  const auto device = emulated();
+  const std::vector<std::string> specs = {"longflow", "h2o", "streaming_llm"};
+  EXPECT_EQ(check_device_metrics(*device, {7, 1, 136, 100, 20, 3}, specs, {30}), "");
+  EXPECT_EQ(check_device_metrics(*device, {6, 3, 72, 100, 20, 4}, specs, {40}, 30, 77), "");
+  EXPECT_EQ(check_device_metrics(*device, {1, 1, 6, 70, 1, 5, 0.5f}, specs, {20}), "");
+}
+
+TEST(DeviceReplay, RefusesWhatItCannotServe) {
+  const auto device = emulated();
+  for (const char* spec : {"rkv", "tova@kvpress", "streaming_llm:positions=cache", "full", "h2o:cast=fp16", "quest",
+                           "random:cadence=64", "vatp@longflow:value_norm=1"})
+    EXPECT_FALSE(DeviceReplayer::supports(*make_policy(spec))) << spec;
+  for (const std::string& spec : device_policies())
+    EXPECT_TRUE(DeviceReplayer::supports(*make_policy(spec))) << spec;
+  const MemoryRows rows = synthetic_rows({1, 2, 1, 8, 0, DType::f32}, 40, 8, 1);
+  const DeviceReplayer replayer(rows, {}, *device);
+  EXPECT_THROW(replayer.run(0, {{make_policy("rkv"), 16}}), Error);
+}
+
+TEST(DeviceReplay, RefusesLogitsThatAreNotFinite) {
+  const auto device = emulated();
+  MemoryRows rows = synthetic_rows({1, 2, 1, 8, 0, DType::f32}, 60, 8, 1);
+  rows.row(0, 0, RowKind::k, 30)[3] = std::numeric_limits<float>::infinity();
+  EXPECT_THROW(DeviceReplayer(rows, {}, *device).run(0, {{make_policy("window"), 16}}), Error);
 }
 
 }  // namespace

@@ -122,7 +122,8 @@ std::string check_device_metrics(ReplayDevice& device, const DeviceCase& at,
       close(c, head("low recall"), a.low_recall, b.low_recall, 0);
       close(c, head("recall"), a.recall / n, b.recall / n, 1e-5);
       close(c, head("missing"), a.missing / n, b.missing / n, 1e-5);
-      close(c, head("recall without sinks"), a.recall_no_sinks / n, b.recall_no_sinks / n, 1e-5);
+      // Where sinks have nearly all weight the CPU takes the rest as a difference of two nearly equal sums.
+      close(c, head("recall without sinks"), a.recall_no_sinks / n, b.recall_no_sinks / n, 1e-3);
       close(c, head("top-k recall"), a.topk_recall / n, b.topk_recall / n, 1e-6);
       close(c, head("output error"), a.output_error / n, b.output_error / n, 2e-3);
       close(c, head("cosine error"), a.cosine_error / n, b.cosine_error / n, 2e-3);
