@@ -111,7 +111,7 @@ DeviceReplay DeviceReplayer::run_layer(int sequence, int layer, const std::vecto
 }
 
 LayerMetrics DeviceReplayer::measure(const DeviceReplay& done, const RowSequence& sequence,
-                                     size_t config) const {
+                                     std::span<const double> older, size_t config) const {
   const CacheGeometry& g = source_.geometry();
   const int group = g.group(), n_tokens = sequence.n_tokens, n_prompt = sequence.n_prompt;
   LayerMetrics out;
@@ -133,7 +133,7 @@ LayerMetrics DeviceReplayer::measure(const DeviceReplay& done, const RowSequence
     std::fill(drops.begin(), drops.end(), 0);
     for (int pos = 0; pos < n_tokens; ++pos) {
       const int step = last[pos];
-      if (step == Retention::kHeld) continue;
+      if (step >= n_tokens) continue;
       ++drops[step];
       if (!out.scope.has_step(step)) continue;
       const auto c = static_cast<size_t>(class_of(pos, step, n_prompt));
@@ -146,6 +146,7 @@ LayerMetrics DeviceReplayer::measure(const DeviceReplay& done, const RowSequence
     }
     std::vector<double> retained(kSeriesBins);
     std::vector<int> steps(kSeriesBins);
+    int deciding = 0;  // steps in a row that have evicted
     int held = n_prompt - (n_prompt > 0 ? drops[n_prompt - 1] : 0), before = -1;
     for (int t = n_prompt; t < end; ++t) {
       ++held;  // what attention sees
@@ -161,16 +162,21 @@ LayerMetrics DeviceReplayer::measure(const DeviceReplay& done, const RowSequence
         const auto bin = static_cast<size_t>(t) * kSeriesBins / static_cast<size_t>(n_tokens);
         retained[bin] += share;
         ++steps[bin];
-        for (int j = 1; j <= kFutureHorizon && t - j >= out.scope.step_begin; ++j)
-          if (drops[t - j] > 0)
-            m.future_mass += done.older[(static_cast<size_t>(t) * g.n_kv_heads + h) * kFutureHorizon + j - 1];
+        const size_t at = static_cast<size_t>(t) * g.n_kv_heads + h;
+        if (deciding >= kFutureHorizon && t - kFutureHorizon >= out.scope.step_begin) {
+          m.future_mass += older[at];
+        } else {
+          for (int j = 1; j <= kFutureHorizon && t - j >= out.scope.step_begin; ++j)
+            if (drops[t - j] > 0) m.future_mass += done.older[at * kFutureHorizon + j - 1];
+        }
       }
+      deciding = drops[t] > 0 ? deciding + 1 : 0;
       before = held;
       held -= drops[t];
     }
     m.future_missed = done.future_missed[row];
     m.prompt_tokens = n_prompt;
-    for (int pos = 0; pos < n_prompt; ++pos) m.prompt_kept += last[pos] == Retention::kHeld;
+    for (int pos = 0; pos < n_prompt; ++pos) m.prompt_kept += last[pos] >= n_tokens;
     for (int q = h * group; q < (h + 1) * group; ++q) {
       const size_t q_row = config * static_cast<size_t>(g.n_q_heads) + static_cast<size_t>(q);
       const DeviceHeadMetrics& from = done.heads[q_row];
@@ -213,7 +219,11 @@ std::vector<SequenceMetrics> DeviceReplayer::run(int sequence, const std::vector
   for (int i = 0; i < n_layers; ++i) {
     arena.execute([&] {
       const DeviceReplay done = run_layer(sequence, engine_.layer_begin() + i, configs, true);
-      parallel_for(size_t{0}, configs.size(), [&](size_t c) { results[c][i] = measure(done, rows, c); });
+      // Where every step of the horizon evicted.
+      std::vector<double> older(done.last_hot.size());
+      for (size_t at = 0; at < older.size(); ++at)
+        for (int j = 0; j < kFutureHorizon; ++j) older[at] += done.older[at * kFutureHorizon + j];
+      parallel_for(size_t{0}, configs.size(), [&](size_t c) { results[c][i] = measure(done, rows, older, c); });
     });
     if (options_.progress && !options_.progress(i + 1, n_layers)) throw Interrupted("replay: interrupted");
   }

@@ -22,7 +22,9 @@ class DeviceReplayer {
                          bool time_stages = false) const;
 
  private:
-  LayerMetrics measure(const DeviceReplay& done, const RowSequence& sequence, size_t config) const;
+  // `older`: sums of DeviceReplay::older over the horizon.
+  LayerMetrics measure(const DeviceReplay& done, const RowSequence& sequence, std::span<const double> older,
+                       size_t config) const;
 
   const RowSource& source_;
   ReplayOptions options_;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -42,22 +43,23 @@ struct DeviceReplay {
   std::vector<DeviceReplayConfig> configs;
   bool metrics = true;  // false: `last` and `near_ties` alone
 
-  // What comes back. [config][H][T]: the step after which a token is no longer held, INT32_MAX while it is.
-  std::vector<int32_t> last;
+  // What comes back; spans are the device's until its next run. [config][H][T]: the step after which a token
+  // is no longer held; one past the last while it is.
+  std::span<const int32_t> last;
   std::vector<int64_t> near_ties;        // [config] victims within 1e-6 (relative) of the next lowest
   std::vector<DeviceHeadMetrics> heads;  // [config][Hq]
   // [config][Hq][4][sketch_bins::kBins]: missing, missing without sinks, output error, cosine error.
-  std::vector<uint32_t> sketches;
+  std::span<const uint32_t> sketches;
   // [config][Hq][2][n_series]: mean recall and output error of the steps of each bin; NaN where it has none.
-  std::vector<float> series;
-  std::vector<double> future_missed;  // [config][H]
+  std::span<const float> series;
+  std::span<const double> future_missed;  // [config][H]
   // Of the recording. [T][H][kHorizon]: over the query heads of the kv head the sum of the weights at step t
   // of the tokens up to t - 1 - j.
   static constexpr int kHorizon = 32, kTop = 10, kSinks = 4;
   static constexpr float kHot = 0.01f;
   int n_series = 0;
-  std::vector<float> older;
-  std::vector<int32_t> last_hot;         // [H][T]: last measured step with a weight above kHot, -1: none
+  std::span<const float> older;
+  std::span<const int32_t> last_hot;     // [H][T]: last measured step with a weight above kHot, -1: none
   std::vector<double> entropy, query_cosine;  // [Hq] sums over the measured steps
   // Seconds by stage: only when asked for, since each stage then waits for the one before.
   bool time_stages = false;

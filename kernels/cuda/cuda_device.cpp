@@ -31,7 +31,7 @@ class CudaDevice final : public DeviceApi {
     KVLAPSE_CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
     KVLAPSE_CUDA_CHECK(cudaDriverGetVersion(&driver));
     description_ = fmt::format("cuda:{} {}, driver API {}", index, properties.name, version_text(driver));
-    stream_ = std::make_unique<Stream>();
+    streams_[0] = std::make_unique<Stream>();
     shared_bytes_ = static_cast<int>(properties.sharedMemPerBlockOptin);
     clusters_ = properties.major >= 9;
   }
@@ -50,7 +50,7 @@ class CudaDevice final : public DeviceApi {
            static_cast<double>(total) / kGiB);
     }
     KVLAPSE_CUDA_CHECK(error);
-    KVLAPSE_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream_->get()));
+    KVLAPSE_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream().get()));
     return memory;
   }
   void release(void* memory) override { KVLAPSE_CUDA_LOG(cudaFree(memory)); }
@@ -63,40 +63,43 @@ class CudaDevice final : public DeviceApi {
 
   // Copies from pageable memory return once it was staged.
   void upload(void* to, const void* from, size_t bytes) override {
-    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_->get()));
+    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream().get()));
     if (pinned(from)) synchronize();
   }
   void download(void* to, const void* from, size_t bytes) override {
-    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_->get()));
+    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream().get()));
     synchronize();
   }
   void download_later(void* to, const void* from, size_t bytes) override {
-    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_->get()));
+    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream().get()));
   }
   void upload_later(void* to, const void* from, size_t bytes) override {
-    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_->get()));
+    KVLAPSE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream().get()));
   }
   void fill(void* to, int byte, size_t bytes) override {
-    KVLAPSE_CUDA_CHECK(cudaMemsetAsync(to, byte, bytes, stream_->get()));
+    KVLAPSE_CUDA_CHECK(cudaMemsetAsync(to, byte, bytes, stream().get()));
   }
-  void synchronize() override { stream_->synchronize(); }
+  void synchronize() override {
+    for (const std::unique_ptr<Stream>& stream : streams_)
+      if (stream) stream->synchronize();
+  }
 
-  void launch(const exact::EmbedArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::NormArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::MatmulArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::FinishQkvArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::StoreArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::LogitsArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::SoftmaxArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::ValuesArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::SumChunksArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::SiluArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::ChooseArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::VictimArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::GatherArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::UnitKeysArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::MeanKeyArgs& a) override { launch_exact(stream_->get(), a); }
-  void launch(const exact::SimilarKeyArgs& a) override { launch_exact(stream_->get(), a); }
+  void launch(const exact::EmbedArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::NormArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::MatmulArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::FinishQkvArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::StoreArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::LogitsArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::SoftmaxArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::ValuesArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::SumChunksArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::SiluArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::ChooseArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::VictimArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::GatherArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::UnitKeysArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::MeanKeyArgs& a) override { launch_exact(stream().get(), a); }
+  void launch(const exact::SimilarKeyArgs& a) override { launch_exact(stream().get(), a); }
 
   void launch(const gpu_replay::LogitsArgs& a) override { launch_replay(lane(), a); }
   void launch(const gpu_replay::ValuesArgs& a) override { launch_replay(lane(), a); }
@@ -111,21 +114,35 @@ class CudaDevice final : public DeviceApi {
 
   void fork() override {
     if (!forked_) forked_ = std::make_unique<Event>();
-    forked_->record(*stream_);
+    forked_->record(stream());
     next_lane_ = 0;
   }
   void join() override {
     for (int i = 0; i < next_lane_; ++i) {
       lanes_[i]->done.record(lanes_[i]->stream);
-      KVLAPSE_CUDA_CHECK(cudaStreamWaitEvent(stream_->get(), lanes_[i]->done.get()));
+      KVLAPSE_CUDA_CHECK(cudaStreamWaitEvent(stream().get(), lanes_[i]->done.get()));
     }
     next_lane_ = -1;
   }
 
+  void use(int queue) override {
+    queue_ = queue;
+    if (!streams_[queue]) streams_[queue] = std::make_unique<Stream>();
+  }
+  void mark(int event) override {
+    std::unique_ptr<Event>& mark = marks_[event];
+    if (!mark) mark = std::make_unique<Event>();
+    mark->record(stream());
+  }
+  void wait(int event) override {
+    if (const auto mark = marks_.find(event); mark != marks_.end())
+      KVLAPSE_CUDA_CHECK(cudaStreamWaitEvent(stream().get(), mark->second->get()));
+  }
+
   void run_graph(uint64_t key, const std::function<void()>& record) override {
     std::unique_ptr<Graph>& graph = graphs_[key];
-    if (!graph) graph = std::make_unique<Graph>(*stream_, record);
-    graph->launch(*stream_);
+    if (!graph) graph = std::make_unique<Graph>(stream(), record);
+    graph->launch(stream());
   }
   void forget_graphs() override {
     synchronize();
@@ -133,9 +150,10 @@ class CudaDevice final : public DeviceApi {
   }
 
  private:
+  Stream& stream() const { return *streams_[queue_]; }
   // The stream of the next launch: between fork() and join() one of its own.
   cudaStream_t lane() {
-    if (next_lane_ < 0) return stream_->get();
+    if (next_lane_ < 0) return stream().get();
     if (next_lane_ == static_cast<int>(lanes_.size())) lanes_.push_back(std::make_unique<Lane>());
     const Lane& lane = *lanes_[next_lane_++];
     KVLAPSE_CUDA_CHECK(cudaStreamWaitEvent(lane.stream.get(), forked_->get()));
@@ -149,7 +167,9 @@ class CudaDevice final : public DeviceApi {
   }
 
   std::string description_;
-  std::unique_ptr<Stream> stream_;
+  std::unique_ptr<Stream> streams_[2];
+  int queue_ = 0;
+  std::map<int, std::unique_ptr<Event>> marks_;
   std::map<uint64_t, std::unique_ptr<Graph>> graphs_;
   struct Lane {
     Stream stream;

@@ -69,6 +69,11 @@ class DeviceApi {
   // Launches until join() may run beside one another, each behind what was launched before fork().
   virtual void fork() {}
   virtual void join() {}
+  // Two queues: what follows goes to this one (copies too; synchronize() waits for both). wait(i) holds the
+  // queue in use until the other one has passed its last mark(i).
+  virtual void use(int /*queue*/) {}
+  virtual void mark(int /*event*/) {}
+  virtual void wait(int /*event*/) {}
 
   // Runs what `record` launches. A key names it: launches, their arguments and copies are the same whenever
   // the key is, so they may be captured once.

@@ -17,6 +17,7 @@ namespace gr = gpu_replay;
 using Clock = std::chrono::steady_clock;
 
 constexpr int kMostBlockSteps = 512;
+constexpr int kDecided = 0, kMeasured = 2;  // marks of the two blocks in flight
 
 gr::Reduce reduce_of(GqaRule rule) {
   return rule == GqaRule::mean ? gr::Reduce::mean : rule == GqaRule::max ? gr::Reduce::max : gr::Reduce::sum;
@@ -31,9 +32,10 @@ struct GpuReplay::Run {
   DeviceReplay& r;
   gr::Shape shape;
   DeviceApi::Limits limits;
+  int n_blocks = 0;
   int n_configs, begin, end, block_steps;  // steps [begin, end) are measured, or decide when nothing is
   size_t row_floats;                       // weights of a step
-  float *q_host, *k_host, *v_host, *q, *k, *v, *weights, *l1, *metrics = nullptr, *future = nullptr;
+  float *q_host, *k_host, *v_host, *q[2], *k, *v, *weights[2], *l1, *metrics = nullptr, *future = nullptr;
   uint16_t *half, *half_weights = nullptr;
   float *outputs = nullptr, *totals = nullptr;
   int32_t* most_held = nullptr;
@@ -75,10 +77,12 @@ struct GpuReplay::Run {
   T* on_device(const char* name, size_t n) {
     return static_cast<T*>(owner.device(name, n * sizeof(T)));
   }
+  // What is at `from` when the device is done, in host memory of that name.
   template <class T>
-  void download(std::vector<T>& to, const T* from, size_t n) {
-    to.resize(n);
-    api.download(to.data(), from, n * sizeof(T));
+  std::span<const T> answer(const char* name, const T* from, size_t n) {
+    auto* to = static_cast<T*>(owner.host(name, n * sizeof(T)));
+    api.download_later(to, from, n * sizeof(T));
+    return {to, n};
   }
   void stage(const char* name) {
     if (!r.time_stages) return;
@@ -103,12 +107,15 @@ struct GpuReplay::Run {
     q_host = static_cast<float*>(owner.host("q", n_tokens * q_width * 4));
     k_host = static_cast<float*>(owner.host("k", n_tokens * kv_width * 4));
     v_host = static_cast<float*>(owner.host("v", n_tokens * kv_width * 4));
-    q = on_device<float>("q", static_cast<size_t>(block_steps + 1) * q_width);
+    for (int i = 0; i < 2; ++i) {
+      q[i] = on_device<float>(i ? "q 1" : "q 0", static_cast<size_t>(block_steps + 1) * q_width);
+      weights[i] =
+          on_device<float>(i ? "weights 1" : "weights 0", static_cast<size_t>(block_steps) * row_floats);
+    }
     k = on_device<float>("k", n_tokens * kv_width);
     v = on_device<float>("v", n_tokens * kv_width);
     half = on_device<uint16_t>("half", n_tokens * shape.n_kv * shape.dim_padded());
     l1 = on_device<float>("l1", n_tokens * shape.n_kv);
-    weights = on_device<float>("weights", static_cast<size_t>(block_steps) * row_floats);
     last = on_device<int32_t>("last", heads * n_tokens);
     failed = on_device<int32_t>("failed", 1);
     api.fill(last, 0x7f, heads * n_tokens * 4);
@@ -238,6 +245,8 @@ struct GpuReplay::Run {
         scratch += static_cast<size_t>(d.task.capacity) * gr::slot_floats(d.task.n_heads, shape.lanes());
     }
     auto* positions = on_device<int32_t>("positions", slots);
+    int32_t* const first_positions = positions;
+    std::vector<int32_t> held_positions(slots);
     auto* sum_floats = on_device<float>("sums", sums);
     auto* scratch_floats = on_device<float>("scratch", scratch);
     api.fill(sum_floats, 0, sums * 4);
@@ -266,11 +275,12 @@ struct GpuReplay::Run {
         std::iota(held.begin(), held.end(), 0);
         if (!config.prompt_kept.empty()) held = config.prompt_kept[t.head];
         t.count = static_cast<int>(held.size());
-        api.upload(t.positions, held.data(), held.size() * 4);
+        std::copy(held.begin(), held.end(), held_positions.begin() + (t.positions - first_positions));
       }
       tasks.push_back(t);
       task_configs.push_back(d.config);
     }
+    api.upload(first_positions, held_positions.data(), slots * 4);
     device_tasks = on_device<gr::DecideTask>("tasks", std::max<size_t>(1, tasks.size()));
     api.upload(device_tasks, tasks.data(), tasks.size() * sizeof(gr::DecideTask));
   }
@@ -301,7 +311,7 @@ struct GpuReplay::Run {
     api.upload(device_tasks, now.data(), now.size() * sizeof(gr::DecideTask));
   }
 
-  void load(int t0, int t1) {
+  void load(int t0, int t1, float* q_block) {
     const size_t q_width = static_cast<size_t>(shape.n_q) * shape.dim,
                  kv_width = static_cast<size_t>(shape.n_kv) * shape.dim;
     const auto put = [&](char kind, float* staged, float* to, int first, size_t width) {
@@ -312,7 +322,7 @@ struct GpuReplay::Run {
     put('v', v_host, v + t0 * kv_width, t0, kv_width);
     r.rows('q', t0, t1 - t0, q_host + t0 * q_width);
     const int first = std::max(0, t0 - 1);
-    api.upload_later(t0 > 0 ? q : q + q_width, q_host + first * q_width,
+    api.upload_later(t0 > 0 ? q_block : q_block + q_width, q_host + first * q_width,
                      static_cast<size_t>(t1 - first) * q_width * 4);
   }
 
@@ -344,32 +354,42 @@ struct GpuReplay::Run {
     api.launch(gr::ValuesArgs{shape, v, l1, half, 0, n});
   }
 
+  // Two queues: logits and decisions of a block run beside what is measured of the block before. `last` may
+  // hold later steps by then, which are as good as held.
   void block(int t0, int t1) {
     const size_t q_width = static_cast<size_t>(shape.n_q) * shape.dim;
-    load(t0, t1);
+    const int side = n_blocks++ % 2;
+    api.use(0);
+    api.wait(kMeasured + side);  // of the block before the last
+    load(t0, t1, q[side]);
     stage("upload");
     api.launch(gr::ValuesArgs{shape, v, l1, half, t0, t1});
-    api.launch(gr::LogitsArgs{shape, q + q_width, k, weights, t0, t1, attention_scale(shape.dim)});
+    api.launch(gr::LogitsArgs{shape, q[side] + q_width, k, weights[side], t0, t1, attention_scale(shape.dim)});
     stage("logits");
     api.fork();
     for (const Group& g : groups)
-      api.launch(gr::DecideArgs{shape, device_tasks + g.first, weights, g.n, g.cluster, t0, t1, r.n_prompt,
+      api.launch(gr::DecideArgs{shape, device_tasks + g.first, weights[side], g.n, g.cluster, t0, t1, r.n_prompt,
                                 limits.decide_threads, g.smem},
                  g.large);
     api.join();
+    api.mark(kDecided + side);
     stage("decisions");
     if (!r.metrics || t1 <= begin) return;
-    api.launch(gr::RowsArgs{shape, weights, half_weights, q + q_width, t0 > 0 ? q : nullptr, facts, older, last_hot, entropy,
-                            cosine, failed, t0, t1, begin});
+    api.use(1);
+    api.wait(kDecided + side);
+    api.launch(gr::RowsArgs{shape, weights[side], half_weights, q[side] + q_width, t0 > 0 ? q[side] : nullptr,
+                            facts, older, last_hot, entropy, cosine, failed, t0, t1, begin});
     stage("rows");
-    api.launch(gr::MassesArgs{shape, weights, facts, last, metrics, n_configs, t0, t1, begin});
-    api.launch(gr::FutureArgs{shape, weights, last, future, n_configs, t0, t1, begin, r.step_begin});
+    api.launch(gr::MassesArgs{shape, weights[side], facts, last, metrics, n_configs, t0, t1, begin});
+    api.launch(gr::FutureArgs{shape, weights[side], last, future, n_configs, t0, t1, begin, r.step_begin});
+    api.mark(kMeasured + side);
     stage("masses");
     gr::OutputsArgs a{shape, half_weights, half, last, most_held, outputs, totals, metrics, n_configs, t0, t1, begin, 1};
     api.launch(a);
     a.full = 0;
     api.launch(a);
     stage("outputs");
+    api.use(0);
   }
 
   void collect() {
@@ -380,6 +400,7 @@ struct GpuReplay::Run {
     uint32_t* sketches = nullptr;
     float* series = nullptr;
     double* missed = nullptr;
+    if (r.metrics) api.use(1);  // decisions are done when what is measured of them is
     if (r.metrics) {
       sums = on_device<gr::HeadSums>("head_sums", q_heads);
       sketches = on_device<uint32_t>("sketches", q_heads * 4 * sketch_bins::kBins);
@@ -389,40 +410,41 @@ struct GpuReplay::Run {
       api.launch(gr::SumFutureArgs{future, missed, static_cast<int32_t>(heads), r.n_tokens});
     }
     stage("close");
-    std::vector<gr::DecideTask> done(tasks.size());
-    api.download(done.data(), device_tasks, done.size() * sizeof(gr::DecideTask));
+    const auto done = answer("tasks", device_tasks, tasks.size());
+    r.last = answer("last", last, heads * n_tokens);
+    const auto bad = answer("failed", failed, 1);
+    std::span<const gr::HeadSums> all;
+    std::span<const float> entropies, cosines;
+    if (r.metrics) {
+      all = answer("head_sums", sums, q_heads);
+      r.sketches = answer("sketches", sketches, q_heads * 4 * sketch_bins::kBins);
+      r.series = answer("series", series, q_heads * 2 * r.n_series);
+      r.future_missed = answer("missed", missed, heads);
+      r.older = answer("older", older, n_tokens * shape.n_kv * gr::kHorizon);
+      r.last_hot = answer("last_hot", last_hot, n_tokens * shape.n_kv);
+      entropies = answer("entropy", entropy, n_tokens * shape.n_q);
+      cosines = answer("cosine", cosine, n_tokens * shape.n_q);
+    }
+    api.use(0);
+    api.synchronize();
     r.near_ties.assign(n_configs, 0);
     for (size_t i = 0; i < done.size(); ++i) {
       if (done[i].failed >= 0) fail_step(done[i].failed, task_configs[i]);
       r.near_ties[task_configs[i]] += done[i].near_ties;
     }
-    download(r.last, last, heads * n_tokens);
-    for (int32_t& step : r.last)
-      if (step == gr::kHeld) step = std::numeric_limits<int32_t>::max();
+    if (bad[0] > 0) fail("replay: layer {}, step {}: expected finite logits", r.layer, bad[0] - 1);
     if (!r.metrics) return;
-    int32_t bad = 0;
-    api.download(&bad, failed, 4);
-    if (bad > 0) fail("replay: layer {}, step {}: expected finite logits", r.layer, bad - 1);
-    std::vector<gr::HeadSums> all;
-    download(all, sums, q_heads);
     r.heads.clear();
     for (const gr::HeadSums& s : all)
       r.heads.push_back({s.low_recall, s.recall, s.recall_no_sinks, s.output_error, s.cosine_error, s.topk_recall,
                          s.missing});
-    download(r.sketches, sketches, q_heads * 4 * sketch_bins::kBins);
-    download(r.series, series, q_heads * 2 * r.n_series);
-    download(r.future_missed, missed, heads);
-    download(r.older, older, n_tokens * shape.n_kv * gr::kHorizon);
-    download(r.last_hot, last_hot, n_tokens * shape.n_kv);
-    const auto sum_steps = [&](const float* from, std::vector<double>& to) {
-      std::vector<float> values;
-      download(values, from, n_tokens * shape.n_q);
+    const auto sum_steps = [&](std::span<const float> values, std::vector<double>& to) {
       to.assign(shape.n_q, 0);
       for (int t = begin; t < end; ++t)
         for (int head = 0; head < shape.n_q; ++head) to[head] += values[static_cast<size_t>(t) * shape.n_q + head];
     };
-    sum_steps(entropy, r.entropy);
-    sum_steps(cosine, r.query_cosine);
+    sum_steps(entropies, r.entropy);
+    sum_steps(cosines, r.query_cosine);
     stage("download");
   }
 };

@@ -925,8 +925,8 @@ KVLAPSE_DEVICE void run(const SumFutureArgs& a, int block, unsigned char* memory
 
 // ---- outputs ----
 // A warp holds 8 steps x 4 query heads by all columns: its fragments of A come straight from memory, since a
-// lane's rows g, g + 8, g + 16, g + 24 are the query heads of one step and its columns the next four tokens of
-// the list. Values are staged for the block, 64 tokens of the list at a time.
+// lane's rows g, g + 8, g + 16, g + 24 are the query heads of one step; its four columns are four tokens apart
+// in the list, so that neighbouring lanes read neighbours. Values are staged for the block, 64 tokens of the list at a time.
 template <int kTiles>
 class Outputs {
  public:
@@ -1023,7 +1023,7 @@ class Outputs {
   // Row of a chunk's value in shared memory: the token of A's column there.
   KVLAPSE_DEVICE static int place_of(int entry) {
     const int in = entry % 16;
-    return entry / 16 * 16 + in / 4 * 2 + in % 2 + in % 4 / 2 * 8;
+    return entry / 16 * 16 + in % 4 * 2 + in / 4 % 2 + in / 8 * 8;
   }
   KVLAPSE_DEVICE void stage(int chunk, int pass) {
     const SmemAddress to = values_ + static_cast<uint32_t>((loads_ & 1) * kChunk * kRowBytes);
@@ -1043,7 +1043,7 @@ class Outputs {
     KVLAPSE_UNROLL
     for (int e = 0; e < 4; ++e)
       to[e] = *reinterpret_cast<const uint64_t*>(
-          row_ + static_cast<int64_t>(list_pos_[entry + lane_ % 4 * 4 + e]) * shape_.lanes());
+          row_ + static_cast<int64_t>(list_pos_[entry + 4 * e + lane_ % 4]) * shape_.lanes());
   }
 
   KVLAPSE_DEVICE void add_segment(int segment, int pass) {
@@ -1090,7 +1090,7 @@ class Outputs {
     uint32_t low[4], high[4];
     KVLAPSE_UNROLL
     for (int e = 0; e < 4; ++e) {
-      const int at = entry + lane_ % 4 * 4 + e, last = list_last_[at];
+      const int at = entry + 4 * e + lane_ % 4, last = list_last_[at];
       const bool counts = sums_dropped_ ? last < step_ : last >= step_ && list_pos_[at] <= step_;
       low[e] = counts ? static_cast<uint32_t>(weights[e]) : 0;
       high[e] = counts ? static_cast<uint32_t>(weights[e] >> 32) : 0;
