@@ -35,7 +35,7 @@ TEST(GpuReplay, VictimsOfTheCpu) {
 TEST(GpuReplay, MetricsOfTheCpu) {
   KVLAPSE_NEEDS_GPU();
   const auto device = make_cuda_replay(0);
-  EXPECT_EQ(check_device_metrics(*device, {16, 4, 128, 2500, 100, 14}, device_policies(), {250, 900}), "");
+  EXPECT_EQ(check_device_metrics(*device, {8, 2, 128, 2000, 100, 14}, device_policies(), {400}), "");
   EXPECT_EQ(check_device_metrics(*device, {14, 2, 64, 1500, 400, 15}, {"longflow", "h2o", "random"}, {300}), "");
   EXPECT_EQ(check_device_metrics(*device, {8, 2, 256, 1500, 400, 16}, {"longflow", "h2o", "random"}, {300}, 700, 1200),
             "");
