@@ -129,7 +129,8 @@ std::vector<BenchRow> on_gpu(const RowSource& rows, const std::string& what, con
                    {"read_ceiling_gbps", rates.read_gbps},
                    {"fp32_gflops", rates.fp32_gflops}};
     const DeviceReplay once = replayer.run_layer(0, rows.layer_begin(), configs, true, true);
-    for (const auto& [stage, seconds] : once.stages) row.numbers.emplace_back("stage_" + stage + "_s", seconds);
+    for (const auto& [stage, seconds] : once.stages)
+      row.numbers.emplace_back("stage_" + stage + "_s", seconds);
     const DeviceReplay plain = replayer.run_layer(0, rows.layer_begin(), configs, true);
     row.numbers.emplace_back("device_s", plain.seconds);
     out.push_back(std::move(row));
@@ -142,8 +143,8 @@ std::vector<BenchRow> on_gpu(const RowSource& rows, const std::string& what, con
 std::vector<BenchRow> bench_replay(const ReplayBench& bench) {
   if (!bench.trace.empty()) {
     const TraceReader reader(bench.trace);
-    return (bench.gpu >= 0 ? on_gpu : over)(TraceRows(reader, bench.n_tokens), std::filesystem::path(bench.trace).filename().string(),
-                bench);
+    return (bench.gpu >= 0 ? on_gpu : over)(TraceRows(reader, bench.n_tokens),
+                                            std::filesystem::path(bench.trace).filename().string(), bench);
   }
   if (bench.n_tokens <= 2 * kSyntheticPrompt)
     fail_usage("bench replay: --context: expected more than {} tokens, found {}", 2 * kSyntheticPrompt,
@@ -152,8 +153,8 @@ std::vector<BenchRow> bench_replay(const ReplayBench& bench) {
     fail_usage("bench replay: --q-heads: expected a multiple of {} kv heads, found {}", bench.n_kv_heads,
                bench.n_q_heads);
   const CacheGeometry geometry{1, bench.n_q_heads, bench.n_kv_heads, bench.head_dim, 0, DType::f32};
-  return (bench.gpu >= 0 ? on_gpu : over)(
-      synthetic_rows(geometry, bench.n_tokens, kSyntheticPrompt, kSeed), "synthetic", bench);
+  return (bench.gpu >= 0 ? on_gpu : over)(synthetic_rows(geometry, bench.n_tokens, kSyntheticPrompt, kSeed),
+                                          "synthetic", bench);
 }
 
 }  // namespace kvlapse::cli

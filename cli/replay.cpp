@@ -311,14 +311,16 @@ void add_replay(CLI::App& app, Context& context) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command
-      ->add_option("--device", options->device,
-                   "cpu or cuda[:i]: a GPU replays the policies that it serves (window, streaming_llm, random, "
-                   "h2o, tova, longflow, vatp that evict at every step), the CPU the others")
+      ->add_option(
+          "--device", options->device,
+          "cpu or cuda[:i]: a GPU replays the policies that it serves (window, streaming_llm, random, "
+          "h2o, tova, longflow, vatp that evict at every step), the CPU the others")
       ->capture_default_str();
   command->callback([options, &context] {
     parse_device(options->device);
     if (options->self && options->device != "cpu")
-      fail_usage("replay --self: compares victims on the CPU: expected --device cpu, found {}", options->device);
+      fail_usage("replay --self: compares victims on the CPU: expected --device cpu, found {}",
+                 options->device);
     if (options->self) return run_self(*options, context);
     if (options->policies.empty() || options->budgets.empty())
       fail_usage("replay: expected --policy and --budget, or --self");

@@ -79,7 +79,8 @@ DeviceReplay DeviceReplayer::run_layer(int sequence, int layer, const std::vecto
   std::vector<size_t> cut_index;
   for (size_t c = 0; c < configs.size(); ++c) {
     const PolicyInfo& info = configs[c].policy->info();
-    if (!supports(*configs[c].policy)) fail("replay: policy {}: not served by {}", info.name, device_.describe());
+    if (!supports(*configs[c].policy))
+      fail("replay: policy {}: not served by {}", info.name, device_.describe());
     DeviceReplayConfig config;
     config.score = info.device;
     config.rule = info.rule;
@@ -157,8 +158,7 @@ LayerMetrics DeviceReplayer::measure(const DeviceReplay& done, const RowSequence
         m.held_sum += held;
         m.held_peak = std::max(m.held_peak, held);
         out.held_by_step[t] += held;
-        if (before >= 0)
-          m.churn += 1.0 - static_cast<double>(before - drops[t - 1]) / (held + drops[t - 1]);
+        if (before >= 0) m.churn += 1.0 - static_cast<double>(before - drops[t - 1]) / (held + drops[t - 1]);
         const auto bin = static_cast<size_t>(t) * kSeriesBins / static_cast<size_t>(n_tokens);
         retained[bin] += share;
         ++steps[bin];
@@ -210,7 +210,8 @@ LayerMetrics DeviceReplayer::measure(const DeviceReplay& done, const RowSequence
   return out;
 }
 
-std::vector<SequenceMetrics> DeviceReplayer::run(int sequence, const std::vector<ReplayConfig>& configs) const {
+std::vector<SequenceMetrics> DeviceReplayer::run(int sequence,
+                                                 const std::vector<ReplayConfig>& configs) const {
   const int n_layers = engine_.layer_end() - engine_.layer_begin();
   const RowSequence rows = source_.sequence(sequence);
   std::vector<SequenceMetrics> results(configs.size(), SequenceMetrics(n_layers));
@@ -223,7 +224,8 @@ std::vector<SequenceMetrics> DeviceReplayer::run(int sequence, const std::vector
       std::vector<double> older(done.last_hot.size());
       for (size_t at = 0; at < older.size(); ++at)
         for (int j = 0; j < kFutureHorizon; ++j) older[at] += done.older[at * kFutureHorizon + j];
-      parallel_for(size_t{0}, configs.size(), [&](size_t c) { results[c][i] = measure(done, rows, older, c); });
+      parallel_for(size_t{0}, configs.size(),
+                   [&](size_t c) { results[c][i] = measure(done, rows, older, c); });
     });
     if (options_.progress && !options_.progress(i + 1, n_layers)) throw Interrupted("replay: interrupted");
   }

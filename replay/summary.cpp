@@ -120,9 +120,9 @@ double value_of(const std::vector<NamedValue>& values, std::string_view name) {
 }
 
 bool is_integer_metric(std::string_view name) {
-  for (std::string_view prefix : {"kv_bytes", "kv_byte_", "state_bytes", "slots_peak", "evictions",
-                                  "prompt_evictions", "evicted_", "sampled_victims", "measured_on_gpu",
-                                  "fitted_on_this_trace"})
+  for (std::string_view prefix :
+       {"kv_bytes", "kv_byte_", "state_bytes", "slots_peak", "evictions", "prompt_evictions", "evicted_",
+        "sampled_victims", "measured_on_gpu", "fitted_on_this_trace"})
     if (name.starts_with(prefix)) return true;
   return false;
 }

@@ -202,8 +202,8 @@ void Sweep::run_cells(const std::vector<const SweepCell*>& cells, ResultsFile& r
       std::vector<SequenceMetrics> metrics =
           on_gpu ? DeviceReplayer(rows, options, *options_.device).run(s, configs) : engine.run(s, configs);
       for (size_t i = 0; i < index.size(); ++i)
-        done[index[i]].push_back({std::move(metrics[i]), sequence.n_tokens, sequence.n_prompt,
-                                  cells[index[i]]->budget_slots[s]});
+        done[index[i]].push_back(
+            {std::move(metrics[i]), sequence.n_tokens, sequence.n_prompt, cells[index[i]]->budget_slots[s]});
     }
   }
 

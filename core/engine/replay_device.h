@@ -59,7 +59,7 @@ struct DeviceReplay {
   static constexpr float kHot = 0.01f;
   int n_series = 0;
   std::span<const float> older;
-  std::span<const int32_t> last_hot;     // [H][T]: last measured step with a weight above kHot, -1: none
+  std::span<const int32_t> last_hot;          // [H][T]: last measured step with a weight above kHot, -1: none
   std::vector<double> entropy, query_cosine;  // [Hq] sums over the measured steps
   // Seconds by stage: only when asked for, since each stage then waits for the one before.
   bool time_stages = false;

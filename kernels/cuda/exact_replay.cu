@@ -21,18 +21,18 @@ void launch(cudaStream_t stream, void (*kernel)(Args), const Args& args) {
 
 }  // namespace
 
-#define KVLAPSE_REPLAY_KERNEL(name, Args, call)                                        \
-  static __global__ void __launch_bounds__(gpu_replay::Args::kThreads)                 \
-      name##_kernel(const __grid_constant__ gpu_replay::Args args) {                   \
-    extern __shared__ __align__(16) unsigned char shared[];                            \
-    gpu_replay::call(args, device::block_index(), shared);                             \
+#define KVLAPSE_REPLAY_KERNEL(name, Args, call)                        \
+  static __global__ void __launch_bounds__(gpu_replay::Args::kThreads) \
+      name##_kernel(const __grid_constant__ gpu_replay::Args args) {   \
+    extern __shared__ __align__(16) unsigned char shared[];            \
+    gpu_replay::call(args, device::block_index(), shared);             \
   }
-#define KVLAPSE_REPLAY_LAUNCH(name, Args)                                   \
-  void launch_replay(cudaStream_t stream, const gpu_replay::Args& args) {   \
-    launch(stream, name##_kernel, args);                                    \
+#define KVLAPSE_REPLAY_LAUNCH(name, Args)                                 \
+  void launch_replay(cudaStream_t stream, const gpu_replay::Args& args) { \
+    launch(stream, name##_kernel, args);                                  \
   }
-#define KVLAPSE_REPLAY_LAUNCH_LANES(name, Args)                             \
-  void launch_replay(cudaStream_t stream, const gpu_replay::Args& args) {   \
+#define KVLAPSE_REPLAY_LAUNCH_LANES(name, Args)                                        \
+  void launch_replay(cudaStream_t stream, const gpu_replay::Args& args) {              \
     launch(stream, args.shape.lanes() == 4 ? name##_4_kernel : name##_8_kernel, args); \
   }
 

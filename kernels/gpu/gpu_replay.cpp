@@ -64,13 +64,15 @@ struct GpuReplay::Run {
     begin = std::max(r.step_begin, r.n_prompt);
     end = std::min(r.step_end, r.n_tokens);
     row_floats = static_cast<size_t>(shape.n_kv) * shape.stride * shape.lanes();
-    block_steps = static_cast<int>(std::clamp<size_t>(owner.block_bytes_ / (row_floats * 4), 32,
-                                                      kMostBlockSteps)) /
-                  32 * 32;
+    block_steps =
+        static_cast<int>(std::clamp<size_t>(owner.block_bytes_ / (row_floats * 4), 32, kMostBlockSteps)) /
+        32 * 32;
     block_steps = std::min(block_steps, (end + 31) / 32 * 32);
     if (shape.group() > gr::kMaxGroup || shape.dim > gr::kMaxDim)
-      fail("replay on {}: expected at most {} query heads per kv head of at most {} components, found {} of {}",
-           api.describe(), gr::kMaxGroup, gr::kMaxDim, shape.group(), shape.dim);
+      fail(
+          "replay on {}: expected at most {} query heads per kv head of at most {} components, found {} of "
+          "{}",
+          api.describe(), gr::kMaxGroup, gr::kMaxDim, shape.group(), shape.dim);
   }
 
   template <class T>
@@ -168,9 +170,11 @@ struct GpuReplay::Run {
     return static_cast<int>(c.prompt_kept[head].size());
   }
   [[noreturn]] void fail_step(int step, int config) const {
-    fail("replay on {}: configuration {} (budget {}): step {}, layer {}: scores are NaN or every held token is "
-         "protected",
-         api.describe(), config, r.configs[config].budget, step, r.layer);
+    fail(
+        "replay on {}: configuration {} (budget {}): step {}, layer {}: scores are NaN or every held token "
+        "is "
+        "protected",
+        api.describe(), config, r.configs[config].budget, step, r.layer);
   }
 
   struct Draft {
@@ -181,7 +185,8 @@ struct GpuReplay::Run {
     std::vector<Draft> drafts;
     for (int c = 0; c < n_configs; ++c) {
       const DeviceReplayConfig& config = r.configs[c];
-      if (config.score == DeviceScore::none) fail("replay on {}: a configuration without a score", api.describe());
+      if (config.score == DeviceScore::none)
+        fail("replay on {}: a configuration without a score", api.describe());
       if (config.score == DeviceScore::position) {
         decide_by_position(c);
         continue;
@@ -217,8 +222,8 @@ struct GpuReplay::Run {
         if (t.large)
           bytes = gr::decide_layout(t.score, n_heads, shape.lanes(), t.capacity, cluster, true).end;
         if (bytes > static_cast<size_t>(limits.shared_bytes))
-          fail("replay on {}: a budget of {} slots: expected at most {} bytes by slot, found {}", api.describe(),
-               config.budget, limits.shared_bytes, bytes);
+          fail("replay on {}: a budget of {} slots: expected at most {} bytes by slot, found {}",
+               api.describe(), config.budget, limits.shared_bytes, bytes);
         t.last = last + (static_cast<size_t>(c) * shape.n_kv) * r.n_tokens;
         t.value_l1 = l1;
         any_sums |= gr::accumulates(t.score);
@@ -364,12 +369,13 @@ struct GpuReplay::Run {
     load(t0, t1, q[side]);
     stage("upload");
     api.launch(gr::ValuesArgs{shape, v, l1, half, t0, t1});
-    api.launch(gr::LogitsArgs{shape, q[side] + q_width, k, weights[side], t0, t1, attention_scale(shape.dim)});
+    api.launch(
+        gr::LogitsArgs{shape, q[side] + q_width, k, weights[side], t0, t1, attention_scale(shape.dim)});
     stage("logits");
     api.fork();
     for (const Group& g : groups)
-      api.launch(gr::DecideArgs{shape, device_tasks + g.first, weights[side], g.n, g.cluster, t0, t1, r.n_prompt,
-                                limits.decide_threads, g.smem},
+      api.launch(gr::DecideArgs{shape, device_tasks + g.first, weights[side], g.n, g.cluster, t0, t1,
+                                r.n_prompt, limits.decide_threads, g.smem},
                  g.large);
     api.join();
     api.mark(kDecided + side);
@@ -384,7 +390,8 @@ struct GpuReplay::Run {
     api.launch(gr::FutureArgs{shape, weights[side], last, future, n_configs, t0, t1, begin, r.step_begin});
     api.mark(kMeasured + side);
     stage("masses");
-    gr::OutputsArgs a{shape, half_weights, half, last, most_held, outputs, totals, metrics, n_configs, t0, t1, begin, 1};
+    gr::OutputsArgs a{shape,   half_weights, half, last, most_held, outputs, totals,
+                      metrics, n_configs,    t0,   t1,   begin,     1};
     api.launch(a);
     a.full = 0;
     api.launch(a);
@@ -436,12 +443,13 @@ struct GpuReplay::Run {
     if (!r.metrics) return;
     r.heads.clear();
     for (const gr::HeadSums& s : all)
-      r.heads.push_back({s.low_recall, s.recall, s.recall_no_sinks, s.output_error, s.cosine_error, s.topk_recall,
-                         s.missing});
+      r.heads.push_back({s.low_recall, s.recall, s.recall_no_sinks, s.output_error, s.cosine_error,
+                         s.topk_recall, s.missing});
     const auto sum_steps = [&](std::span<const float> values, std::vector<double>& to) {
       to.assign(shape.n_q, 0);
       for (int t = begin; t < end; ++t)
-        for (int head = 0; head < shape.n_q; ++head) to[head] += values[static_cast<size_t>(t) * shape.n_q + head];
+        for (int head = 0; head < shape.n_q; ++head)
+          to[head] += values[static_cast<size_t>(t) * shape.n_q + head];
     };
     sum_steps(entropies, r.entropy);
     sum_steps(cosines, r.query_cosine);

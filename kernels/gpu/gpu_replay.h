@@ -1,8 +1,8 @@
 // GpuReplay: ReplayDevice over a DeviceApi. Rows go to the device in blocks of steps while it works on the
-// blocks before; a block's weights, H x T x lanes for each step, are the only large thing it keeps beside K, V
-// and the answers. Victims have the bits of the CPU's replay (kernels/gpu/replay_kernels.cuh); masses are sums
-// in another order (1e-6), outputs are products of half precision summed in fp32: errors are within 1e-3 of
-// the CPU's, relatively. Buffers stay for the next run.
+// blocks before; a block's weights, H x T x lanes for each step, are the only large thing it keeps beside K,
+// V and the answers. Victims have the bits of the CPU's replay (kernels/gpu/replay_kernels.cuh); masses are
+// sums in another order (1e-6), outputs are products of half precision summed in fp32: errors are within 1e-3
+// of the CPU's, relatively. Buffers stay for the next run.
 #pragma once
 
 #include <map>

@@ -1,5 +1,5 @@
-// Arguments of the kernels of a replay on a device (kernels/gpu/replay_kernels.cuh), by value, shared by host,
-// device and emulator. A block of steps [t0, t1) is processed at a time:
+// Arguments of the kernels of a replay on a device (kernels/gpu/replay_kernels.cuh), by value, shared by
+// host, device and emulator. A block of steps [t0, t1) is processed at a time:
 //   logits    of every step, head and token, with the bits of dense::logits_block (replay/dense_kernels.h)
 //   decide    victims of every configuration; sums in the order of core/base/vector_math.h
 //   rows      in place: probabilities of the full cache; what is of the recording alone
@@ -20,14 +20,14 @@
 
 namespace kvlapse::gpu_replay {
 
-inline constexpr int kMaxGroup = 8;     // query heads per kv head
+inline constexpr int kMaxGroup = 8;  // query heads per kv head
 inline constexpr int kMaxDim = 256;
-inline constexpr int kMaxCluster = 8;   // blocks that share a task whose victims the layer shares
-inline constexpr int kSumLanes = 16;    // of vector_math.h
+inline constexpr int kMaxCluster = 8;  // blocks that share a task whose victims the layer shares
+inline constexpr int kSumLanes = 16;   // of vector_math.h
 inline constexpr int kHorizon = 32, kTop = 10, kSinks = 4;
 inline constexpr float kHot = 0.01f;
 inline constexpr float kHalfScale = 32768.0f;  // of probabilities in half precision
-inline constexpr int32_t kHeld = 0x7f7f7f7f;  // a step that never comes; equal bytes
+inline constexpr int32_t kHeld = 0x7f7f7f7f;   // a step that never comes; equal bytes
 
 struct Shape {
   int32_t n_q = 0, n_kv = 0, dim = 0;
@@ -63,23 +63,23 @@ enum class Reduce : uint8_t { mean, max, sum };  // as GqaRule
 struct DecideTask {
   DeviceScore score;
   Reduce gqa;
-  uint8_t last_tie;  // the last slot goes first among equal scores
-  uint8_t large;     // of the block's shared memory too large: weights in `scratch`
-  int32_t head, n_heads;         // kv heads that share the victim
-  int32_t target, trigger;       // slots left behind an eviction; more than `trigger` cause one
-  int32_t first_free, recent;    // protected: positions below first_free, the newest `recent`
-  int32_t capacity;              // of the slot arrays, a multiple of 16
-  int32_t begin;                 // first step that it takes part in
-  uint64_t seed;                 // of (seed, layer, row)
-  float scale;                   // of a contribution
-  int32_t count, hole;           // slots in use; vacant one, -1: none
-  int32_t failed;                // step whose scores were NaN or left no candidate, -1: none
+  uint8_t last_tie;            // the last slot goes first among equal scores
+  uint8_t large;               // of the block's shared memory too large: weights in `scratch`
+  int32_t head, n_heads;       // kv heads that share the victim
+  int32_t target, trigger;     // slots left behind an eviction; more than `trigger` cause one
+  int32_t first_free, recent;  // protected: positions below first_free, the newest `recent`
+  int32_t capacity;            // of the slot arrays, a multiple of 16
+  int32_t begin;               // first step that it takes part in
+  uint64_t seed;               // of (seed, layer, row)
+  float scale;                 // of a contribution
+  int32_t count, hole;         // slots in use; vacant one, -1: none
+  int32_t failed;              // step whose scores were NaN or left no candidate, -1: none
   int64_t near_ties;
-  int32_t* positions;            // [capacity]
-  float* sums;                   // [n_heads][capacity], accumulating scores only
-  const float* value_l1;         // [H][T], contributions only
-  int32_t* last;                 // [H][T] of the configuration
-  float* scratch;                // large: [cluster][weights of a block]
+  int32_t* positions;     // [capacity]
+  float* sums;            // [n_heads][capacity], accumulating scores only
+  const float* value_l1;  // [H][T], contributions only
+  int32_t* last;          // [H][T] of the configuration
+  float* scratch;         // large: [cluster][weights of a block]
 };
 
 struct DecideArgs {
@@ -108,7 +108,7 @@ constexpr int slot_floats(int n_heads, int lanes) {
   return n_heads * lanes + (n_heads > 1 ? 4 : 0);
 }
 struct DecideLayout {
-  int slots = 0;  // of one block
+  int slots = 0;                                                               // of one block
   size_t positions = 0, sums = 0, norms = 0, weights = 0, fixed = 0, end = 0;  // byte offsets
 };
 // Shared memory of one block of a task: small exchange areas in front, then arrays by slot.
@@ -126,7 +126,8 @@ constexpr DecideLayout decide_layout(DeviceScore score, int n_heads, int lanes, 
   l.norms = l.sums + (accumulates(score) ? n * 4 * static_cast<size_t>(n_heads) : 0);
   l.weights = l.norms + (reads_l1(score) ? n * 4 * static_cast<size_t>(n_heads) : 0);
   l.weights = (l.weights + 15) / 16 * 16;
-  l.end = l.weights + (attends(score) && !large ? n * 4 * static_cast<size_t>(slot_floats(n_heads, lanes)) : 0);
+  l.end =
+      l.weights + (attends(score) && !large ? n * 4 * static_cast<size_t>(slot_floats(n_heads, lanes)) : 0);
   return l;
 }
 
@@ -141,21 +142,19 @@ struct RowsArgs {
   static constexpr const char* kName = "replay_rows";
   static constexpr int kThreads = 256, kList = 128;
   Shape shape;
-  float* weights;        // logits in, probabilities out
-  uint16_t* half;        // the same layout: kHalfScale times the probabilities in half precision
-  const float* q;        // [t1 - t0, Hq, D]
-  const float* before;   // [Hq, D] of step t0 - 1; null: there is none
-  RowFacts* facts;       // [t1 - t0][Hq]
-  float* older;          // [T][H][kHorizon]
-  int32_t* last_hot;     // [H][T]
-  float* entropy;        // [T][Hq]
-  float* query_cosine;   // [T][Hq]
-  int32_t* failed;       // step + 1 of a row that is not finite
+  float* weights;         // logits in, probabilities out
+  uint16_t* half;         // the same layout: kHalfScale times the probabilities in half precision
+  const float* q;         // [t1 - t0, Hq, D]
+  const float* before;    // [Hq, D] of step t0 - 1; null: there is none
+  RowFacts* facts;        // [t1 - t0][Hq]
+  float* older;           // [T][H][kHorizon]
+  int32_t* last_hot;      // [H][T]
+  float* entropy;         // [T][Hq]
+  float* query_cosine;    // [T][Hq]
+  int32_t* failed;        // step + 1 of a row that is not finite
   int32_t t0, t1, begin;  // steps from `begin` on are measured
   constexpr int n_blocks() const { return (t1 - t0) * shape.n_kv; }
-  constexpr int smem_bytes() const {
-    return kThreads * 4 * 3 * shape.lanes() + kMaxGroup * (kList * 8 + 24);
-  }
+  constexpr int smem_bytes() const { return kThreads * 4 * 3 * shape.lanes() + kMaxGroup * (kList * 8 + 24); }
 };
 
 // Per (configuration, query head, step) from t_begin on: what later kernels close. [kind][config][Hq][T].
@@ -204,9 +203,9 @@ struct ValuesArgs {
   constexpr int smem_bytes() const { return 0; }
 };
 
-// Output and cosine error. The smaller side, dropped or held tokens, is summed: its weights and values in half
-// precision, fp32 sums, the sum of the weights among them, so that both sides are of one distribution. The
-// full cache's output comes first, as the `full` launch, from all tokens.
+// Output and cosine error. The smaller side, dropped or held tokens, is summed: its weights and values in
+// half precision, fp32 sums, the sum of the weights among them, so that both sides are of one distribution.
+// The full cache's output comes first, as the `full` launch, from all tokens.
 struct OutputsArgs {
   static constexpr const char* kName = "replay_outputs";
   static constexpr int kThreads = 256, kSteps = 64, kChunk = 64, kSegment = 4096, kPad = 16;
@@ -222,9 +221,7 @@ struct OutputsArgs {
   int32_t full;
   constexpr int step_tiles() const { return (t1 - t0 + kSteps - 1) / kSteps; }
   constexpr int quads() const { return shape.lanes() / 4; }
-  constexpr int n_blocks() const {
-    return step_tiles() * shape.n_kv * quads() * (full ? 1 : n_configs);
-  }
+  constexpr int n_blocks() const { return step_tiles() * shape.n_kv * quads() * (full ? 1 : n_configs); }
   constexpr int column_tiles() const { return shape.dim_padded() > 64 ? 16 : 8; }  // of 8, at a time
   constexpr int row_bytes() const { return column_tiles() * 16 + kPad; }
   constexpr int smem_bytes() const { return 2 * kChunk * row_bytes() + kSegment * 8 + 128; }

@@ -13,9 +13,9 @@ namespace kvlapse::gpu_replay {
 
 using device::block_sync;
 using device::Float4;
-using device::SmemAddress;
 using device::shuffle_from;
 using device::shuffle_xor;
+using device::SmemAddress;
 using device::thread_index;
 using device::warp_ballot;
 using device::warp_largest;
@@ -391,8 +391,7 @@ class Decide {
     for (int g = 0; g < kLanes; ++g) largest[g] = -infinity();
     if (team < teams) {
       const float* row = a_.weights + shape_.row(step - a_.t0, task_.head + h);
-      const int64_t next =
-          step + 1 < a_.t1 ? static_cast<int64_t>(shape_.n_kv) * shape_.stride * kLanes : 0;
+      const int64_t next = step + 1 < a_.t1 ? static_cast<int64_t>(shape_.n_kv) * shape_.stride * kLanes : 0;
       constexpr int kAtOnce = kLanes == 4 ? 8 : 4;
       for (int j = team; j < n; j += kAtOnce * teams) {
         Weights<kLanes> w[kAtOnce];
@@ -665,7 +664,7 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
     }
     // Cosine with the query of the step before.
     const float* q = a.q + (static_cast<int64_t>(s) * shape.n_q + h * group + warp) * shape.dim;
-    const float* before = s > 0         ? q - static_cast<int64_t>(shape.n_q) * shape.dim
+    const float* before = s > 0      ? q - static_cast<int64_t>(shape.n_q) * shape.dim
                           : a.before ? a.before + static_cast<int64_t>(h * group + warp) * shape.dim
                                      : nullptr;
     float cosine = 1;
@@ -783,7 +782,7 @@ KVLAPSE_DEVICE void run(const MassesArgs& a, int block, unsigned char* memory) {
             step_tile = block / shape.n_kv / a.config_tiles();
   const int first = a.t0 + step_tile * kSteps, end = least(a.t1, first + kSteps);
   if (end <= a.begin) return;
-  float* weights = reinterpret_cast<float*>(memory);  // [steps][tokens][lanes]
+  float* weights = reinterpret_cast<float*>(memory);                             // [steps][tokens][lanes]
   auto* last = reinterpret_cast<int32_t*>(weights + kSteps * kTokens * kLanes);  // [tokens][configs + 1]
   const int config = config_tile * kConfigs + lane;
   const int32_t* own_last =
@@ -829,8 +828,7 @@ KVLAPSE_DEVICE void run(const MassesArgs& a, int block, unsigned char* memory) {
       const int gone = last[i * (kConfigs + 1) + lane];
       KVLAPSE_UNROLL
       for (int k = 0; k < kOwn; ++k) {
-        const Weights<kLanes> w =
-            Weights<kLanes>::load(weights + ((warp * kOwn + k) * kTokens + i) * kLanes);
+        const Weights<kLanes> w = Weights<kLanes>::load(weights + ((warp * kOwn + k) * kTokens + i) * kLanes);
         if (gone >= first + warp * kOwn + k) continue;
         KVLAPSE_UNROLL
         for (int g = 0; g < kLanes; ++g) part[k][g] += w.v[g];
@@ -856,8 +854,7 @@ KVLAPSE_DEVICE void run(const MassesArgs& a, int block, unsigned char* memory) {
       const float share = outside > 1e-6f ? rest[k][g] / outside : 0.0f;
       int held = 0;
       for (int i = 0; i < facts.n_top; ++i) held += own_last[facts.top[i]] >= t;
-      float* to = a.metrics +
-                  (static_cast<int64_t>(config) * shape.n_q + h * group + g) * shape.n_tokens + t;
+      float* to = a.metrics + (static_cast<int64_t>(config) * shape.n_q + h * group + g) * shape.n_tokens + t;
       to[kMissing * plane] = missing < 1.0f ? missing : 1.0f;
       to[kMissingRest * plane] = share < 1.0f ? share : 1.0f;
       to[kTopHeld * plane] = static_cast<float>(held) / static_cast<float>(facts.n_top);
@@ -925,8 +922,9 @@ KVLAPSE_DEVICE void run(const SumFutureArgs& a, int block, unsigned char* memory
 
 // ---- outputs ----
 // A warp holds 8 steps x 4 query heads by all columns: its fragments of A come straight from memory, since a
-// lane's rows g, g + 8, g + 16, g + 24 are the query heads of one step; its four columns are four tokens apart
-// in the list, so that neighbouring lanes read neighbours. Values are staged for the block, 64 tokens of the list at a time.
+// lane's rows g, g + 8, g + 16, g + 24 are the query heads of one step; its four columns are four tokens
+// apart in the list, so that neighbouring lanes read neighbours. Values are staged for the block, 64 tokens
+// of the list at a time.
 template <int kTiles>
 class Outputs {
  public:
@@ -1031,10 +1029,11 @@ class Outputs {
       const int entry = i / kTiles, piece = i % kTiles, column = (pass * kTiles + piece) * 8;
       const int pos = list_pos_[chunk * kChunk + entry];
       const bool inside = column < shape_.dim_padded();
-      const uint16_t* from =
-          a_.values + (static_cast<int64_t>(head_) * shape_.n_tokens + pos) * shape_.dim_padded() +
-          (inside ? column : 0);
-      device::copy_async16(to + static_cast<uint32_t>(place_of(entry) * kRowBytes + piece * 16), from, inside);
+      const uint16_t* from = a_.values +
+                             (static_cast<int64_t>(head_) * shape_.n_tokens + pos) * shape_.dim_padded() +
+                             (inside ? column : 0);
+      device::copy_async16(to + static_cast<uint32_t>(place_of(entry) * kRowBytes + piece * 16), from,
+                           inside);
     }
     device::copy_async_arrive(barriers_ + (loads_ & 1) * 8);
     ++loads_;
@@ -1066,7 +1065,8 @@ class Outputs {
         select(chunk * kChunk + s * 16, ahead[s], a);
         if (chunk + 1 < n_chunks) fetch((chunk + 1) * kChunk + s * 16, ahead[s]);
         const SmemAddress row =
-            rows + static_cast<uint32_t>((s * 16 + (lane_ / 8 & 1) * 8 + lane_ % 8) * kRowBytes + lane_ / 16 * 16);
+            rows +
+            static_cast<uint32_t>((s * 16 + (lane_ / 8 & 1) * 8 + lane_ % 8) * kRowBytes + lane_ / 16 * 16);
         KVLAPSE_UNROLL
         for (int n = 0; n < kTiles; n += 2) {
           uint32_t b[4];
@@ -1134,7 +1134,8 @@ class Outputs {
       if (!has(g)) continue;
       const float mass = mass_[g / 2][g % 2 * 2], total = a_.totals[row_of(g)];
       const float kept = sums_dropped_ ? total - mass : mass, inverse = kept > 0 ? 1.0f / kept : 0.0f;
-      const float of_full = sums_dropped_ ? mass * inverse : -1.0f, of_sum = sums_dropped_ ? -inverse : inverse;
+      const float of_full = sums_dropped_ ? mass * inverse : -1.0f,
+                  of_sum = sums_dropped_ ? -inverse : inverse;
       const float* full = a_.outputs + row_of(g) * shape_.dim_padded();
       KVLAPSE_UNROLL
       for (int n = 0; n < kTiles; ++n) {
@@ -1150,7 +1151,8 @@ class Outputs {
       }
     }
   }
-  KVLAPSE_DEVICE void close(const float (&xx)[kHeads], const float (&ox)[kHeads], const float (&oo)[kHeads]) const {
+  KVLAPSE_DEVICE void close(const float (&xx)[kHeads], const float (&ox)[kHeads],
+                            const float (&oo)[kHeads]) const {
     const int64_t plane = static_cast<int64_t>(a_.n_configs) * shape_.n_q * shape_.n_tokens;
     KVLAPSE_UNROLL
     for (int g = 0; g < kHeads; ++g) {
@@ -1205,9 +1207,10 @@ KVLAPSE_DEVICE void run(const CloseArgs& a, int block, unsigned char* memory) {
   block_sync();
   double own[kSums] = {};
   for (int b = thread; b < a.n_series; b += kThreads) {
-    const auto first = static_cast<int>((static_cast<int64_t>(b) * shape.n_tokens + a.n_series - 1) / a.n_series),
-               behind =
-                   static_cast<int>((static_cast<int64_t>(b + 1) * shape.n_tokens + a.n_series - 1) / a.n_series);
+    const auto first =
+                   static_cast<int>((static_cast<int64_t>(b) * shape.n_tokens + a.n_series - 1) / a.n_series),
+               behind = static_cast<int>((static_cast<int64_t>(b + 1) * shape.n_tokens + a.n_series - 1) /
+                                         a.n_series);
     const int from = most(first, a.begin), to = least(behind, a.end);
     double recall_sum = 0, error_sum = 0;
     for (int t = from; t < to; ++t) {

@@ -24,20 +24,24 @@ TEST(GpuReplay, VictimsOfTheCpu) {
   KVLAPSE_NEEDS_GPU();
   const auto device = make_cuda_replay(0);
   for (int n_kv : {1, 4, 8})
-    EXPECT_EQ(check_device_victims(*device, {4 * n_kv, n_kv, 128, 2500, 100, 11}, device_policies(), {250, 900}),
-              "")
+    EXPECT_EQ(
+        check_device_victims(*device, {4 * n_kv, n_kv, 128, 2500, 100, 11}, device_policies(), {250, 900}),
+        "")
         << n_kv;
   // A prompt over the budget, and more slots than a block's shared memory holds.
   EXPECT_EQ(check_device_victims(*device, {14, 2, 128, 2500, 1200, 12}, device_policies(), {1000}), "");
-  EXPECT_EQ(check_device_victims(*device, {8, 1, 32, 9000, 7500, 13}, {"h2o", "longflow", "random"}, {8000}), "");
+  EXPECT_EQ(check_device_victims(*device, {8, 1, 32, 9000, 7500, 13}, {"h2o", "longflow", "random"}, {8000}),
+            "");
 }
 
 TEST(GpuReplay, MetricsOfTheCpu) {
   KVLAPSE_NEEDS_GPU();
   const auto device = make_cuda_replay(0);
   EXPECT_EQ(check_device_metrics(*device, {8, 2, 128, 2000, 100, 14}, device_policies(), {400}), "");
-  EXPECT_EQ(check_device_metrics(*device, {14, 2, 64, 1500, 400, 15}, {"longflow", "h2o", "random"}, {300}), "");
-  EXPECT_EQ(check_device_metrics(*device, {8, 2, 256, 1500, 400, 16}, {"longflow", "h2o", "random"}, {300}, 700, 1200),
+  EXPECT_EQ(check_device_metrics(*device, {14, 2, 64, 1500, 400, 15}, {"longflow", "h2o", "random"}, {300}),
+            "");
+  EXPECT_EQ(check_device_metrics(*device, {8, 2, 256, 1500, 400, 16}, {"longflow", "h2o", "random"}, {300},
+                                 700, 1200),
             "");
 }
 

@@ -34,7 +34,8 @@ TEST(DeviceReplay, VictimsOfEveryGroup) {
   const auto device = emulated(), small = emulated({5000, true, 32});
   for (int group = 1; group <= 8; ++group) {
     const DeviceCase at{3 * group, 3, 18, 50, 8, static_cast<uint64_t>(group)};
-    EXPECT_EQ(check_device_victims(*device, at, {"h2o", "longflow", "vatp:sinks=2:granularity=layer"}, {13}), "")
+    EXPECT_EQ(check_device_victims(*device, at, {"h2o", "longflow", "vatp:sinks=2:granularity=layer"}, {13}),
+              "")
         << group;
     EXPECT_EQ(check_device_victims(*small, at, {"tova", "longflow:granularity=kv_head"}, {29}), "") << group;
   }
@@ -54,8 +55,8 @@ TEST(DeviceReplay, MetricsOfOtherShapes) {
 
 TEST(DeviceReplay, RefusesWhatItCannotServe) {
   const auto device = emulated();
-  for (const char* spec : {"rkv", "tova@kvpress", "streaming_llm:positions=cache", "full", "h2o:cast=fp16", "quest",
-                           "random:cadence=64", "vatp@longflow:value_norm=1"})
+  for (const char* spec : {"rkv", "tova@kvpress", "streaming_llm:positions=cache", "full", "h2o:cast=fp16",
+                           "quest", "random:cadence=64", "vatp@longflow:value_norm=1"})
     EXPECT_FALSE(DeviceReplayer::supports(*make_policy(spec))) << spec;
   for (const std::string& spec : device_policies())
     EXPECT_TRUE(DeviceReplayer::supports(*make_policy(spec))) << spec;

@@ -31,7 +31,7 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   int block = 0, thread = 0;
   bool done = false;
-  int cluster_rounds = 0;  // barriers of the cluster that it has waited for
+  int cluster_rounds = 0;                    // barriers of the cluster that it has waited for
   std::function<bool()> ready;               // empty: can run
   std::deque<std::function<void()>> copies;  // copy_async of this thread, in order
   std::vector<unsigned char> exchanged;

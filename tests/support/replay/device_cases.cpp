@@ -130,7 +130,8 @@ std::string check_device_metrics(ReplayDevice& device, const DeviceCase& at,
       close(c, head("entropy"), a.entropy / n, b.entropy / n, 1e-5);
       close(c, head("query cosine"), a.query_cosine / n, b.query_cosine / n, 1e-5);
       for (double share : {0.1, 0.5, 0.9}) {
-        close(c, head("missing sketch"), a.missing_sketch.quantile(share), b.missing_sketch.quantile(share), 0.03);
+        close(c, head("missing sketch"), a.missing_sketch.quantile(share), b.missing_sketch.quantile(share),
+              0.03);
         close(c, head("error sketch"), a.error_sketch.quantile(share), b.error_sketch.quantile(share), 0.03);
       }
       close(c, head("missing sketch count"), a.missing_sketch.count(), b.missing_sketch.count(), 0);
