@@ -36,7 +36,6 @@ void launch(cudaStream_t stream, void (*kernel)(Args), const Args& args) {
     launch(stream, args.shape.lanes() == 4 ? name##_4_kernel : name##_8_kernel, args); \
   }
 
-KVLAPSE_REPLAY_KERNEL(replay_logits, LogitsArgs, run)
 KVLAPSE_REPLAY_KERNEL(replay_values, ValuesArgs, run)
 KVLAPSE_REPLAY_KERNEL(replay_rows_4, RowsArgs, run<4>)
 KVLAPSE_REPLAY_KERNEL(replay_rows_8, RowsArgs, run<8>)
@@ -46,13 +45,27 @@ KVLAPSE_REPLAY_KERNEL(replay_future, FutureArgs, run)
 KVLAPSE_REPLAY_KERNEL(replay_sum_future, SumFutureArgs, run)
 KVLAPSE_REPLAY_KERNEL(replay_close, CloseArgs, run)
 
-KVLAPSE_REPLAY_LAUNCH(replay_logits, LogitsArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_values, ValuesArgs)
 KVLAPSE_REPLAY_LAUNCH_LANES(replay_rows, RowsArgs)
 KVLAPSE_REPLAY_LAUNCH_LANES(replay_masses, MassesArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_future, FutureArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_sum_future, SumFutureArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_close, CloseArgs)
+
+template <int kDim>
+static __global__ void __launch_bounds__(gpu_replay::LogitsArgs::kThreads, 2)
+    replay_logits_kernel(const __grid_constant__ gpu_replay::LogitsArgs args) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  gpu_replay::Logits<kDim>(args, device::block_index(), shared).run();
+}
+
+void launch_replay(cudaStream_t stream, const gpu_replay::LogitsArgs& args) {
+  launch(stream,
+         args.shape.dim == 128  ? replay_logits_kernel<128>
+         : args.shape.dim == 64 ? replay_logits_kernel<64>
+                                : replay_logits_kernel<0>,
+         args);
+}
 
 template <int kTiles>
 static __global__ void __launch_bounds__(gpu_replay::OutputsArgs::kThreads, 1)

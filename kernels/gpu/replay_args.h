@@ -44,7 +44,7 @@ struct Shape {
 // weights[s][h][i][g] = factor * q[s][h * G + g] . k[i][h] for i <= t0 + s.
 struct LogitsArgs {
   static constexpr const char* kName = "replay_logits";
-  static constexpr int kThreads = 128, kRows = 64, kColumns = 64, kPad = 4;
+  static constexpr int kThreads = 128, kRows = 64, kColumns = 64;
   Shape shape;
   const float* q;  // [t1 - t0, Hq, D]
   const float* k;  // [T, H, D]
@@ -54,7 +54,7 @@ struct LogitsArgs {
   constexpr int row_tiles() const { return ((t1 - t0) * shape.group() + kRows - 1) / kRows; }
   constexpr int column_tiles() const { return (t1 + kColumns - 1) / kColumns; }
   constexpr int n_blocks() const { return row_tiles() * column_tiles() * shape.n_kv; }
-  constexpr int smem_bytes() const { return shape.dim * (kRows + kColumns + 2 * kPad) * 4; }
+  constexpr int smem_bytes() const { return shape.dim * (kRows + kColumns) * 4; }
 };
 
 enum class Reduce : uint8_t { mean, max, sum };  // as GqaRule
@@ -118,9 +118,10 @@ constexpr DecideLayout decide_layout(DeviceScore score, int n_heads, int lanes, 
   l.slots = capacity / cluster;
   const auto n = static_cast<size_t>(l.slots);
   const auto width = static_cast<size_t>(n_heads) * static_cast<size_t>(lanes);
-  // Candidates of warps and of blocks [2][2]; maxima [2][width], of blocks [cluster][width], sums of lanes
-  // [16][width], inverse totals [width].
-  l.fixed = 32 * 16 + kMaxCluster * 16 + 4 * (2 + kMaxCluster + kSumLanes + 1) * width;
+  // Barriers; candidates of warps [2][32] and of blocks; maxima [2][width], of blocks [cluster][width], sums of
+  // lanes [16][width], inverse totals and the newest token's weights [width], its norms [2][heads].
+  l.fixed = 64 + (64 + kMaxCluster) * 16 + 4 * (2 + kMaxCluster + kSumLanes + 2) * width +
+            8 * static_cast<size_t>(n_heads);
   l.positions = (l.fixed + 15) / 16 * 16;
   l.sums = l.positions + n * 4;
   l.norms = l.sums + (accumulates(score) ? n * 4 * static_cast<size_t>(n_heads) : 0);

@@ -77,47 +77,115 @@ struct Weights {
 
 // ---- logits ----
 // A block: kRows (step, query head of the group) by kColumns tokens; a thread four by eight of them.
-KVLAPSE_DEVICE void run(const LogitsArgs& a, int block, unsigned char* memory) {
-  constexpr int kRows = LogitsArgs::kRows, kColumns = LogitsArgs::kColumns,
-                kStride = kRows + LogitsArgs::kPad, kR = 4, kC = 8;
-  static_assert(kRows == kColumns);
-  const Shape& shape = a.shape;
-  const int group = shape.group(), dim = shape.dim, lanes = shape.lanes(), thread = thread_index();
-  const int tile = block % (a.row_tiles() * a.column_tiles()),
-            head = block / (a.row_tiles() * a.column_tiles());
-  const int first_row = tile / a.column_tiles() * kRows, first = tile % a.column_tiles() * kColumns;
-  const int n_rows = least(kRows, (a.t1 - a.t0) * group - first_row);
-  if (first > a.t0 + (first_row + n_rows - 1) / group) return;  // behind every step of the block
-  float* queries = reinterpret_cast<float*>(memory);
-  float* keys = queries + dim * kStride;
-  // Four rows by eight components a warp, so that transposed stores fall on different banks.
-  for (int i = thread; i < kRows * ((dim + 7) / 8 * 8); i += LogitsArgs::kThreads) {
-    const int low = i % 32, high = i / 32, row = high % (kRows / 4) * 4 + low % 4,
-              d = high / (kRows / 4) * 8 + low / 4;
-    if (d >= dim) continue;
-    const int step = (first_row + row) / group, g = (first_row + row) % group;
-    queries[d * kStride + row] =
-        row < n_rows ? a.q[(static_cast<int64_t>(step) * shape.n_q + head * group + g) * dim + d] : 0.0f;
-    keys[d * kStride + row] =
-        first + row < a.t1 ? a.k[(static_cast<int64_t>(first + row) * shape.n_kv + head) * dim + d] : 0.0f;
+// kDim: 0 means any.
+template <int kDim>
+class Logits {
+ public:
+  static constexpr int kRows = LogitsArgs::kRows, kColumns = LogitsArgs::kColumns,
+                       kThreads = LogitsArgs::kThreads, kR = 4, kC = 8;
+  static_assert(kRows == 64 && kColumns == 64 && kThreads == 128);
+
+  KVLAPSE_DEVICE Logits(const LogitsArgs& args, int block, unsigned char* memory)
+      : a_(args),
+        shape_(args.shape),
+        thread_(thread_index()),
+        group_(args.shape.group()),
+        dim_(kDim > 0 ? kDim : args.shape.dim) {
+    const int n_tiles = a_.row_tiles() * a_.column_tiles(), tile = block % n_tiles;
+    head_ = block / n_tiles;
+    first_row_ = tile / a_.column_tiles() * kRows;
+    first_ = tile % a_.column_tiles() * kColumns;
+    n_rows_ = least(kRows, (a_.t1 - a_.t0) * group_ - first_row_);
+    queries_ = reinterpret_cast<float*>(memory);
+    keys_ = queries_ + static_cast<int64_t>(dim_) * kRows;
   }
-  block_sync();
-  // Sums of lanes, combined as the tree of vector_math.h does: l + 8, then + 4, + 2, + 1.
-  const int row0 = thread / 8 * kR, column0 = thread % 8 * 4;
-  float sum[kR][kC] = {}, level[4][kR][kC] = {};
-  KVLAPSE_NO_UNROLL
-  for (int i = 0; i < kSumLanes; ++i) {
-    const int lane = (i & 1) * 8 + (i & 2) * 2 + (i & 4) / 2 + (i & 8) / 8;
+
+  KVLAPSE_DEVICE void run() {
+    if (first_ > a_.t0 + (first_row_ + n_rows_ - 1) / group_) return;  // behind every step of the block
+    stage();
+    block_sync();
+    // Sums of lanes, combined as the tree of vector_math.h does: l + 8, then + 4, + 2, + 1. Four at a time
+    // are a subtree.
+    const int row0 = thread_ / 8 * kR, column0 = thread_ % 8 * 4;
+    float sum[kR][kC], two[kR][kC] = {}, one[kR][kC] = {};
+    KVLAPSE_NO_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int low = (i & 1) * 2 + i / 2;
+      float pair[kR][kC], other[kR][kC];
+      add_lane(low, 0, row0, column0, pair);
+      add_lane(low, 2, row0, column0, other);
+      add(pair, other);
+      add_lane(low, 1, row0, column0, sum);
+      add_lane(low, 3, row0, column0, other);
+      add(sum, other);
+      add_to(pair, sum);
+      if ((i & 1) == 0) {
+        copy(sum, two);
+      } else {
+        add_to(two, sum);
+        if (i == 1)
+          copy(sum, one);
+        else
+          add_to(one, sum);
+      }
+    }
+    store(sum, row0, column0);
+  }
+
+ private:
+  // Component d of row r is at d * 64 + (r with bits 3 and 4 changed by bits 2 and 3 of d): so that both the
+  // transposed stores and reading four rows fall on different banks.
+  KVLAPSE_DEVICE static int place(int row, int d) { return d * 64 + (row ^ (d / 4 & 3) * 8); }
+  // A warp stages 8 rows by 16 components at a time, a lane four of them.
+  KVLAPSE_DEVICE void stage() {
+    const int warp = thread_ / 32, r = thread_ % 32 / 4, quad = thread_ % 4;
+    const bool whole = kDim > 0 || dim_ % 4 == 0;
+    KVLAPSE_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      const int row = (warp + 4 * part) * 8 + r;
+      const int step = (first_row_ + row) / group_, g = (first_row_ + row) % group_;
+      const float* query =
+          row < n_rows_ ? a_.q + (static_cast<int64_t>(step) * shape_.n_q + head_ * group_ + g) * dim_
+                        : nullptr;
+      const float* key = first_ + row < a_.t1
+                             ? a_.k + (static_cast<int64_t>(first_ + row) * shape_.n_kv + head_) * dim_
+                             : nullptr;
+      KVLAPSE_UNROLL_8
+      for (int d = quad * 4; d < dim_; d += 16) {
+        const Weights<4> x = part_of(query, d, whole), y = part_of(key, d, whole);
+        KVLAPSE_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          if (kDim == 0 && d + k >= dim_) continue;
+          queries_[place(row, d) + k * 64] = x.v[k];
+          keys_[place(row, d) + k * 64] = y.v[k];
+        }
+      }
+    }
+  }
+  KVLAPSE_DEVICE Weights<4> part_of(const float* row, int d, bool whole) const {
+    if (row == nullptr) return {};
+    if (whole) return Weights<4>::load(row + d);
+    Weights<4> w = {};
+    KVLAPSE_UNROLL
+    for (int k = 0; k < 4; ++k)
+      if (d + k < dim_) w.v[k] = row[d + k];
+    return w;
+  }
+
+  // Of lane 4 * high + low.
+  KVLAPSE_DEVICE void add_lane(int low, int high, int row0, int column0, float (&sum)[kR][kC]) const {
     KVLAPSE_UNROLL
     for (int r = 0; r < kR; ++r) {
       KVLAPSE_UNROLL
       for (int c = 0; c < kC; ++c) sum[r][c] = 0;
     }
-    KVLAPSE_UNROLL_2
-    for (int d = lane; d < dim; d += kSumLanes) {
-      const Weights<4> x = Weights<4>::load(queries + d * kStride + row0);
-      const Weights<4> y0 = Weights<4>::load(keys + d * kStride + column0),
-                       y1 = Weights<4>::load(keys + d * kStride + 32 + column0);
+    const float* query = queries_ + (4 * high + low) * 64 + (row0 ^ high * 8);
+    const float* key = keys_ + (4 * high + low) * 64 + (column0 ^ high * 8);
+    KVLAPSE_UNROLL_8
+    for (int m = 0; m < (kDim > 0 ? kDim / 16 : (dim_ + 15) / 16); ++m) {
+      if (kDim == 0 && 16 * m + 4 * high + low >= dim_) break;
+      const Weights<4> x = Weights<4>::load(query + m * 16 * 64), y0 = Weights<4>::load(key + m * 16 * 64),
+                       y1 = Weights<4>::load(key + m * 16 * 64 + 32);
       KVLAPSE_UNROLL
       for (int r = 0; r < kR; ++r) {
         KVLAPSE_UNROLL
@@ -127,77 +195,93 @@ KVLAPSE_DEVICE void run(const LogitsArgs& a, int block, unsigned char* memory) {
         }
       }
     }
-    // As many finished pairs as `i` ends in ones.
-    bool carry = true;
-    KVLAPSE_UNROLL
-    for (int l = 0; l < 4; ++l) {
-      const bool second = (i >> l & 1) != 0;
-      if (carry) {
-        KVLAPSE_UNROLL
-        for (int r = 0; r < kR; ++r) {
-          KVLAPSE_UNROLL
-          for (int c = 0; c < kC; ++c) {
-            if (second)
-              sum[r][c] = level[l][r][c] + sum[r][c];
-            else
-              level[l][r][c] = sum[r][c];
-          }
-        }
-      }
-      carry = carry && second;
-    }
   }
-  KVLAPSE_UNROLL
-  for (int c = 0; c < kC; ++c) {
-    const int pos = first + (c / 4) * 32 + column0 + c % 4;
-    if (group == 4) {
-      if (row0 >= n_rows) continue;
-      float* to = a.weights + shape.row((first_row + row0) / 4, head) + static_cast<int64_t>(pos) * 4;
-      *reinterpret_cast<Float4*>(to) =
-          Float4{sum[0][c] * a.factor, sum[1][c] * a.factor, sum[2][c] * a.factor, sum[3][c] * a.factor};
-      continue;
-    }
+  KVLAPSE_DEVICE static void add(float (&to)[kR][kC], const float (&b)[kR][kC]) {
     KVLAPSE_UNROLL
     for (int r = 0; r < kR; ++r) {
-      if (row0 + r >= n_rows) continue;
-      const int step = (first_row + row0 + r) / group, g = (first_row + row0 + r) % group;
-      float* to = a.weights + shape.row(step, head) + static_cast<int64_t>(pos) * lanes;
-      to[g] = sum[r][c] * a.factor;
-      for (int pad = group; g == group - 1 && pad < lanes; ++pad) to[pad] = 0;
+      KVLAPSE_UNROLL
+      for (int c = 0; c < kC; ++c) to[r][c] = to[r][c] + b[r][c];
     }
   }
-}
+  KVLAPSE_DEVICE static void add_to(const float (&a)[kR][kC], float (&to)[kR][kC]) {
+    KVLAPSE_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      KVLAPSE_UNROLL
+      for (int c = 0; c < kC; ++c) to[r][c] = a[r][c] + to[r][c];
+    }
+  }
+  KVLAPSE_DEVICE static void copy(const float (&from)[kR][kC], float (&to)[kR][kC]) {
+    KVLAPSE_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      KVLAPSE_UNROLL
+      for (int c = 0; c < kC; ++c) to[r][c] = from[r][c];
+    }
+  }
+
+  KVLAPSE_DEVICE void store(const float (&sum)[kR][kC], int row0, int column0) const {
+    const int lanes = shape_.lanes();
+    if (row0 >= n_rows_) return;
+    KVLAPSE_UNROLL
+    for (int c = 0; c < kC; ++c) {
+      const int pos = first_ + (c / 4) * 32 + column0 + c % 4;
+      if (group_ == 4) {
+        float* to = a_.weights + shape_.row((first_row_ + row0) / 4, head_) + static_cast<int64_t>(pos) * 4;
+        *reinterpret_cast<Float4*>(to) = Float4{sum[0][c] * a_.factor, sum[1][c] * a_.factor,
+                                                sum[2][c] * a_.factor, sum[3][c] * a_.factor};
+        continue;
+      }
+      KVLAPSE_UNROLL
+      for (int r = 0; r < kR; ++r) {
+        if (row0 + r >= n_rows_) continue;
+        const int step = (first_row_ + row0 + r) / group_, g = (first_row_ + row0 + r) % group_;
+        float* to = a_.weights + shape_.row(step, head_) + static_cast<int64_t>(pos) * lanes;
+        to[g] = sum[r][c] * a_.factor;
+        for (int pad = group_; g == group_ - 1 && pad < lanes; ++pad) to[pad] = 0;
+      }
+    }
+  }
+
+  const LogitsArgs& a_;
+  const Shape shape_;
+  const int thread_, group_, dim_;
+  int head_, first_row_, first_, n_rows_;
+  float *queries_, *keys_;
+};
 
 // ---- decisions ----
-// A lowest score and the next one, with their slots: smaller goes first.
-struct Candidates {
-  uint64_t low = ~uint64_t{0}, next = ~uint64_t{0};
-  KVLAPSE_DEVICE void add(uint64_t key) {
-    if (key < low)
-      next = low, low = key;
+// A lowest score, its slot (as a number that is lower for those that go first) and the next lowest score.
+struct Candidate {
+  static constexpr uint32_t kNone = ~uint32_t{0};
+  uint32_t low = kNone, slot = kNone, next = kNone, unused = 0;
+  KVLAPSE_DEVICE void add(uint32_t key, uint32_t of) {
+    if (key < low || (key == low && of < slot))
+      next = low, low = key, slot = of;
     else if (key < next)
       next = key;
   }
-  KVLAPSE_DEVICE void merge(const Candidates& o) {
-    const uint64_t between = low < o.low ? o.low : low, least_next = next < o.next ? next : o.next;
-    low = low < o.low ? low : o.low;
-    next = between < least_next ? between : least_next;
+  KVLAPSE_DEVICE void merge(const Candidate& o) {
+    const bool other = o.low < low || (o.low == low && o.slot < slot);
+    const uint32_t behind = other ? low : o.low, own = other ? o.next : next;
+    next = behind < own ? behind : own;
+    if (other) low = o.low, slot = o.slot;
   }
-  KVLAPSE_DEVICE Candidates across_warp() const {
-    Candidates all = *this;
-    KVLAPSE_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) {
-      Candidates other;
-      other.low = shuffle_xor(all.low, mask);
-      other.next = shuffle_xor(all.next, mask);
-      all.merge(other);
-    }
+  KVLAPSE_DEVICE Candidate across_warp() const {
+    Candidate all;
+    all.low = ~warp_largest(~low);
+    all.slot = ~warp_largest(low == all.low ? ~slot : 0u);
+    all.next = ~warp_largest(~(low == all.low && slot == all.slot ? next : low));
     return all;
   }
 };
+static_assert(sizeof(Candidate) == 16);
+struct alignas(8) Float2 {
+  float x, y;
+};
 
 // A task on `cluster` blocks. Slot s belongs to the block that has its lane s % 16, so that each block sums
-// whole lanes; they exchange maxima, sums of lanes and candidates.
+// whole lanes; they exchange maxima, sums of lanes and candidates, each arriving on a barrier of its own: none
+// is sent again before every block has told what followed from it. A thread scores the same slots at every
+// step, and asks for their next weights once it has.
 template <int kLanes, bool kLarge>
 class Decide {
  public:
@@ -216,12 +300,16 @@ class Decide {
     const DecideLayout layout =
         decide_layout(task_.score, n_heads_, kLanes, task_.capacity, args.cluster, kLarge);
     slots_ = layout.slots;
-    warp_candidates_ = reinterpret_cast<Candidates*>(memory);
-    block_candidates_ = reinterpret_cast<Candidates*>(memory + 32 * 16);
-    keys_ = reinterpret_cast<uint32_t*>(memory + 32 * 16 + kMaxCluster * 16);
+    own_shift_ = args.cluster == 1 ? 4 : args.cluster == 2 ? 3 : args.cluster == 4 ? 2 : 1;
+    barriers_ = device::smem_address(memory);
+    warp_candidates_ = reinterpret_cast<Candidate*>(memory + 64);
+    block_candidates_ = warp_candidates_ + 64;
+    keys_ = reinterpret_cast<uint32_t*>(block_candidates_ + kMaxCluster);
     maxima_ = keys_ + 2 * width_;
     lane_sums_ = reinterpret_cast<float*>(maxima_ + kMaxCluster * width_);
     inverse_ = lane_sums_ + kSumLanes * width_;
+    newest_ = inverse_ + width_;
+    newest_norms_ = newest_ + width_;
     positions_ = reinterpret_cast<int32_t*>(memory + layout.positions);
     sums_ = reinterpret_cast<float*>(memory + layout.sums);
     norms_ = reinterpret_cast<float*>(memory + layout.norms);
@@ -238,42 +326,67 @@ class Decide {
     int64_t near_ties = task_.near_ties;
     const bool has_attention = attends(task_.score), keeps_sums = accumulates(task_.score),
                has_norms = reads_l1(task_.score);
+    if (thread_ == 0) {
+      device::mbarrier_init(barriers_, static_cast<uint32_t>(a_.n_threads));
+      for (int i = 1; i <= kCandidates; ++i)
+        device::mbarrier_init(barriers_ + static_cast<uint32_t>(8 * i), 1);
+      device::fence_barrier_init();
+    }
     load(count, keeps_sums, has_norms);
     for (int i = thread_; i < 2 * width_; i += a_.n_threads) keys_[i] = 0;
     float next_norm = 0;
     if (has_norms && thread_ < n_heads_) next_norm = norm_of(thread_, begin);
-    bool failed = false;
-    block_sync();
+    bool failed = false, asked = false;
+    if (a_.cluster > 1) {
+      device::cluster_arrive();
+      device::cluster_wait();
+    } else {
+      block_sync();
+    }
     for (int step = begin; step < a_.t1; ++step) {
       const int slot = hole >= 0 ? hole : count++;
       hole = -1;
-      append(slot, step, keeps_sums, has_norms, next_norm);
-      if (has_norms && thread_ < n_heads_ && step + 1 < shape_.n_tokens)
-        next_norm = norm_of(thread_, step + 1);
-      block_sync();
+      newest_own_ = slot % kSumLanes >> own_shift_ == rank_ ? local(slot) : -1;
       const int n = own_count(count);
       const bool due = step >= a_.n_prompt && count > task_.trigger;
-      if (has_attention && (due || keeps_sums)) attend(step, n, count);
+      if (has_norms && thread_ < n_heads_) {
+        newest_norms_[(step & 1) * n_heads_ + thread_] = next_norm;
+        if (step + 1 < shape_.n_tokens) next_norm = norm_of(thread_, step + 1);
+      }
+      if (has_attention && (due || keeps_sums)) {
+        if (!asked) ask(step, n);
+        attend(step, n, count);
+        asked = !kLarge && step + 1 < a_.t1;
+      } else if (has_norms) {
+        block_sync();
+      }
+      append(step, keeps_sums, has_norms);
       if (!due && !keeps_sums) continue;
-      const Candidates found = score(step, n, due);
+      const Candidate found = score(step, n, due, asked);
       if (!due) continue;
-      if (found.low == ~uint64_t{0} || found.low >> 32 == 0) {
+      if (found.low == Candidate::kNone || found.low == 0) {
         failed = true;
         if (thread_ == 0) a_.tasks[index_].failed = step;
         break;
       }
-      const auto tie = static_cast<uint32_t>(found.low);
-      hole = static_cast<int>(task_.last_tie != 0 ? ~tie : tie);
-      if (thread_ == 0) {
-        near_ties += near_tie(found);
-        if (owns(hole)) {
-          const int pos = positions_[local(hole)];
+      hole = static_cast<int>(task_.last_tie != 0 ? ~found.slot : found.slot);
+      if (thread_ == 0) near_ties += near_tie(found);
+      if (hole % kSumLanes >> own_shift_ == rank_) {
+        const int j = local(hole);
+        if (j % a_.n_threads == thread_) {
+          const int pos = positions_[j];
           for (int h = 0; h < n_heads_; ++h)
             task_.last[static_cast<int64_t>(task_.head + h) * shape_.n_tokens + pos] = step;
         }
       }
     }
-    block_sync();
+    if (failed && asked) await_weights();
+    if (a_.cluster > 1) {  // nobody leaves while others write to it
+      device::cluster_arrive();
+      device::cluster_wait();
+    } else {
+      block_sync();
+    }
     if (failed) return;
     for (int j = thread_; j < own_count(count); j += a_.n_threads) {
       task_.positions[slot_of(j)] = positions_[j];
@@ -287,16 +400,18 @@ class Decide {
   }
 
  private:
-  KVLAPSE_DEVICE bool owns(int slot) const { return slot % kSumLanes / own_lanes_ == rank_; }
+  // Barriers: weights have landed; what the blocks of a cluster tell.
+  enum Told { kMaxima = 1, kSums, kCandidates };
+
   KVLAPSE_DEVICE int local(int slot) const {
-    return slot / kSumLanes * own_lanes_ + slot % kSumLanes - rank_ * own_lanes_;
+    return (slot / kSumLanes << own_shift_) + (slot % kSumLanes & (own_lanes_ - 1));
   }
   KVLAPSE_DEVICE int slot_of(int j) const {
-    return j / own_lanes_ * kSumLanes + rank_ * own_lanes_ + j % own_lanes_;
+    return (j >> own_shift_) * kSumLanes + (rank_ << own_shift_) + (j & (own_lanes_ - 1));
   }
   KVLAPSE_DEVICE int own_count(int count) const {
-    const int rest = count % kSumLanes - rank_ * own_lanes_;
-    return count / kSumLanes * own_lanes_ + most(0, least(rest, own_lanes_));
+    const int rest = count % kSumLanes - (rank_ << own_shift_);
+    return (count / kSumLanes << own_shift_) + most(0, least(rest, own_lanes_));
   }
   KVLAPSE_DEVICE float norm_of(int head, int pos) const {
     return task_.value_l1[static_cast<int64_t>(task_.head + head) * shape_.n_tokens + pos];
@@ -312,102 +427,123 @@ class Decide {
       }
     }
   }
-  KVLAPSE_DEVICE void append(int slot, int step, bool keeps_sums, bool has_norms, float norm) {
-    if (!owns(slot) || thread_ >= most(1, n_heads_)) return;
-    const int j = local(slot);
-    if (thread_ == 0) positions_[j] = step;
-    if (keeps_sums) sums_[thread_ * slots_ + j] = 0;
-    if (has_norms) norms_[thread_ * slots_ + j] = norm;
+  // By the thread that scores the slot.
+  KVLAPSE_DEVICE void append(int step, bool keeps_sums, bool has_norms) {
+    const int j = newest_own_;
+    if (j < 0 || j % a_.n_threads != thread_) return;
+    positions_[j] = step;
+    for (int h = 0; h < n_heads_; ++h) {
+      if (keeps_sums) sums_[h * slots_ + j] = 0;
+      if (has_norms) norms_[h * slots_ + j] = newest_norms_[(step & 1) * n_heads_ + h];
+    }
   }
-  KVLAPSE_DEVICE void cluster_sync() const {
-    device::cluster_arrive();
-    device::cluster_wait();
+
+  // ---- weights of a step ----
+  KVLAPSE_DEVICE const float* row_of(int step, int h) const {
+    return a_.weights + shape_.row(step - a_.t0, task_.head + h);
   }
-  KVLAPSE_DEVICE void tell(uint32_t* to, uint32_t v, int rank) const {
-    device::remote_store(device::remote_address(device::smem_address(to), rank), v);
+  KVLAPSE_DEVICE void ask_slot(int j, int pos, int step) const {
+    const int64_t row = static_cast<int64_t>(shape_.stride) * kLanes;
+    const float* from = row_of(step, 0) + static_cast<int64_t>(pos) * kLanes;
+    const int64_t next = step + 1 < a_.t1 ? shape_.n_kv * row : 0;
+    SmemAddress to = device::smem_address(weights_ + j * slot_floats_);
+    KVLAPSE_NO_UNROLL
+    for (int h = 0; h < n_heads_; ++h) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kLanes / 4; ++i)
+        device::copy_async16(to + static_cast<uint32_t>(16 * i), from + 4 * i, true);
+      device::prefetch_l2(from + next);
+      from += row, to += kLanes * 4;
+    }
+  }
+  // The token of `step` itself, whose slot is not known yet, and the end of what this thread asks for.
+  KVLAPSE_DEVICE void ask_newest(int step) const {
+    for (int i = thread_; i < width_ / 4; i += a_.n_threads) {
+      const int h = 4 * i / kLanes;
+      device::copy_async16(device::smem_address(newest_ + 4 * i),
+                           row_of(step, h) + static_cast<int64_t>(step) * kLanes + 4 * i % kLanes, true);
+    }
+    device::copy_async_arrive(barriers_);
+  }
+  KVLAPSE_DEVICE void ask(int step, int n) const {
+    if constexpr (!kLarge) {
+      for (int j = thread_; j < n; j += a_.n_threads)
+        if (j != newest_own_) ask_slot(j, positions_[j], step);
+    }
+    ask_newest(step);
+  }
+  KVLAPSE_DEVICE void await_weights() {
+    device::mbarrier_wait(barriers_, landed_ & 1);
+    ++landed_;
+  }
+
+  KVLAPSE_DEVICE void tell(Float4* to, const Float4& v, int rank, int told) const {
+    device::remote_store4(device::remote_address(device::smem_address(to), rank), v,
+                          device::remote_address(barriers_ + static_cast<uint32_t>(8 * told), rank));
+  }
+  // Expects `floats` from all blocks together.
+  KVLAPSE_DEVICE void expect(int told, int floats) const {
+    if (thread_ == 0)
+      device::mbarrier_arrive_expect(barriers_ + static_cast<uint32_t>(8 * told),
+                                     static_cast<uint32_t>(floats * 4));
+  }
+  KVLAPSE_DEVICE void hear(int told, uint32_t times) const {
+    device::mbarrier_wait_cluster(barriers_ + static_cast<uint32_t>(8 * told), times & 1);
   }
 
   // Exponentials of the own slots and, in inverse_, one over their sum over all slots, for every query head.
   KVLAPSE_DEVICE void attend(int step, int n, int count) {
     uint32_t* keys = keys_ + (step & 1) * width_;
     uint32_t* cleared = keys_ + (~step & 1) * width_;
-    gather(step, n, keys);
+    await_weights();
+    find_maxima(step, n, keys);
     block_sync();
     if (a_.cluster > 1) {
-      for (int i = thread_; i < width_ * a_.cluster; i += a_.n_threads)
-        tell(maxima_ + rank_ * width_ + i % width_, keys[i % width_], i / width_);
-      cluster_sync();
-      for (int i = thread_; i < width_; i += a_.n_threads) {
-        uint32_t key = 0;
-        for (int r = 0; r < a_.cluster; ++r) {
-          const uint32_t other = maxima_[r * width_ + i];
-          key = other > key ? other : key;
-        }
-        keys[i] = key;
-      }
-      block_sync();
+      expect(kMaxima, a_.cluster * width_);
+      const int quads = width_ / 4;
+      for (int i = thread_; i < quads * a_.cluster; i += a_.n_threads)
+        tell(reinterpret_cast<Float4*>(maxima_ + rank_ * width_) + i % quads,
+             reinterpret_cast<const Float4*>(keys)[i % quads], i / quads, kMaxima);
+      hear(kMaxima, heard_);
     }
     exponentials(n, keys);
     for (int i = thread_; i < width_; i += a_.n_threads) cleared[i] = 0;
     block_sync();
-    for (int i = thread_; i < own_lanes_ * width_; i += a_.n_threads) {
-      const int lane = rank_ * own_lanes_ + i / width_;
-      const float* from = weights_ + i / width_ * slot_floats_ + i % width_;
-      const int rows = (count - lane + kSumLanes - 1) / kSumLanes, stride = own_lanes_ * slot_floats_;
-      float sum = 0;
-      KVLAPSE_UNROLL_16
-      for (int k = 0; k < rows; ++k) sum += from[k * stride];
-      float* to = lane_sums_ + lane * width_ + i % width_;
-      if (a_.cluster == 1) {
-        *to = sum;
-      } else {
-        for (int r = 0; r < a_.cluster; ++r)
-          tell(reinterpret_cast<uint32_t*>(to), device::float_bits(sum), r);
-      }
-    }
-    if (a_.cluster > 1)
-      cluster_sync();
+    if (a_.cluster == 1)
+      sum_alone(count);
     else
-      block_sync();
-    for (int i = thread_; i < width_; i += a_.n_threads) {
-      float lanes[kSumLanes];
-      KVLAPSE_UNROLL
-      for (int l = 0; l < kSumLanes; ++l) lanes[l] = lane_sums_[l * width_ + i];
-      KVLAPSE_UNROLL
-      for (int w = kSumLanes / 2; w > 0; w /= 2) {
-        KVLAPSE_UNROLL
-        for (int l = 0; l < w; ++l) lanes[l] += lanes[l + w];
-      }
-      inverse_[i] = 1.0f / lanes[0];
-    }
+      sum_together(count);
     block_sync();
+    ++heard_;
   }
 
-  // A thread keeps to one kv head.
-  KVLAPSE_DEVICE void gather(int step, int n, uint32_t* keys) {
+  KVLAPSE_DEVICE void find_maxima(int step, int n, uint32_t* keys) {
     const int teams = a_.n_threads / n_heads_, h = thread_ % n_heads_, team = thread_ / n_heads_;
     float largest[kLanes];
     KVLAPSE_UNROLL
     for (int g = 0; g < kLanes; ++g) largest[g] = -infinity();
     if (team < teams) {
-      const float* row = a_.weights + shape_.row(step - a_.t0, task_.head + h);
-      const int64_t next = step + 1 < a_.t1 ? static_cast<int64_t>(shape_.n_kv) * shape_.stride * kLanes : 0;
-      constexpr int kAtOnce = kLanes == 4 ? 8 : 4;
+      constexpr int kAtOnce = kLanes == 4 ? 4 : 2;
+      const float* row = row_of(step, h);
+      const int64_t next =
+          step + 1 < a_.t1 ? static_cast<int64_t>(shape_.n_kv) * shape_.stride * kLanes : 0;
       for (int j = team; j < n; j += kAtOnce * teams) {
         Weights<kLanes> w[kAtOnce];
         KVLAPSE_UNROLL
         for (int k = 0; k < kAtOnce; ++k) {
           const int at = j + k * teams;
           if (at >= n) continue;
-          const float* from = row + static_cast<int64_t>(positions_[at]) * kLanes;
+          const float* from = at == newest_own_ ? newest_ + h * kLanes
+                              : kLarge          ? row + static_cast<int64_t>(positions_[at]) * kLanes
+                                                : weights_ + at * slot_floats_ + h * kLanes;
           w[k] = Weights<kLanes>::load(from);
-          device::prefetch_l2(from + next);
+          if (kLarge && at != newest_own_) device::prefetch_l2(from + next);
         }
         KVLAPSE_UNROLL
         for (int k = 0; k < kAtOnce; ++k) {
           const int at = j + k * teams;
           if (at >= n) continue;
-          w[k].store(weights_ + at * slot_floats_ + h * kLanes);
+          if (kLarge || at == newest_own_) w[k].store(weights_ + at * slot_floats_ + h * kLanes);
           KVLAPSE_UNROLL
           for (int g = 0; g < kLanes; ++g) largest[g] = w[k].v[g] > largest[g] ? w[k].v[g] : largest[g];
         }
@@ -436,7 +572,14 @@ class Decide {
     if (team >= teams) return;
     float largest[kLanes];
     KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; ++g) largest[g] = unordered(keys[h * kLanes + g]);
+    for (int g = 0; g < kLanes; ++g) {
+      uint32_t key = a_.cluster == 1 ? keys[h * kLanes + g] : 0;
+      for (int r = 0; a_.cluster > 1 && r < a_.cluster; ++r) {
+        const uint32_t other = maxima_[r * width_ + h * kLanes + g];
+        key = other > key ? other : key;
+      }
+      largest[g] = unordered(key);
+    }
     KVLAPSE_UNROLL_2
     for (int j = team; j < n; j += teams) {
       float* at = weights_ + j * slot_floats_ + h * kLanes;
@@ -447,11 +590,62 @@ class Decide {
     }
   }
 
-  KVLAPSE_DEVICE Candidates score(int step, int n, bool due) {
+  // A thread sums one lane of two query heads; sixteen neighbours hold the lanes and add them as
+  // vector_math.h does: l + 8, then + 4, + 2, + 1.
+  KVLAPSE_DEVICE void sum_alone(int count) {
+    for (int i = thread_; i < kSumLanes * width_ / 2; i += a_.n_threads) {
+      const int lane = i % kSumLanes, pair = i / kSumLanes;
+      const float* from = weights_ + lane * slot_floats_ + 2 * pair;
+      const int rows = (count - lane + kSumLanes - 1) / kSumLanes, stride = kSumLanes * slot_floats_;
+      Float2 sum = {0, 0};
+      KVLAPSE_UNROLL_16
+      for (int k = 0; k < rows; ++k) {
+        const Float2 e = *reinterpret_cast<const Float2*>(from + k * stride);
+        sum.x += e.x, sum.y += e.y;
+      }
+      KVLAPSE_UNROLL
+      for (int mask = kSumLanes / 2; mask > 0; mask /= 2)
+        sum.x += shuffle_xor(sum.x, mask), sum.y += shuffle_xor(sum.y, mask);
+      if (lane == 0) inverse_[2 * pair] = 1.0f / sum.x, inverse_[2 * pair + 1] = 1.0f / sum.y;
+    }
+  }
+  KVLAPSE_DEVICE void sum_together(int count) {
+    expect(kSums, kSumLanes * width_);
+    const int n = own_lanes_ * width_, stride = own_lanes_ * slot_floats_;
+    for (int i = thread_; i < (n + 31) / 32 * 32; i += a_.n_threads) {
+      const int own = least(i, n - 1) / width_, lane = (rank_ << own_shift_) + own,
+                column = least(i, n - 1) % width_;
+      const float* from = weights_ + own * slot_floats_ + column;
+      const int rows = (count - lane + kSumLanes - 1) / kSumLanes;
+      float sum = 0;
+      KVLAPSE_UNROLL_16
+      for (int k = 0; k < rows; ++k) sum += from[k * stride];
+      const int first = thread_ % 32 / 4 * 4;
+      const Float4 quad = {shuffle_from(sum, first), shuffle_from(sum, first + 1),
+                           shuffle_from(sum, first + 2), shuffle_from(sum, first + 3)};
+      for (int r = thread_ % 4; i < n && r < a_.cluster; r += 4)
+        tell(reinterpret_cast<Float4*>(lane_sums_ + lane * width_ + column / 4 * 4), quad, r, kSums);
+    }
+    hear(kSums, heard_);
+    for (int i = thread_; i < width_; i += a_.n_threads) {
+      float lanes[kSumLanes];
+      KVLAPSE_UNROLL
+      for (int l = 0; l < kSumLanes; ++l) lanes[l] = lane_sums_[l * width_ + i];
+      KVLAPSE_UNROLL
+      for (int w = kSumLanes / 2; w > 0; w /= 2) {
+        KVLAPSE_UNROLL
+        for (int l = 0; l < w; ++l) lanes[l] += lanes[l + w];
+      }
+      inverse_[i] = 1.0f / lanes[0];
+    }
+  }
+
+  // `asks`: for the weights of the next step.
+  KVLAPSE_DEVICE Candidate score(int step, int n, bool due, bool asks) {
     const int first_free = task_.first_free, last_free = step - task_.recent;
     uint64_t draw = 0;
     if (task_.score == DeviceScore::random) draw = mix64(task_.seed ^ static_cast<uint64_t>(step));
-    Candidates own;
+    Candidate own;
     bool nan = false;
     for (int j = thread_; j < n; j += a_.n_threads) {
       const int pos = positions_[j];
@@ -460,41 +654,36 @@ class Decide {
         value = unit_float(mix64(draw ^ static_cast<uint64_t>(pos)));
       else
         value = score_of(j);
+      if constexpr (!kLarge) {
+        if (asks) ask_slot(j, pos, step + 1);
+      }
       if (!due || pos < first_free || pos > last_free) continue;
       nan |= value != value;
       const int slot = slot_of(j);
-      own.add(static_cast<uint64_t>(ordered(value + 0.0f)) << 32 |
-              static_cast<uint32_t>(task_.last_tie != 0 ? ~slot : slot));
+      own.add(ordered(value + 0.0f), static_cast<uint32_t>(task_.last_tie != 0 ? ~slot : slot));
     }
+    if (asks) ask_newest(step + 1);
     if (!due) return own;
-    if (nan) own.low = 0;  // below every number
+    if (nan) own.low = own.slot = 0;  // below every number
     own = own.across_warp();
-    if (thread_ % 32 == 0) warp_candidates_[thread_ / 32] = own;
+    Candidate* const told = warp_candidates_ + (step & 1) * 32;
+    if (thread_ % 32 == 0) told[thread_ / 32] = own;
     block_sync();
-    Candidates all;
-    if (thread_ < 32) {
-      if (thread_ < a_.n_threads / 32) all = warp_candidates_[thread_];
-      all = all.across_warp();
-      if (thread_ < a_.cluster) {
-        if (a_.cluster == 1) {
-          block_candidates_[0] = all;
-        } else {
-          auto* to = reinterpret_cast<uint32_t*>(block_candidates_ + rank_);
-          tell(to, static_cast<uint32_t>(all.low), thread_);
-          tell(to + 1, static_cast<uint32_t>(all.low >> 32), thread_);
-          tell(to + 2, static_cast<uint32_t>(all.next), thread_);
-          tell(to + 3, static_cast<uint32_t>(all.next >> 32), thread_);
-        }
-      }
+    if (a_.cluster == 1 || thread_ < 32) {
+      Candidate all;
+      if (thread_ % 32 < a_.n_threads / 32) all = told[thread_ % 32];
+      own = all.across_warp();
     }
-    if (a_.cluster == 1) {
-      block_sync();
-      return block_candidates_[0];
-    }
-    cluster_sync();
-    all = block_candidates_[0];
-    for (int r = 1; r < a_.cluster; ++r) all.merge(block_candidates_[r]);
-    return all;
+    if (a_.cluster == 1) return own;
+    expect(kCandidates, a_.cluster * 4);
+    if (thread_ < a_.cluster)
+      tell(reinterpret_cast<Float4*>(block_candidates_ + rank_),
+           Float4{device::bits_float(own.low), device::bits_float(own.slot), device::bits_float(own.next), 0},
+           thread_, kCandidates);
+    hear(kCandidates, decided_++);
+    own = block_candidates_[0];
+    for (int r = 1; r < a_.cluster; ++r) own.merge(block_candidates_[r]);
+    return own;
   }
 
   // Weights become scores as policies of core/policy define them; sums of attention move on.
@@ -551,10 +740,9 @@ class Decide {
     return score;
   }
 
-  KVLAPSE_DEVICE static bool near_tie(const Candidates& found) {
-    if (found.next == ~uint64_t{0}) return false;
-    const double a = unordered(static_cast<uint32_t>(found.low >> 32)),
-                 b = unordered(static_cast<uint32_t>(found.next >> 32));
+  KVLAPSE_DEVICE static bool near_tie(const Candidate& found) {
+    if (found.next == Candidate::kNone) return false;
+    const double a = unordered(found.low), b = unordered(found.next);
     const double size = (a < 0 ? -a : a) > (b < 0 ? -b : b) ? (a < 0 ? -a : a) : (b < 0 ? -b : b);
     return (a < b ? b - a : a - b) <= 1e-6 * size;
   }
@@ -564,10 +752,13 @@ class Decide {
   const DecideTask task_;
   const Shape shape_;
   const int rank_, thread_, n_heads_, group_, width_, slot_floats_, own_lanes_;
-  int slots_;
-  Candidates *warp_candidates_, *block_candidates_;
+  int own_shift_, slots_;
+  int newest_own_ = -1;                             // own number of the slot that this step fills, -1: another's
+  uint32_t landed_ = 0, heard_ = 0, decided_ = 0;  // phases of the barriers
+  SmemAddress barriers_;
+  Candidate *warp_candidates_, *block_candidates_;
   uint32_t *keys_, *maxima_;
-  float *lane_sums_, *inverse_, *sums_, *norms_, *weights_;
+  float *lane_sums_, *inverse_, *newest_, *newest_norms_, *sums_, *norms_, *weights_;
   int32_t* positions_;
 };
 

@@ -62,7 +62,16 @@ class EmulatedGpu final : public DeviceApi {
   void launch(const exact::MeanKeyArgs& a) override { run(a); }
   void launch(const exact::SimilarKeyArgs& a) override { run(a); }
 
-  void launch(const gpu_replay::LogitsArgs& a) override { replay(a); }
+  void launch(const gpu_replay::LogitsArgs& a) override {
+    blocks(a, [&](int block, unsigned char* shared) {
+      if (a.shape.dim == 64)
+        gpu_replay::Logits<64>(a, block, shared).run();
+      else if (a.shape.dim == 128)
+        gpu_replay::Logits<128>(a, block, shared).run();
+      else
+        gpu_replay::Logits<0>(a, block, shared).run();
+    });
+  }
   void launch(const gpu_replay::ValuesArgs& a) override { replay(a); }
   void launch(const gpu_replay::RowsArgs& a) override {
     blocks(a, [&](int block, unsigned char* shared) {
