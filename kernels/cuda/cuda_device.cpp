@@ -31,6 +31,7 @@ class CudaDevice final : public DeviceApi {
     KVLAPSE_CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
     KVLAPSE_CUDA_CHECK(cudaDriverGetVersion(&driver));
     description_ = fmt::format("cuda:{} {}, driver API {}", index, properties.name, version_text(driver));
+    KVLAPSE_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(nullptr, &first_priority_));
     streams_[0] = std::make_unique<Stream>();
     shared_bytes_ = static_cast<int>(properties.sharedMemPerBlockOptin);
     clusters_ = properties.major >= 9;
@@ -107,20 +108,22 @@ class CudaDevice final : public DeviceApi {
   void launch(const gpu_replay::RowsArgs& a) override { launch_replay(lane(), a); }
   void launch(const gpu_replay::MassesArgs& a) override { launch_replay(lane(), a); }
   void launch(const gpu_replay::OutputsArgs& a) override { launch_replay(lane(), a); }
+  void launch(const gpu_replay::RepairsArgs& a) override { launch_replay(lane(), a); }
   void launch(const gpu_replay::FutureArgs& a) override { launch_replay(lane(), a); }
   void launch(const gpu_replay::SumFutureArgs& a) override { launch_replay(lane(), a); }
   void launch(const gpu_replay::CloseArgs& a) override { launch_replay(lane(), a); }
   Limits limits() const override { return {shared_bytes_, clusters_, kReplayDecideThreads}; }
 
   void fork() override {
-    if (!forked_) forked_ = std::make_unique<Event>();
-    forked_->record(stream());
+    if (!forked_[queue_]) forked_[queue_] = std::make_unique<Event>();
+    forked_[queue_]->record(stream());
     next_lane_ = 0;
   }
   void join() override {
     for (int i = 0; i < next_lane_; ++i) {
-      lanes_[i]->done.record(lanes_[i]->stream);
-      KVLAPSE_CUDA_CHECK(cudaStreamWaitEvent(stream().get(), lanes_[i]->done.get()));
+      Lane& lane = *lanes_[queue_][i];
+      lane.done.record(lane.stream);
+      KVLAPSE_CUDA_CHECK(cudaStreamWaitEvent(stream().get(), lane.done.get()));
     }
     next_lane_ = -1;
   }
@@ -154,9 +157,11 @@ class CudaDevice final : public DeviceApi {
   // The stream of the next launch: between fork() and join() one of its own.
   cudaStream_t lane() {
     if (next_lane_ < 0) return stream().get();
-    if (next_lane_ == static_cast<int>(lanes_.size())) lanes_.push_back(std::make_unique<Lane>());
-    const Lane& lane = *lanes_[next_lane_++];
-    KVLAPSE_CUDA_CHECK(cudaStreamWaitEvent(lane.stream.get(), forked_->get()));
+    std::vector<std::unique_ptr<Lane>>& lanes = lanes_[queue_];
+    if (next_lane_ == static_cast<int>(lanes.size()))
+      lanes.push_back(std::make_unique<Lane>(queue_ == 0 ? first_priority_ : 0));
+    const Lane& lane = *lanes[next_lane_++];
+    KVLAPSE_CUDA_CHECK(cudaStreamWaitEvent(lane.stream.get(), forked_[queue_]->get()));
     return lane.stream.get();
   }
   // Whether the copy engine reads `memory` itself, after the call has returned.
@@ -167,18 +172,19 @@ class CudaDevice final : public DeviceApi {
   }
 
   std::string description_;
-  std::unique_ptr<Stream> streams_[2];
+  std::unique_ptr<Stream> streams_[3];
   int queue_ = 0;
   std::map<int, std::unique_ptr<Event>> marks_;
   std::map<uint64_t, std::unique_ptr<Graph>> graphs_;
   struct Lane {
+    explicit Lane(int priority) : stream(priority) {}
     Stream stream;
     Event done;
   };
-  std::vector<std::unique_ptr<Lane>> lanes_;
-  std::unique_ptr<Event> forked_;
+  std::vector<std::unique_ptr<Lane>> lanes_[3];  // of every queue
+  std::unique_ptr<Event> forked_[3];
   int next_lane_ = -1;  // -1: not forked
-  int shared_bytes_ = 0;
+  int shared_bytes_ = 0, first_priority_ = 0;
   bool clusters_ = false;
 };
 

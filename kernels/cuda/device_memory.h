@@ -62,6 +62,10 @@ class DeviceBuffer {
 class Stream {
  public:
   Stream() { KVLAPSE_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  // Lower numbers first: blocks of such kernels start before those that wait in other streams.
+  explicit Stream(int priority) {
+    KVLAPSE_CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, priority));
+  }
   ~Stream() { KVLAPSE_CUDA_LOG(cudaStreamDestroy(stream_)); }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;

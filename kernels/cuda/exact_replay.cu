@@ -39,18 +39,28 @@ void launch(cudaStream_t stream, void (*kernel)(Args), const Args& args) {
 KVLAPSE_REPLAY_KERNEL(replay_values, ValuesArgs, run)
 KVLAPSE_REPLAY_KERNEL(replay_rows_4, RowsArgs, run<4>)
 KVLAPSE_REPLAY_KERNEL(replay_rows_8, RowsArgs, run<8>)
-KVLAPSE_REPLAY_KERNEL(replay_masses_4, MassesArgs, run<4>)
-KVLAPSE_REPLAY_KERNEL(replay_masses_8, MassesArgs, run<8>)
+KVLAPSE_REPLAY_KERNEL(replay_repairs, RepairsArgs, run)
 KVLAPSE_REPLAY_KERNEL(replay_future, FutureArgs, run)
 KVLAPSE_REPLAY_KERNEL(replay_sum_future, SumFutureArgs, run)
 KVLAPSE_REPLAY_KERNEL(replay_close, CloseArgs, run)
 
 KVLAPSE_REPLAY_LAUNCH(replay_values, ValuesArgs)
 KVLAPSE_REPLAY_LAUNCH_LANES(replay_rows, RowsArgs)
-KVLAPSE_REPLAY_LAUNCH_LANES(replay_masses, MassesArgs)
+KVLAPSE_REPLAY_LAUNCH(replay_repairs, RepairsArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_future, FutureArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_sum_future, SumFutureArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_close, CloseArgs)
+
+template <int kLanes>
+static __global__ void __launch_bounds__(gpu_replay::MassesArgs::kThreads, kLanes == 4 ? 3 : 2)
+    replay_masses_kernel(const __grid_constant__ gpu_replay::MassesArgs args) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  gpu_replay::run<kLanes>(args, device::block_index(), shared);
+}
+
+void launch_replay(cudaStream_t stream, const gpu_replay::MassesArgs& args) {
+  launch(stream, args.shape.lanes() == 4 ? replay_masses_kernel<4> : replay_masses_kernel<8>, args);
+}
 
 template <int kDim>
 static __global__ void __launch_bounds__(gpu_replay::LogitsArgs::kThreads, 2)

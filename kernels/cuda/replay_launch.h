@@ -14,6 +14,7 @@ void launch_replay(cudaStream_t stream, const gpu_replay::DecideArgs& args, bool
 void launch_replay(cudaStream_t stream, const gpu_replay::RowsArgs& args);
 void launch_replay(cudaStream_t stream, const gpu_replay::MassesArgs& args);
 void launch_replay(cudaStream_t stream, const gpu_replay::OutputsArgs& args);
+void launch_replay(cudaStream_t stream, const gpu_replay::RepairsArgs& args);
 void launch_replay(cudaStream_t stream, const gpu_replay::FutureArgs& args);
 void launch_replay(cudaStream_t stream, const gpu_replay::SumFutureArgs& args);
 void launch_replay(cudaStream_t stream, const gpu_replay::CloseArgs& args);

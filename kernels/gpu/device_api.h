@@ -58,6 +58,7 @@ class DeviceApi {
   virtual void launch(const gpu_replay::MassesArgs&) = 0;
   virtual void launch(const gpu_replay::FutureArgs&) = 0;
   virtual void launch(const gpu_replay::OutputsArgs&) = 0;
+  virtual void launch(const gpu_replay::RepairsArgs&) = 0;
   virtual void launch(const gpu_replay::SumFutureArgs&) = 0;
   virtual void launch(const gpu_replay::CloseArgs&) = 0;
   struct Limits {
@@ -69,8 +70,8 @@ class DeviceApi {
   // Launches until join() may run beside one another, each behind what was launched before fork().
   virtual void fork() {}
   virtual void join() {}
-  // Two queues: what follows goes to this one (copies too; synchronize() waits for both). wait(i) holds the
-  // queue in use until the other one has passed its last mark(i).
+  // Three queues: what follows goes to this one (copies too; synchronize() waits for all). wait(i) holds the
+  // queue in use until the one that last did mark(i) has passed it.
   virtual void use(int /*queue*/) {}
   virtual void mark(int /*event*/) {}
   virtual void wait(int /*event*/) {}

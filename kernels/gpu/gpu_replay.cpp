@@ -1,6 +1,7 @@
 #include "kernels/gpu/gpu_replay.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -17,7 +18,9 @@ namespace gr = gpu_replay;
 using Clock = std::chrono::steady_clock;
 
 constexpr int kMostBlockSteps = 512;
-constexpr int kDecided = 0, kMeasured = 2;  // marks of the two blocks in flight
+// Queues, and marks of the blocks in flight: by the block's number modulo two, or three.
+constexpr int kDecisions = 0, kMeasures = 1, kCopies = 2;
+constexpr int kDecided = 0, kReady = 2, kLoaded = 3, kMeasured = 6, kWeighed = 9;
 
 gr::Reduce reduce_of(GqaRule rule) {
   return rule == GqaRule::mean ? gr::Reduce::mean : rule == GqaRule::max ? gr::Reduce::max : gr::Reduce::sum;
@@ -35,9 +38,11 @@ struct GpuReplay::Run {
   int n_blocks = 0;
   int n_configs, begin, end, block_steps;  // steps [begin, end) are measured, or decide when nothing is
   size_t row_floats;                       // weights of a step
-  float *q_host, *k_host, *v_host, *q[2], *k, *v, *weights[2], *l1, *metrics = nullptr, *future = nullptr;
+  float *q_host, *k_host, *v_host, *q[3], *k, *v, *weights[2], *l1, *metrics = nullptr, *future = nullptr;
   uint16_t *half, *half_weights = nullptr;
   float *outputs = nullptr, *totals = nullptr;
+  gr::Repair* repairs = nullptr;
+  uint32_t* n_repairs = nullptr;
   int32_t* most_held = nullptr;
   int32_t *last, *failed;
   gr::RowFacts* facts = nullptr;
@@ -109,11 +114,12 @@ struct GpuReplay::Run {
     q_host = static_cast<float*>(owner.host("q", n_tokens * q_width * 4));
     k_host = static_cast<float*>(owner.host("k", n_tokens * kv_width * 4));
     v_host = static_cast<float*>(owner.host("v", n_tokens * kv_width * 4));
-    for (int i = 0; i < 2; ++i) {
-      q[i] = on_device<float>(i ? "q 1" : "q 0", static_cast<size_t>(block_steps + 1) * q_width);
+    for (int i = 0; i < 3; ++i)
+      q[i] = on_device<float>(std::array{"q 0", "q 1", "q 2"}[i],
+                              static_cast<size_t>(block_steps + 1) * q_width);
+    for (int i = 0; i < 2; ++i)
       weights[i] =
           on_device<float>(i ? "weights 1" : "weights 0", static_cast<size_t>(block_steps) * row_floats);
-    }
     k = on_device<float>("k", n_tokens * kv_width);
     v = on_device<float>("v", n_tokens * kv_width);
     half = on_device<uint16_t>("half", n_tokens * shape.n_kv * shape.dim_padded());
@@ -129,6 +135,8 @@ struct GpuReplay::Run {
     half_weights = on_device<uint16_t>("half_weights", static_cast<size_t>(block_steps) * row_floats);
     outputs = on_device<float>("outputs", static_cast<size_t>(block_steps) * shape.n_q * shape.dim_padded());
     totals = on_device<float>("totals", static_cast<size_t>(block_steps) * shape.n_q);
+    repairs = on_device<gr::Repair>("repairs", q_heads * block_steps);
+    n_repairs = on_device<uint32_t>("n_repairs", 1);
     most_held = on_device<int32_t>("held", n_configs);
     std::vector<int32_t> peaks;
     for (const DeviceReplayConfig& c : r.configs) peaks.push_back(c.rule.peak_slots(c.budget));
@@ -339,6 +347,11 @@ struct GpuReplay::Run {
     stage("setup");
     const int first = any_sums ? 0 : std::min(begin, r.n_prompt) / 32 * 32;
     if (first > 0) load_keys(first);
+    api.mark(kReady);
+    for (int queue : {kMeasures, kCopies}) {
+      api.use(queue);
+      api.wait(kReady);
+    }
     for (int t0 = first; t0 < end;) {
       int t1 = std::min(end, t0 / block_steps * block_steps + block_steps);
       if (t0 < r.n_prompt && t1 > r.n_prompt && any_sums) t1 = r.n_prompt;  // its cut comes between
@@ -346,6 +359,7 @@ struct GpuReplay::Run {
       if (t1 == r.n_prompt) cut_prompts();
       t0 = t1;
     }
+    measure_pending();
     collect();
     r.seconds = std::chrono::duration<double>(Clock::now() - start).count();
   }
@@ -359,19 +373,27 @@ struct GpuReplay::Run {
     api.launch(gr::ValuesArgs{shape, v, l1, half, 0, n});
   }
 
-  // Two queues: logits and decisions of a block run beside what is measured of the block before. `last` may
-  // hold later steps by then, which are as good as held.
+  // What the recording alone asks for (logits of this block, then measures of the one before) runs beside the
+  // decisions of this block and copies of the next. `last` may hold later steps than those that are measured,
+  // which are as good as held.
   void block(int t0, int t1) {
     const size_t q_width = static_cast<size_t>(shape.n_q) * shape.dim;
-    const int side = n_blocks++ % 2;
-    api.use(0);
-    api.wait(kMeasured + side);  // of the block before the last
-    load(t0, t1, q[side]);
+    const int number = n_blocks++, side = number % 2;
+    api.use(kCopies);
+    api.wait(kMeasured + number % 3);  // q of three blocks ago
+    load(t0, t1, q[number % 3]);
+    api.mark(kLoaded + number % 3);
     stage("upload");
+    api.use(kMeasures);
+    api.wait(kLoaded + number % 3);
+    api.wait(kDecided + side);  // weights of the block before the last
     api.launch(gr::ValuesArgs{shape, v, l1, half, t0, t1});
     api.launch(
-        gr::LogitsArgs{shape, q[side] + q_width, k, weights[side], t0, t1, attention_scale(shape.dim)});
+        gr::LogitsArgs{shape, q[number % 3] + q_width, k, weights[side], t0, t1, attention_scale(shape.dim)});
+    api.mark(kWeighed + side);
     stage("logits");
+    api.use(kDecisions);
+    api.wait(kWeighed + side);
     api.fork();
     for (const Group& g : groups)
       api.launch(gr::DecideArgs{shape, device_tasks + g.first, weights[side], g.n, g.cluster, t0, t1,
@@ -380,23 +402,48 @@ struct GpuReplay::Run {
     api.join();
     api.mark(kDecided + side);
     stage("decisions");
-    if (!r.metrics || t1 <= begin) return;
-    api.use(1);
-    api.wait(kDecided + side);
-    api.launch(gr::RowsArgs{shape, weights[side], half_weights, q[side] + q_width, t0 > 0 ? q[side] : nullptr,
+    measure_pending();
+    pending = {t0, t1, number};
+    api.use(kDecisions);
+  }
+
+  struct Pending {
+    int t0 = 0, t1 = 0, number = -1;
+  } pending;
+  void measure_pending() {
+    const auto [t0, t1, number] = std::exchange(pending, {});
+    if (number < 0) return;
+    const int side = number % 2;
+    const float* const own_q = q[number % 3];
+    api.use(kMeasures);
+    if (r.metrics && t1 > begin) {
+      api.wait(kDecided + side);
+      measure(t0, t1, side, own_q);
+    }
+    api.mark(kMeasured + number % 3);
+  }
+  void measure(int t0, int t1, int side, const float* own_q) {
+    const size_t q_width = static_cast<size_t>(shape.n_q) * shape.dim;
+    api.launch(gr::RowsArgs{shape, weights[side], half_weights, own_q + q_width, t0 > 0 ? own_q : nullptr,
                             facts, older, last_hot, entropy, cosine, failed, t0, t1, begin});
     stage("rows");
-    api.launch(gr::MassesArgs{shape, weights[side], facts, last, metrics, n_configs, t0, t1, begin});
-    api.launch(gr::FutureArgs{shape, weights[side], last, future, n_configs, t0, t1, begin, r.step_begin});
-    api.mark(kMeasured + side);
-    stage("masses");
-    gr::OutputsArgs a{shape,   half_weights, half, last, most_held, outputs, totals,
-                      metrics, n_configs,    t0,   t1,   begin,     1};
+    api.fill(n_repairs, 0, 4);
+    gr::OutputsArgs a{shape,   half_weights, half,      last, most_held, outputs, totals, metrics,
+                      repairs, n_repairs,    n_configs, t0,   t1,        begin,   1};
+    if (!r.time_stages) api.fork();
     api.launch(a);
+    stage("full outputs");
+    api.launch(gr::MassesArgs{shape, weights[side], facts, last, metrics, n_configs, t0, t1, begin});
+    stage("masses");
+    api.launch(gr::FutureArgs{shape, weights[side], last, future, n_configs, t0, t1, begin, r.step_begin});
+    stage("future");
+    if (!r.time_stages) api.join();
     a.full = 0;
     api.launch(a);
     stage("outputs");
-    api.use(0);
+    api.launch(gr::RepairsArgs{shape, weights[side], v, outputs, last, repairs, n_repairs, metrics, n_configs,
+                               t0, t1});
+    stage("repairs");
   }
 
   void collect() {
@@ -407,7 +454,10 @@ struct GpuReplay::Run {
     uint32_t* sketches = nullptr;
     float* series = nullptr;
     double* missed = nullptr;
-    if (r.metrics) api.use(1);  // decisions are done when what is measured of them is
+    if (r.metrics) {
+      api.use(kMeasures);
+      for (int side = 0; side < 2; ++side) api.wait(kDecided + side);
+    }
     if (r.metrics) {
       sums = on_device<gr::HeadSums>("head_sums", q_heads);
       sketches = on_device<uint32_t>("sketches", q_heads * 4 * sketch_bins::kBins);
@@ -432,7 +482,7 @@ struct GpuReplay::Run {
       entropies = answer("entropy", entropy, n_tokens * shape.n_q);
       cosines = answer("cosine", cosine, n_tokens * shape.n_q);
     }
-    api.use(0);
+    api.use(kDecisions);
     api.synchronize();
     r.near_ties.assign(n_configs, 0);
     for (size_t i = 0; i < done.size(); ++i) {

@@ -118,8 +118,8 @@ constexpr DecideLayout decide_layout(DeviceScore score, int n_heads, int lanes, 
   l.slots = capacity / cluster;
   const auto n = static_cast<size_t>(l.slots);
   const auto width = static_cast<size_t>(n_heads) * static_cast<size_t>(lanes);
-  // Barriers; candidates of warps [2][32] and of blocks; maxima [2][width], of blocks [cluster][width], sums of
-  // lanes [16][width], inverse totals and the newest token's weights [width], its norms [2][heads].
+  // Barriers; candidates of warps [2][32] and of blocks; maxima [2][width], of blocks [cluster][width], sums
+  // of lanes [16][width], inverse totals and the newest token's weights [width], its norms [2][heads].
   l.fixed = 64 + (64 + kMaxCluster) * 16 + 4 * (2 + kMaxCluster + kSumLanes + 2) * width +
             8 * static_cast<size_t>(n_heads);
   l.positions = (l.fixed + 15) / 16 * 16;
@@ -163,7 +163,7 @@ enum MetricKind { kMissing, kMissingRest, kTopHeld, kError, kCosine, kMetricKind
 
 struct MassesArgs {
   static constexpr const char* kName = "replay_masses";
-  static constexpr int kThreads = 256, kSteps = 32, kTokens = 32, kConfigs = 32;
+  static constexpr int kThreads = 256, kSteps = 8, kTokens = 64, kConfigs = 32;
   Shape shape;
   const float* weights;  // probabilities
   const RowFacts* facts;
@@ -204,6 +204,12 @@ struct ValuesArgs {
   constexpr int smem_bytes() const { return 0; }
 };
 
+// A (step, row) whose held tokens have too little of the weight for a difference of sums, or for weights in
+// half precision.
+struct Repair {
+  int32_t row, step;  // row: config * Hq + query head
+};
+
 // Output and cosine error. The smaller side, dropped or held tokens, is summed: its weights and values in
 // half precision, fp32 sums, the sum of the weights among them, so that both sides are of one distribution.
 // The full cache's output comes first, as the `full` launch, from all tokens.
@@ -218,6 +224,8 @@ struct OutputsArgs {
   float* outputs;           // [t1 - t0][Hq][dim_padded()] of the full cache
   float* totals;            // [t1 - t0][Hq] its weights
   float* metrics;
+  Repair* repairs;  // those left to RepairsArgs
+  uint32_t* n_repairs;
   int32_t n_configs, t0, t1, begin;
   int32_t full;
   constexpr int step_tiles() const { return (t1 - t0 + kSteps - 1) / kSteps; }
@@ -226,6 +234,26 @@ struct OutputsArgs {
   constexpr int column_tiles() const { return shape.dim_padded() > 64 ? 16 : 8; }  // of 8, at a time
   constexpr int row_bytes() const { return column_tiles() * 16 + kPad; }
   constexpr int smem_bytes() const { return 2 * kChunk * row_bytes() + kSegment * 8 + 128; }
+};
+
+// Output and cosine error of what OutputsArgs has left, from fp32 weights and values of the held tokens.
+struct RepairsArgs {
+  static constexpr const char* kName = "replay_repairs";
+  static constexpr int kThreads = 256, kMostBlocks = 528;
+  Shape shape;
+  const float* weights;  // probabilities
+  const float* v;        // [T, H, D]
+  const float* outputs;  // of the full cache
+  const int32_t* last;
+  const Repair* repairs;
+  const uint32_t* n_repairs;
+  float* metrics;
+  int32_t n_configs, t0, t1;
+  constexpr int n_blocks() const {
+    const int rows = (t1 - t0) * shape.n_q * n_configs / 64 + 1;
+    return rows < kMostBlocks ? rows : kMostBlocks;
+  }
+  constexpr int smem_bytes() const { return kThreads / 32 * (kMaxDim + 4) * 4; }
 };
 
 struct HeadSums {

@@ -144,9 +144,9 @@ class Logits {
     for (int part = 0; part < 2; ++part) {
       const int row = (warp + 4 * part) * 8 + r;
       const int step = (first_row_ + row) / group_, g = (first_row_ + row) % group_;
-      const float* query =
-          row < n_rows_ ? a_.q + (static_cast<int64_t>(step) * shape_.n_q + head_ * group_ + g) * dim_
-                        : nullptr;
+      const float* query = row < n_rows_
+                               ? a_.q + (static_cast<int64_t>(step) * shape_.n_q + head_ * group_ + g) * dim_
+                               : nullptr;
       const float* key = first_ + row < a_.t1
                              ? a_.k + (static_cast<int64_t>(first_ + row) * shape_.n_kv + head_) * dim_
                              : nullptr;
@@ -279,9 +279,9 @@ struct alignas(8) Float2 {
 };
 
 // A task on `cluster` blocks. Slot s belongs to the block that has its lane s % 16, so that each block sums
-// whole lanes; they exchange maxima, sums of lanes and candidates, each arriving on a barrier of its own: none
-// is sent again before every block has told what followed from it. A thread scores the same slots at every
-// step, and asks for their next weights once it has.
+// whole lanes; they exchange maxima, sums of lanes and candidates, each arriving on a barrier of its own:
+// none is sent again before every block has told what followed from it. A thread scores the same slots at
+// every step, and asks for their next weights once it has.
 template <int kLanes, bool kLarge>
 class Decide {
  public:
@@ -525,8 +525,7 @@ class Decide {
     if (team < teams) {
       constexpr int kAtOnce = kLanes == 4 ? 4 : 2;
       const float* row = row_of(step, h);
-      const int64_t next =
-          step + 1 < a_.t1 ? static_cast<int64_t>(shape_.n_kv) * shape_.stride * kLanes : 0;
+      const int64_t next = step + 1 < a_.t1 ? static_cast<int64_t>(shape_.n_kv) * shape_.stride * kLanes : 0;
       for (int j = team; j < n; j += kAtOnce * teams) {
         Weights<kLanes> w[kAtOnce];
         KVLAPSE_UNROLL
@@ -753,7 +752,7 @@ class Decide {
   const Shape shape_;
   const int rank_, thread_, n_heads_, group_, width_, slot_floats_, own_lanes_;
   int own_shift_, slots_;
-  int newest_own_ = -1;                             // own number of the slot that this step fills, -1: another's
+  int newest_own_ = -1;  // own number of the slot that this step fills, -1: another's
   uint32_t landed_ = 0, heard_ = 0, decided_ = 0;  // phases of the barriers
   SmemAddress barriers_;
   Candidate *warp_candidates_, *block_candidates_;
@@ -961,95 +960,104 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
 }
 
 // ---- masses ----
-// A lane is a configuration, a warp four steps.
+// A lane is a configuration, a warp one step. The next tile is on its way in registers while one is summed.
 template <int kLanes>
 KVLAPSE_DEVICE void run(const MassesArgs& a, int block, unsigned char* memory) {
   constexpr int kSteps = MassesArgs::kSteps, kTokens = MassesArgs::kTokens, kConfigs = MassesArgs::kConfigs,
-                kOwn = kSteps / (MassesArgs::kThreads / 32);
-  static_assert(kConfigs == 32 && kTokens == 32);
+                kThreads = MassesArgs::kThreads, kOwnWeights = kSteps * kTokens / kThreads,
+                kOwnLast = kConfigs * kTokens / kThreads;
+  static_assert(kConfigs == 32 && kSteps == kThreads / 32 && kTokens % 32 == 0);
   const Shape& shape = a.shape;
   const int group = shape.group(), thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const int h = block % shape.n_kv, config_tile = block / shape.n_kv % a.config_tiles(),
             step_tile = block / shape.n_kv / a.config_tiles();
-  const int first = a.t0 + step_tile * kSteps, end = least(a.t1, first + kSteps);
+  const int first = a.t0 + step_tile * kSteps, end = least(a.t1, first + kSteps), t = first + warp;
   if (end <= a.begin) return;
   float* weights = reinterpret_cast<float*>(memory);                             // [steps][tokens][lanes]
   auto* last = reinterpret_cast<int32_t*>(weights + kSteps * kTokens * kLanes);  // [tokens][configs + 1]
   const int config = config_tile * kConfigs + lane;
-  const int32_t* own_last =
-      a.last + (static_cast<int64_t>(least(config, a.n_configs - 1)) * shape.n_kv + h) * shape.n_tokens;
-  float rest[kOwn][kLanes], sinks[kOwn][kLanes];
-  KVLAPSE_UNROLL
-  for (int k = 0; k < kOwn; ++k) {
+  Weights<kLanes> next[kOwnWeights];
+  int next_last[kOwnLast];
+  // A thread's share: one token of every kApart-th step, and of every kApart-th configuration.
+  constexpr int kApart = kThreads / kTokens;
+  const int own_token = thread % kTokens, own = thread / kTokens;
+  const float* from = a.weights + shape.row(first + own - a.t0, h) + static_cast<int64_t>(own_token) * kLanes;
+  const int64_t step_floats = kApart * shape.row(1, 0),
+                config_tokens = static_cast<int64_t>(kApart) * shape.n_kv * shape.n_tokens;
+  const int n_own = most(0, (a.n_configs - config_tile * kConfigs - own + kApart - 1) / kApart);
+  const int32_t* from_last =
+      a.last + (static_cast<int64_t>(config_tile * kConfigs + own) * shape.n_kv + h) * shape.n_tokens +
+      own_token;
+  const auto fetch = [&](int token) {
+    const int pos = token + own_token;
     KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; ++g) rest[k][g] = sinks[k][g] = 0;
-  }
+    for (int k = 0; k < kOwnWeights; ++k) {
+      const int at = first + own + k * kApart;
+      next[k] = {};
+      if (pos <= at && at < end)
+        next[k] = Weights<kLanes>::load(from + k * step_floats + static_cast<int64_t>(token) * kLanes);
+    }
+    KVLAPSE_UNROLL
+    for (int k = 0; k < kOwnLast; ++k)
+      next_last[k] = k < n_own && pos < shape.n_tokens ? from_last[k * config_tokens + token] : kHeld;
+  };
+  float rest[kLanes] = {}, sinks[kLanes] = {};
+  fetch(0);
   for (int token = 0; token < end; token += kTokens) {
     block_sync();
-    for (int i = thread; i < kSteps * kTokens; i += MassesArgs::kThreads) {
-      const int s = i / kTokens, pos = token + i % kTokens;
-      Weights<kLanes> w = {};
-      if (pos <= first + s && first + s < end)
-        w = Weights<kLanes>::load(a.weights + shape.row(first + s - a.t0, h) +
-                                  static_cast<int64_t>(pos) * kLanes);
-      w.store(weights + i * kLanes);
-    }
-    for (int i = thread; i < kConfigs * kTokens; i += MassesArgs::kThreads) {
-      const int c = config_tile * kConfigs + i / kTokens, pos = token + i % kTokens;
-      last[i % kTokens * (kConfigs + 1) + i / kTokens] =
-          c < a.n_configs && pos < shape.n_tokens
-              ? a.last[(static_cast<int64_t>(c) * shape.n_kv + h) * shape.n_tokens + pos]
-              : kHeld;
+    KVLAPSE_UNROLL
+    for (int k = 0; k < kOwnWeights; ++k) next[k].store(weights + (thread + k * kThreads) * kLanes);
+    KVLAPSE_UNROLL
+    for (int k = 0; k < kOwnLast; ++k) {
+      const int i = thread + k * kThreads;
+      last[i % kTokens * (kConfigs + 1) + i / kTokens] = next_last[k];
     }
     block_sync();
-    float part[kOwn][kLanes];
-    KVLAPSE_UNROLL
-    for (int k = 0; k < kOwn; ++k) {
-      KVLAPSE_UNROLL
-      for (int g = 0; g < kLanes; ++g) part[k][g] = 0;
-    }
+    if (token + kTokens < end) fetch(token + kTokens);
+    float part[kLanes] = {};
+    KVLAPSE_UNROLL_8
     for (int i = 0; i < kTokens; ++i) {
-      if (token == 0 && i == kSinks) {
+      const Weights<kLanes> w = Weights<kLanes>::load(weights + (warp * kTokens + i) * kLanes);
+      const bool gone = last[i * (kConfigs + 1) + lane] < t;
+      KVLAPSE_UNROLL
+      for (int g = 0; g < kLanes; ++g) part[g] += gone ? w.v[g] : 0.0f;
+    }
+    if (token == 0) {
+      KVLAPSE_UNROLL
+      for (int g = 0; g < kLanes; ++g) part[g] = 0;
+      KVLAPSE_NO_UNROLL
+      for (int i = 0; i < kTokens; ++i) {
+        const bool gone = last[i * (kConfigs + 1) + lane] < t;
+        const float* w = weights + (warp * kTokens + i) * kLanes;
         KVLAPSE_UNROLL
-        for (int k = 0; k < kOwn; ++k) {
-          KVLAPSE_UNROLL
-          for (int g = 0; g < kLanes; ++g) sinks[k][g] = part[k][g], part[k][g] = 0;
+        for (int g = 0; g < kLanes; ++g) {
+          const float dropped = gone ? w[g] : 0.0f;
+          if (i < kSinks)
+            sinks[g] += dropped;
+          else
+            part[g] += dropped;
         }
       }
-      const int gone = last[i * (kConfigs + 1) + lane];
-      KVLAPSE_UNROLL
-      for (int k = 0; k < kOwn; ++k) {
-        const Weights<kLanes> w = Weights<kLanes>::load(weights + ((warp * kOwn + k) * kTokens + i) * kLanes);
-        if (gone >= first + warp * kOwn + k) continue;
-        KVLAPSE_UNROLL
-        for (int g = 0; g < kLanes; ++g) part[k][g] += w.v[g];
-      }
     }
     KVLAPSE_UNROLL
-    for (int k = 0; k < kOwn; ++k) {
-      KVLAPSE_UNROLL
-      for (int g = 0; g < kLanes; ++g) rest[k][g] += part[k][g];
-    }
+    for (int g = 0; g < kLanes; ++g) rest[g] += part[g];
   }
-  if (config >= a.n_configs) return;
+  if (config >= a.n_configs || t >= end || t < a.begin) return;
+  const int32_t* own_last = a.last + (static_cast<int64_t>(config) * shape.n_kv + h) * shape.n_tokens;
   const int64_t plane = static_cast<int64_t>(a.n_configs) * shape.n_q * shape.n_tokens;
   KVLAPSE_UNROLL
-  for (int k = 0; k < kOwn; ++k) {
-    const int t = first + warp * kOwn + k;
-    if (t >= end || t < a.begin) continue;
-    KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; ++g) {
-      if (g >= group) continue;
-      const RowFacts& facts = a.facts[static_cast<int64_t>(t - a.t0) * shape.n_q + h * group + g];
-      const float missing = rest[k][g] + sinks[k][g], outside = facts.outside;
-      const float share = outside > 1e-6f ? rest[k][g] / outside : 0.0f;
-      int held = 0;
-      for (int i = 0; i < facts.n_top; ++i) held += own_last[facts.top[i]] >= t;
-      float* to = a.metrics + (static_cast<int64_t>(config) * shape.n_q + h * group + g) * shape.n_tokens + t;
-      to[kMissing * plane] = missing < 1.0f ? missing : 1.0f;
-      to[kMissingRest * plane] = share < 1.0f ? share : 1.0f;
-      to[kTopHeld * plane] = static_cast<float>(held) / static_cast<float>(facts.n_top);
-    }
+  for (int g = 0; g < kLanes; ++g) {
+    if (g >= group) continue;
+    const RowFacts& facts = a.facts[static_cast<int64_t>(t - a.t0) * shape.n_q + h * group + g];
+    const float missing = rest[g] + sinks[g], outside = facts.outside;
+    const float share = outside > 1e-6f ? rest[g] / outside : 0.0f;
+    int held = 0;
+    KVLAPSE_NO_UNROLL
+    for (int i = 0; i < facts.n_top; ++i) held += own_last[facts.top[i]] >= t;
+    float* to = a.metrics + (static_cast<int64_t>(config) * shape.n_q + h * group + g) * shape.n_tokens + t;
+    to[kMissing * plane] = missing < 1.0f ? missing : 1.0f;
+    to[kMissingRest * plane] = share < 1.0f ? share : 1.0f;
+    to[kTopHeld * plane] = static_cast<float>(held) / static_cast<float>(facts.n_top);
   }
 }
 
@@ -1112,6 +1120,19 @@ KVLAPSE_DEVICE void run(const SumFutureArgs& a, int block, unsigned char* memory
 }
 
 // ---- outputs ----
+// Of x = o~ - o: |x|^2, o.x and |o|^2.
+KVLAPSE_DEVICE void errors_of(float x2, float with, float o2, float& error, float& cosine_error) {
+  error = o2 > 0 ? device::square_root(x2 / o2) : x2 > 0 ? 1.0f : 0.0f;
+  // 1 - cos from sin^2, which does not cancel.
+  const float t2 = o2 + 2 * with + x2;
+  cosine_error = 0;
+  if (o2 > 0 && t2 > 0) {
+    const float cosine = (o2 + with) / device::square_root(o2 * t2);
+    const float across = o2 * x2 - with * with, sine2 = across > 0 ? across / (o2 * t2) : 0.0f;
+    cosine_error = cosine > 0 ? sine2 / (1 + (cosine < 1 ? cosine : 1.0f)) : 1 - cosine;
+  }
+}
+
 // A warp holds 8 steps x 4 query heads by all columns: its fragments of A come straight from memory, since a
 // lane's rows g, g + 8, g + 16, g + 24 are the query heads of one step; its four columns are four tokens
 // apart in the list, so that neighbouring lanes read neighbours. Values are staged for the block, 64 tokens
@@ -1122,6 +1143,8 @@ class Outputs {
   static constexpr int kChunk = OutputsArgs::kChunk, kSegment = OutputsArgs::kSegment,
                        kThreads = OutputsArgs::kThreads, kWarps = kThreads / 32, kHeads = 4,
                        kRowBytes = kTiles * 16 + OutputsArgs::kPad;
+  // Share of the weight that held tokens need.
+  static constexpr float kLeastDifference = 1.0f / 64, kLeastHalf = 1.0f / 131072;
 
   KVLAPSE_DEVICE Outputs(const OutputsArgs& args, int block, unsigned char* memory)
       : a_(args), shape_(args.shape), thread_(thread_index()), warp_(thread_ / 32), lane_(thread_ % 32) {
@@ -1354,20 +1377,15 @@ class Outputs {
         sums[k] += shuffle_xor(sums[k], 2);
       }
       if (lane_ % 4 != 0 || !has(g)) continue;
-      const float x2 = sums[0], with = sums[1], o2 = sums[2];
-      const float error = o2 > 0 ? device::square_root(x2 / o2) : x2 > 0 ? 1.0f : 0.0f;
-      // 1 - cos from sin^2, which does not cancel.
-      const float t2 = o2 + 2 * with + x2;
-      float cosine_error = 0;
-      if (o2 > 0 && t2 > 0) {
-        const float cosine = (o2 + with) / device::square_root(o2 * t2);
-        const float across = o2 * x2 - with * with, sine2 = across > 0 ? across / (o2 * t2) : 0.0f;
-        cosine_error = cosine > 0 ? sine2 / (1 + (cosine < 1 ? cosine : 1.0f)) : 1 - cosine;
+      const int row = config_ * shape_.n_q + head_ * shape_.group() + quad_ * kHeads + g;
+      const float mass = mass_[g / 2][g % 2 * 2], total = a_.totals[row_of(g)];
+      if (sums_dropped_ ? total - mass < kLeastDifference * total : mass < kLeastHalf * total) {
+        a_.repairs[device::global_append(a_.n_repairs)] = {row, step_};
+        continue;
       }
-      float* to = a_.metrics +
-                  (static_cast<int64_t>(config_) * shape_.n_q + head_ * shape_.group() + quad_ * kHeads + g) *
-                      shape_.n_tokens +
-                  step_;
+      float error, cosine_error;
+      errors_of(sums[0], sums[1], sums[2], error, cosine_error);
+      float* to = a_.metrics + static_cast<int64_t>(row) * shape_.n_tokens + step_;
       to[kError * plane] = error;
       to[kCosine * plane] = cosine_error;
     }
@@ -1385,6 +1403,82 @@ class Outputs {
   int loads_ = 0, used_ = 0;
   float sum_[2][kTiles][4], mass_[2][4];
 };
+
+// A warp takes every eighth run of 32 tokens; a lane the components lane, lane + 32, ...
+KVLAPSE_DEVICE void run(const RepairsArgs& a, int block, unsigned char* memory) {
+  constexpr int kWarps = RepairsArgs::kThreads / 32, kOwn = kMaxDim / 32, kAtOnce = 4;
+  const Shape& shape = a.shape;
+  const int thread = thread_index(), warp = thread / 32, lane = thread % 32, dim = shape.dim;
+  const int64_t plane = static_cast<int64_t>(a.n_configs) * shape.n_q * shape.n_tokens;
+  float* parts = reinterpret_cast<float*>(memory);  // [warps][dim + 1]
+  const auto n = static_cast<int>(*a.n_repairs);
+  for (int i = block; i < n; i += a.n_blocks()) {
+    const Repair at = a.repairs[i];
+    const int q = at.row % shape.n_q, config = at.row / shape.n_q, h = q / shape.group(),
+              g = q % shape.group(), t = at.step;
+    const int32_t* last = a.last + (static_cast<int64_t>(config) * shape.n_kv + h) * shape.n_tokens;
+    const float* weights = a.weights + shape.row(t - a.t0, h) + g;
+    float sum[kOwn] = {}, mass = 0;
+    for (int token = warp * 32; token <= t; token += kWarps * 32) {
+      const int pos = token + lane;
+      const float p = pos <= t && last[pos] >= t ? weights[static_cast<int64_t>(pos) * shape.lanes()] : 0.0f;
+      uint32_t bits = warp_ballot(p > 0);
+      while (bits != 0) {
+        float share[kAtOnce];
+        const float* v[kAtOnce];
+        KVLAPSE_UNROLL
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int from = bits != 0 ? device::lowest_bit(bits) : 0;
+          const float other = shuffle_from(p, from);
+          share[k] = bits != 0 ? other : 0.0f;
+          v[k] = a.v + (static_cast<int64_t>(token + from) * shape.n_kv + h) * dim;
+          bits &= bits - 1;
+          mass += share[k];
+        }
+        KVLAPSE_UNROLL
+        for (int j = 0; j < kOwn; ++j) {
+          const int d = lane + 32 * j;
+          if (d >= dim) continue;
+          KVLAPSE_UNROLL
+          for (int k = 0; k < kAtOnce; ++k)
+            if (share[k] > 0) sum[j] = fmaf(share[k], v[k][d], sum[j]);
+        }
+      }
+    }
+    float* part = parts + warp * (dim + 1);
+    KVLAPSE_UNROLL
+    for (int j = 0; j < kOwn; ++j)
+      if (lane + 32 * j < dim) part[lane + 32 * j] = sum[j];
+    if (lane == 0) part[dim] = mass;
+    block_sync();
+    if (warp == 0) {
+      mass = 0;
+      for (int w = 0; w < kWarps; ++w) mass += parts[w * (dim + 1) + dim];
+      const float inverse = mass > 0 ? 1.0f / mass : 0.0f;
+      const float* full = a.outputs + (static_cast<int64_t>(t - a.t0) * shape.n_q + q) * shape.dim_padded();
+      float xx = 0, ox = 0, oo = 0;
+      for (int d = lane; d < dim; d += 32) {
+        float held = 0;
+        for (int w = 0; w < kWarps; ++w) held += parts[w * (dim + 1) + d];
+        const float o = full[d], x = fmaf(held, inverse, -o);
+        xx = fmaf(x, x, xx);
+        ox = fmaf(o, x, ox);
+        oo = fmaf(o, o, oo);
+      }
+      KVLAPSE_UNROLL
+      for (int mask = 16; mask > 0; mask /= 2)
+        xx += shuffle_xor(xx, mask), ox += shuffle_xor(ox, mask), oo += shuffle_xor(oo, mask);
+      if (lane == 0) {
+        float error, cosine_error;
+        errors_of(xx, ox, oo, error, cosine_error);
+        float* to = a.metrics + static_cast<int64_t>(at.row) * shape.n_tokens + t;
+        to[kError * plane] = error;
+        to[kCosine * plane] = cosine_error;
+      }
+    }
+    block_sync();
+  }
+}
 
 // ---- close ----
 KVLAPSE_DEVICE void run(const CloseArgs& a, int block, unsigned char* memory) {

@@ -18,6 +18,12 @@ inline float half_to_float(uint16_t bits) {
 inline uint16_t float_to_half(float value) {
   return f32_to_f16(value);
 }
+inline int lowest_bit(uint32_t bits) {
+  return __builtin_ctz(bits);
+}
+inline uint32_t global_append(uint32_t* count) {
+  return (*count)++;
+}
 
 }  // namespace kvlapse::device
 // After the emulator, which stands for the device's operations.
@@ -89,6 +95,7 @@ class EmulatedGpu final : public DeviceApi {
                              : gpu_replay::Outputs<8>(a, block, shared).run();
     });
   }
+  void launch(const gpu_replay::RepairsArgs& a) override { replay(a); }
   void launch(const gpu_replay::FutureArgs& a) override { replay(a); }
   void launch(const gpu_replay::SumFutureArgs& a) override { replay(a); }
   void launch(const gpu_replay::CloseArgs& a) override { replay(a); }
