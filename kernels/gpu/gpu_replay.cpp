@@ -432,7 +432,7 @@ struct GpuReplay::Run {
                       repairs, n_repairs,    n_configs, t0,   t1,        begin,   1};
     if (!r.time_stages) api.fork();
     api.launch(a);
-    stage("full outputs");
+    stage("full_outputs");
     api.launch(gr::MassesArgs{shape, weights[side], facts, last, metrics, n_configs, t0, t1, begin});
     stage("masses");
     api.launch(gr::FutureArgs{shape, weights[side], last, future, n_configs, t0, t1, begin, r.step_begin});
