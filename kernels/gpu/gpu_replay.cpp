@@ -454,10 +454,8 @@ struct GpuReplay::Run {
     uint32_t* sketches = nullptr;
     float* series = nullptr;
     double* missed = nullptr;
-    if (r.metrics) {
-      api.use(kMeasures);
-      for (int side = 0; side < 2; ++side) api.wait(kDecided + side);
-    }
+    api.use(kMeasures);
+    for (int side = 0; side < 2; ++side) api.wait(kDecided + side);
     if (r.metrics) {
       sums = on_device<gr::HeadSums>("head_sums", q_heads);
       sketches = on_device<uint32_t>("sketches", q_heads * 4 * sketch_bins::kBins);
