@@ -203,6 +203,7 @@ int count_gpus(std::string& why) {
 }  // namespace
 
 void use_gpu(int index) {
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);  // streams of one hardware queue would wait for each other
   std::string why;
   const int n = count_gpus(why);
   if (n == 0) fail("--device cuda:{}: {}", index, why);

@@ -78,7 +78,7 @@ void launch_replay(cudaStream_t stream, const gpu_replay::LogitsArgs& args) {
 }
 
 template <int kTiles>
-static __global__ void __launch_bounds__(gpu_replay::OutputsArgs::kThreads, 1)
+static __global__ void __launch_bounds__(gpu_replay::OutputsArgs::kThreads, 2)
     replay_outputs_kernel(const __grid_constant__ gpu_replay::OutputsArgs args) {
   extern __shared__ __align__(16) unsigned char shared[];
   gpu_replay::Outputs<kTiles>(args, device::block_index(), shared).run();
@@ -89,7 +89,7 @@ void launch_replay(cudaStream_t stream, const gpu_replay::OutputsArgs& args) {
 }
 
 template <int kLanes, bool kLarge>
-static __global__ void __launch_bounds__(kReplayDecideThreads, 2)
+static __global__ void __launch_bounds__((kLarge ? 1 : 2) * kReplayDecideThreads, 1)
     replay_decide_kernel(const __grid_constant__ gpu_replay::DecideArgs args) {
   extern __shared__ __align__(16) unsigned char shared[];
   gpu_replay::Decide<kLanes, kLarge>(args, device::block_index(), shared).run();

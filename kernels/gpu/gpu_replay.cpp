@@ -298,6 +298,10 @@ struct GpuReplay::Run {
     api.upload(device_tasks, tasks.data(), tasks.size() * sizeof(gr::DecideTask));
   }
 
+  // A block that has a multiprocessor for itself takes all its registers.
+  int decide_threads(const Group& g) const {
+    return (!g.large && g.smem > limits.shared_bytes / 2 ? 2 : 1) * limits.decide_threads;
+  }
   // Accumulating scores have seen the prompt; its cut takes their sums along.
   void cut_prompts() {
     std::vector<int> cut;
@@ -397,7 +401,7 @@ struct GpuReplay::Run {
     api.fork();
     for (const Group& g : groups)
       api.launch(gr::DecideArgs{shape, device_tasks + g.first, weights[side], g.n, g.cluster, t0, t1,
-                                r.n_prompt, limits.decide_threads, g.smem},
+                                r.n_prompt, decide_threads(g), g.smem},
                  g.large);
     api.join();
     api.mark(kDecided + side);

@@ -215,7 +215,7 @@ struct Repair {
 // The full cache's output comes first, as the `full` launch, from all tokens.
 struct OutputsArgs {
   static constexpr const char* kName = "replay_outputs";
-  static constexpr int kThreads = 256, kSteps = 64, kChunk = 64, kSegment = 4096, kPad = 16;
+  static constexpr int kThreads = 128, kSteps = 32, kChunk = 64, kSegment = 4096, kPad = 16;
   Shape shape;
   const uint16_t* weights;  // half
   const uint16_t* values;   // [H, T, dim_padded()]

@@ -253,11 +253,12 @@ class Logits {
 struct Candidate {
   static constexpr uint32_t kNone = ~uint32_t{0};
   uint32_t low = kNone, slot = kNone, next = kNone, unused = 0;
-  KVLAPSE_DEVICE void add(uint32_t key, uint32_t of) {
-    if (key < low || (key == low && of < slot))
-      next = low, low = key, slot = of;
-    else if (key < next)
-      next = key;
+  // Slots come in order; `last_tie` is one where the last of equal ones goes first.
+  KVLAPSE_DEVICE void add(uint32_t key, uint32_t of, uint32_t last_tie) {
+    const uint32_t behind = key > low ? key : low;
+    if (key - last_tie < low) slot = of;
+    low = key < low ? key : low;
+    next = behind < next ? behind : next;
   }
   KVLAPSE_DEVICE void merge(const Candidate& o) {
     const bool other = o.low < low || (o.low == low && o.slot < slot);
@@ -276,6 +277,7 @@ struct Candidate {
 static_assert(sizeof(Candidate) == 16);
 struct alignas(8) Float2 {
   float x, y;
+  KVLAPSE_DEVICE void operator+=(const Float2& o) { x += o.x, y += o.y; }
 };
 
 // A task on `cluster` blocks. Slot s belongs to the block that has its lane s % 16, so that each block sums
@@ -300,6 +302,9 @@ class Decide {
     const DecideLayout layout =
         decide_layout(task_.score, n_heads_, kLanes, task_.capacity, args.cluster, kLarge);
     slots_ = layout.slots;
+    const int chains = args.cluster == 1 ? kSumLanes * width_ / 2 : own_lanes_ * width_;
+    summers_ = (chains + 31) / 32 * 32;
+    if (summers_ * 4 > args.n_threads) summers_ = 0;
     own_shift_ = args.cluster == 1 ? 4 : args.cluster == 2 ? 3 : args.cluster == 4 ? 2 : 1;
     barriers_ = device::smem_address(memory);
     warp_candidates_ = reinterpret_cast<Candidate*>(memory + 64);
@@ -330,6 +335,8 @@ class Decide {
       device::mbarrier_init(barriers_, static_cast<uint32_t>(a_.n_threads));
       for (int i = 1; i <= kCandidates; ++i)
         device::mbarrier_init(barriers_ + static_cast<uint32_t>(8 * i), 1);
+      for (int i = 0; i < kParts; ++i)
+        device::mbarrier_init(part(i), static_cast<uint32_t>((a_.n_threads - summers_) / 32));
       device::fence_barrier_init();
     }
     load(count, keeps_sums, has_norms);
@@ -355,7 +362,7 @@ class Decide {
       }
       if (has_attention && (due || keeps_sums)) {
         if (!asked) ask(step, n);
-        attend(step, n, count);
+        attend(step, n);
         asked = !kLarge && step + 1 < a_.t1;
       } else if (has_norms) {
         block_sync();
@@ -402,6 +409,9 @@ class Decide {
  private:
   // Barriers: weights have landed; what the blocks of a cluster tell.
   enum Told { kMaxima = 1, kSums, kCandidates };
+  // Parts of the exponentials, each told to those that sum them up.
+  static constexpr int kParts = 4;
+  KVLAPSE_DEVICE SmemAddress part(int i) const { return barriers_ + static_cast<uint32_t>(8 * (4 + i)); }
 
   KVLAPSE_DEVICE int local(int slot) const {
     return (slot / kSumLanes << own_shift_) + (slot % kSumLanes & (own_lanes_ - 1));
@@ -443,17 +453,30 @@ class Decide {
     return a_.weights + shape_.row(step - a_.t0, task_.head + h);
   }
   KVLAPSE_DEVICE void ask_slot(int j, int pos, int step) const {
+    ask_heads(row_of(step, 0) + static_cast<int64_t>(pos) * kLanes,
+              device::smem_address(weights_ + j * slot_floats_));
+  }
+  KVLAPSE_DEVICE void ask_heads(const float* from, SmemAddress to) const {
     const int64_t row = static_cast<int64_t>(shape_.stride) * kLanes;
-    const float* from = row_of(step, 0) + static_cast<int64_t>(pos) * kLanes;
-    const int64_t next = step + 1 < a_.t1 ? shape_.n_kv * row : 0;
-    SmemAddress to = device::smem_address(weights_ + j * slot_floats_);
-    KVLAPSE_NO_UNROLL
+    KVLAPSE_UNROLL_2
     for (int h = 0; h < n_heads_; ++h) {
-      KVLAPSE_UNROLL
-      for (int i = 0; i < kLanes / 4; ++i)
-        device::copy_async16(to + static_cast<uint32_t>(16 * i), from + 4 * i, true);
-      device::prefetch_l2(from + next);
+      ask_head(from, to);
       from += row, to += kLanes * 4;
+    }
+  }
+  KVLAPSE_DEVICE static void ask_head(const float* from, SmemAddress to) {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kLanes / 4; ++i)
+      device::copy_async16(to + static_cast<uint32_t>(16 * i), from + 4 * i, true);
+  }
+  // Brings the row behind that of `step` nearer, where the slots are many enough to need most of it.
+  KVLAPSE_DEVICE void prefetch_row(int step, int n) const {
+    constexpr int kLine = 32;
+    const int lines = (step + 1) * kLanes / kLine;
+    if (step + 1 >= a_.t1 || n * a_.cluster < lines) return;
+    for (int h = rank_; h < n_heads_; h += a_.cluster) {
+      const float* row = row_of(step + 1, h);
+      for (int i = thread_; i < lines; i += a_.n_threads) device::prefetch_l2(row + i * kLine);
     }
   }
   // The token of `step` itself, whose slot is not known yet, and the end of what this thread asks for.
@@ -492,7 +515,7 @@ class Decide {
   }
 
   // Exponentials of the own slots and, in inverse_, one over their sum over all slots, for every query head.
-  KVLAPSE_DEVICE void attend(int step, int n, int count) {
+  KVLAPSE_DEVICE void attend(int step, int n) {
     uint32_t* keys = keys_ + (step & 1) * width_;
     uint32_t* cleared = keys_ + (~step & 1) * width_;
     await_weights();
@@ -506,13 +529,17 @@ class Decide {
              reinterpret_cast<const Float4*>(keys)[i % quads], i / quads, kMaxima);
       hear(kMaxima, heard_);
     }
-    exponentials(n, keys);
     for (int i = thread_; i < width_; i += a_.n_threads) cleared[i] = 0;
-    block_sync();
-    if (a_.cluster == 1)
-      sum_alone(count);
+    if (summers_ == 0) {
+      exponentials(n, keys);
+      block_sync();
+    }
+    if (thread_ >= summers_ && summers_ > 0)
+      exponentials(n, keys);
+    else if (a_.cluster == 1)
+      sum_alone(n);
     else
-      sum_together(count);
+      sum_together(n);
     block_sync();
     ++heard_;
   }
@@ -544,7 +571,7 @@ class Decide {
           if (at >= n) continue;
           if (kLarge || at == newest_own_) w[k].store(weights_ + at * slot_floats_ + h * kLanes);
           KVLAPSE_UNROLL
-          for (int g = 0; g < kLanes; ++g) largest[g] = w[k].v[g] > largest[g] ? w[k].v[g] : largest[g];
+          for (int g = 0; g < kLanes; ++g) largest[g] = fmaxf(largest[g], w[k].v[g]);
         }
       }
     }
@@ -566,9 +593,14 @@ class Decide {
     }
   }
 
+  // By the threads from summers_ on, who go through the slots in order and say how far they are.
+  KVLAPSE_DEVICE int teams() const { return (a_.n_threads - summers_) / n_heads_; }
+  KVLAPSE_DEVICE int turns_of_part(int n) const {
+    const int turns = (n + teams() - 1) / teams();
+    return (turns + kParts - 1) / kParts;
+  }
   KVLAPSE_DEVICE void exponentials(int n, const uint32_t* keys) {
-    const int teams = a_.n_threads / n_heads_, h = thread_ % n_heads_, team = thread_ / n_heads_;
-    if (team >= teams) return;
+    const int thread = thread_ - summers_, h = thread % n_heads_, team = thread / n_heads_;
     float largest[kLanes];
     KVLAPSE_UNROLL
     for (int g = 0; g < kLanes; ++g) {
@@ -579,50 +611,87 @@ class Decide {
       }
       largest[g] = unordered(key);
     }
-    KVLAPSE_UNROLL_2
-    for (int j = team; j < n; j += teams) {
-      float* at = weights_ + j * slot_floats_ + h * kLanes;
-      Weights<kLanes> w = Weights<kLanes>::load(at);
-      KVLAPSE_UNROLL
-      for (int g = 0; g < kLanes; ++g) w.v[g] = g < group_ ? exp_negative(w.v[g] - largest[g]) : 0.0f;
-      w.store(at);
+    const int all = teams(), each = turns_of_part(n) * all;
+    for (int p = 0; p < kParts; ++p) {
+      const int end = team < all ? least(n, (p + 1) * each) : 0;
+      KVLAPSE_UNROLL_2
+      for (int j = p * each + team; j < end; j += all) {
+        float* at = weights_ + j * slot_floats_ + h * kLanes;
+        Weights<kLanes> w = Weights<kLanes>::load(at);
+        KVLAPSE_UNROLL
+        for (int g = 0; g < kLanes; ++g) w.v[g] = g < group_ ? exp_negative(w.v[g] - largest[g]) : 0.0f;
+        w.store(at);
+      }
+      if (summers_ == 0) continue;
+      device::warp_sync();
+      if (thread % 32 == 0) device::mbarrier_arrive(part(p));
     }
+  }
+  // Sums every `apart`-th own slot from `first` on, in order, as exponentials come.
+  template <class Sum>
+  KVLAPSE_DEVICE Sum chain(const float* from, int first, int apart, int n) const {
+    constexpr int kAhead = 8;
+    const int stride = apart * slot_floats_, each = turns_of_part(n) * teams();
+    from += first * slot_floats_;
+    Sum sum = {};
+    int k = 0;
+    for (int p = 0; p < kParts; ++p) {
+      int limit = n;
+      if (summers_ > 0) {
+        device::mbarrier_wait(part(p), heard_ & 1);
+        limit = least(n, (p + 1) * each);
+      } else if (p > 0) {
+        break;
+      }
+      const int end = (limit - first + apart - 1) / apart;
+      if (k + kAhead <= end) {
+        Sum ahead[kAhead];
+        KVLAPSE_UNROLL
+        for (int i = 0; i < kAhead; ++i) ahead[i] = *reinterpret_cast<const Sum*>(from + i * stride);
+        KVLAPSE_NO_UNROLL
+        for (k += kAhead; k + kAhead <= end; k += kAhead) {
+          from += kAhead * stride;
+          KVLAPSE_UNROLL
+          for (int i = 0; i < kAhead; ++i) {
+            sum += ahead[i];
+            ahead[i] = *reinterpret_cast<const Sum*>(from + i * stride);
+          }
+        }
+        from += kAhead * stride;
+        KVLAPSE_UNROLL
+        for (int i = 0; i < kAhead; ++i) sum += ahead[i];
+      }
+      for (; k < end; ++k) {
+        sum += *reinterpret_cast<const Sum*>(from);
+        from += stride;
+      }
+    }
+    return sum;
   }
 
   // A thread sums one lane of two query heads; sixteen neighbours hold the lanes and add them as
   // vector_math.h does: l + 8, then + 4, + 2, + 1.
-  KVLAPSE_DEVICE void sum_alone(int count) {
+  KVLAPSE_DEVICE void sum_alone(int n) {
     for (int i = thread_; i < kSumLanes * width_ / 2; i += a_.n_threads) {
       const int lane = i % kSumLanes, pair = i / kSumLanes;
-      const float* from = weights_ + lane * slot_floats_ + 2 * pair;
-      const int rows = (count - lane + kSumLanes - 1) / kSumLanes, stride = kSumLanes * slot_floats_;
-      Float2 sum = {0, 0};
-      KVLAPSE_UNROLL_16
-      for (int k = 0; k < rows; ++k) {
-        const Float2 e = *reinterpret_cast<const Float2*>(from + k * stride);
-        sum.x += e.x, sum.y += e.y;
-      }
+      Float2 sum = chain<Float2>(weights_ + 2 * pair, lane, kSumLanes, n);
       KVLAPSE_UNROLL
       for (int mask = kSumLanes / 2; mask > 0; mask /= 2)
         sum.x += shuffle_xor(sum.x, mask), sum.y += shuffle_xor(sum.y, mask);
       if (lane == 0) inverse_[2 * pair] = 1.0f / sum.x, inverse_[2 * pair + 1] = 1.0f / sum.y;
     }
   }
-  KVLAPSE_DEVICE void sum_together(int count) {
+  KVLAPSE_DEVICE void sum_together(int n) {
     expect(kSums, kSumLanes * width_);
-    const int n = own_lanes_ * width_, stride = own_lanes_ * slot_floats_;
-    for (int i = thread_; i < (n + 31) / 32 * 32; i += a_.n_threads) {
-      const int own = least(i, n - 1) / width_, lane = (rank_ << own_shift_) + own,
-                column = least(i, n - 1) % width_;
-      const float* from = weights_ + own * slot_floats_ + column;
-      const int rows = (count - lane + kSumLanes - 1) / kSumLanes;
-      float sum = 0;
-      KVLAPSE_UNROLL_16
-      for (int k = 0; k < rows; ++k) sum += from[k * stride];
+    const int chains = own_lanes_ * width_;
+    for (int i = thread_; i < (chains + 31) / 32 * 32; i += a_.n_threads) {
+      const int own = least(i, chains - 1) / width_, column = least(i, chains - 1) % width_,
+                lane = (rank_ << own_shift_) + own;
+      const float sum = chain<float>(weights_ + column, own, own_lanes_, n);
       const int first = thread_ % 32 / 4 * 4;
       const Float4 quad = {shuffle_from(sum, first), shuffle_from(sum, first + 1),
                            shuffle_from(sum, first + 2), shuffle_from(sum, first + 3)};
-      for (int r = thread_ % 4; i < n && r < a_.cluster; r += 4)
+      for (int r = thread_ % 4; i < chains && r < a_.cluster; r += 4)
         tell(reinterpret_cast<Float4*>(lane_sums_ + lane * width_ + column / 4 * 4), quad, r, kSums);
     }
     hear(kSums, heard_);
@@ -641,29 +710,27 @@ class Decide {
 
   // `asks`: for the weights of the next step.
   KVLAPSE_DEVICE Candidate score(int step, int n, bool due, bool asks) {
-    const int first_free = task_.first_free, last_free = step - task_.recent;
-    uint64_t draw = 0;
-    if (task_.score == DeviceScore::random) draw = mix64(task_.seed ^ static_cast<uint64_t>(step));
+    if (asks) prefetch_row(step + 1, n);
+    const bool by_max = task_.gqa == Reduce::max;
     Candidate own;
-    bool nan = false;
-    for (int j = thread_; j < n; j += a_.n_threads) {
-      const int pos = positions_[j];
-      float value;
-      if (task_.score == DeviceScore::random)
-        value = unit_float(mix64(draw ^ static_cast<uint64_t>(pos)));
-      else
-        value = score_of(j);
-      if constexpr (!kLarge) {
-        if (asks) ask_slot(j, pos, step + 1);
-      }
-      if (!due || pos < first_free || pos > last_free) continue;
-      nan |= value != value;
-      const int slot = slot_of(j);
-      own.add(ordered(value + 0.0f), static_cast<uint32_t>(task_.last_tie != 0 ? ~slot : slot));
+    switch (task_.score) {
+      case DeviceScore::random: own = score_slots<Kind::random, false>(step, n, due, asks); break;
+      case DeviceScore::contribution: own = score_with<Kind::contribution>(step, n, due, asks); break;
+      case DeviceScore::accumulated:
+        own = by_max ? score_with<Kind::summed_peaks>(step, n, due, asks)
+                     : score_with<Kind::summed>(step, n, due, asks);
+        break;
+      case DeviceScore::accumulated_contribution:
+        own = by_max ? score_with<Kind::summed_peaks_by_norm>(step, n, due, asks)
+                     : score_with<Kind::summed_by_norm>(step, n, due, asks);
+        break;
+      default:
+        own = by_max && task_.score != DeviceScore::attention_mean
+                  ? score_with<Kind::peak>(step, n, due, asks)
+                  : score_with<Kind::weight>(step, n, due, asks);
     }
     if (asks) ask_newest(step + 1);
     if (!due) return own;
-    if (nan) own.low = own.slot = 0;  // below every number
     own = own.across_warp();
     Candidate* const told = warp_candidates_ + (step & 1) * 32;
     if (thread_ % 32 == 0) told[thread_ / 32] = own;
@@ -685,63 +752,119 @@ class Decide {
     return own;
   }
 
-  // Weights become scores as policies of core/policy define them; sums of attention move on.
-  KVLAPSE_DEVICE float score_of(int j) {
-    const bool by_max = task_.gqa == Reduce::max, by_mean = task_.gqa == Reduce::mean;
-    const bool sums = accumulates(task_.score), contributes = task_.score == DeviceScore::contribution;
-    const bool mean_always = task_.score == DeviceScore::attention_mean;
-    const bool largest = by_max && !mean_always;
-    const bool of_norms = task_.score == DeviceScore::accumulated_contribution;
-    const float share = by_mean ? 1.0f / static_cast<float>(group_) : 1.0f;
-    float score = largest && !contributes && !of_norms ? -infinity() : 0.0f;
-    for (int h = 0; h < n_heads_; ++h) {
-      Weights<kLanes> w = Weights<kLanes>::load(weights_ + j * slot_floats_ + h * kLanes);
-      KVLAPSE_UNROLL
-      for (int g = 0; g < kLanes; ++g) w.v[g] *= inverse_[h * kLanes + g];
-      if (sums) {
-        float sum = sums_[h * slots_ + j];
-        if (by_max && group_ > 1) {
-          float peak = 0;
+  // What a slot's weights become, as policies of core/policy define it: summed kinds are sums over steps of
+  // all query heads or of the largest.
+  enum class Kind {
+    random,
+    weight,
+    peak,
+    contribution,
+    summed,
+    summed_peaks,
+    summed_by_norm,
+    summed_peaks_by_norm
+  };
+  template <Kind kKind>
+  KVLAPSE_DEVICE Candidate score_with(int step, int n, bool due, bool asks) {
+    return n_heads_ == 1 ? score_slots<kKind, true>(step, n, due, asks)
+                         : score_slots<kKind, false>(step, n, due, asks);
+  }
+  template <Kind kKind, bool kOneHead>
+  KVLAPSE_DEVICE Candidate score_slots(int step, int n, bool due, bool asks) {
+    constexpr bool kByNorm = kKind == Kind::summed_by_norm || kKind == Kind::summed_peaks_by_norm,
+                   kPeaks = kKind == Kind::summed_peaks || kKind == Kind::summed_peaks_by_norm,
+                   kSummed = kPeaks || kByNorm || kKind == Kind::summed, kRandom = kKind == Kind::random,
+                   kNorms = kByNorm || kKind == Kind::contribution;
+    const uint32_t first_free = static_cast<uint32_t>(task_.first_free),
+                   n_free =
+                       due ? static_cast<uint32_t>(most(0, step - task_.recent + 1 - task_.first_free)) : 0,
+                   last_tie = task_.last_tie != 0 ? 1u : 0u;
+    const uint64_t draw = kRandom ? mix64(task_.seed ^ static_cast<uint64_t>(step)) : 0;
+    const float share = task_.gqa == Reduce::mean ? 1.0f / static_cast<float>(group_) : 1.0f;
+    const float scale = scale_of<kKind>();
+    const float* next = asks ? row_of(step + 1, 0) : a_.weights;
+    const int64_t row = static_cast<int64_t>(shape_.stride) * kLanes;
+    Weights<kLanes> inverse{};
+    if constexpr (kOneHead) inverse = Weights<kLanes>::load(inverse_);
+    Candidate own;
+    uint32_t any_nan = 0;
+    KVLAPSE_NO_UNROLL
+    for (int j = thread_; j < n; j += a_.n_threads) {
+      const int pos = positions_[j];
+      float score = kKind == Kind::peak || kKind == Kind::summed_peaks ? -infinity() : 0.0f;
+      if constexpr (kRandom) {
+        score = unit_float(mix64(draw ^ static_cast<uint64_t>(pos)));
+      } else {
+        float* weights = weights_ + j * slot_floats_;
+        const float* from = next + static_cast<int64_t>(pos) * kLanes;
+        float* sums = sums_ + j;
+        const float* norms = norms_ + j;
+        const float* inverses = inverse_;
+        KVLAPSE_UNROLL_2
+        for (int h = 0; h < (kOneHead ? 1 : n_heads_); ++h) {
+          Weights<kLanes> w = Weights<kLanes>::load(weights);
+          if constexpr (!kLarge) {
+            if (asks) ask_head(from, device::smem_address(weights));
+          }
+          if constexpr (!kOneHead) inverse = Weights<kLanes>::load(inverses);
+          const float norm = kNorms ? *norms : 0.0f;
+          float sum = kSummed ? *sums : 0.0f, peak = 0;
           KVLAPSE_UNROLL
-          for (int g = 0; g < kLanes; ++g)
-            if (g < group_) peak = w.v[g] > peak ? w.v[g] : peak;
-          sum += peak;
-        } else {
-          KVLAPSE_UNROLL
-          for (int g = 0; g < kLanes; ++g)
-            if (g < group_) sum = fmaf(share, w.v[g], sum);
+          for (int g = 0; g < kLanes; ++g) {
+            const float p = w.v[g] * inverse.v[g];
+            if (g >= group_) continue;
+            if constexpr (kPeaks)
+              peak = p > peak ? p : peak;
+            else if constexpr (kSummed)
+              sum = fmaf(share, p, sum);
+            else if constexpr (kKind == Kind::contribution)
+              score = fmaf(p, norm, score);
+            else if constexpr (kKind == Kind::peak)
+              score = p > score ? p : score;
+            else
+              score += p;
+          }
+          if constexpr (kSummed) {
+            if constexpr (kPeaks) sum = group_ > 1 ? sum + peak : fmaf(share, w.v[0] * inverse.v[0], sum);
+            *sums = sum;
+            if constexpr (kByNorm)
+              score = fmaf(sum, norm, score);
+            else if constexpr (kPeaks)
+              score = sum > score ? sum : score;
+            else
+              score += sum;
+          }
+          if constexpr (!kOneHead) {
+            weights += kLanes, from += row, sums += slots_, norms += slots_, inverses += kLanes;
+          }
         }
-        sums_[h * slots_ + j] = sum;
-        if (of_norms)
-          score = fmaf(sum, norms_[h * slots_ + j], score);
-        else if (largest)
-          score = sum > score ? sum : score;
-        else
-          score += sum;
-        continue;
+        if constexpr (kKind == Kind::contribution || kKind == Kind::weight || kKind == Kind::summed)
+          score *= scale;
       }
-      const float norm = contributes ? norms_[h * slots_ + j] : 0.0f;
-      KVLAPSE_UNROLL
-      for (int g = 0; g < kLanes; ++g) {
-        if (g >= group_) continue;
-        if (contributes)
-          score = fmaf(w.v[g], norm, score);
-        else if (largest)
-          score = w.v[g] > score ? w.v[g] : score;
-        else
-          score += w.v[g];
-      }
+      const bool counts = static_cast<uint32_t>(pos) - first_free < n_free;
+      if (counts && score != score) any_nan = 1;
+      own.add(counts ? ordered(score + 0.0f) : Candidate::kNone, static_cast<uint32_t>(j), last_tie);
     }
-    if (contributes) return score * task_.scale;
-    if (of_norms) return score;
-    const int voters = sums ? n_heads_ : n_heads_ * group_;
-    if ((by_mean || mean_always) && voters > 1) score *= 1.0f / static_cast<float>(voters);
-    return score;
+    const int slot = slot_of(static_cast<int>(own.slot));
+    own.slot = static_cast<uint32_t>(last_tie != 0 ? ~slot : slot);
+    if (own.low == Candidate::kNone) own.slot = Candidate::kNone;
+    if (any_nan != 0) own.low = own.slot = 0;  // below every number
+    return own;
+  }
+  // Of a slot's score.
+  template <Kind kKind>
+  KVLAPSE_DEVICE float scale_of() const {
+    if (kKind == Kind::contribution) return task_.scale;
+    const bool mean = task_.gqa == Reduce::mean || task_.score == DeviceScore::attention_mean;
+    const int voters = kKind == Kind::summed ? n_heads_ : n_heads_ * group_;
+    return mean && voters > 1 ? 1.0f / static_cast<float>(voters) : 1.0f;
   }
 
   KVLAPSE_DEVICE static bool near_tie(const Candidate& found) {
     if (found.next == Candidate::kNone) return false;
-    const double a = unordered(found.low), b = unordered(found.next);
+    const float low = unordered(found.low), next = unordered(found.next);
+    if (next - low > 4e-6f * fmaxf(fabsf(low), fabsf(next))) return false;  // by far
+    const double a = low, b = next;
     const double size = (a < 0 ? -a : a) > (b < 0 ? -b : b) ? (a < 0 ? -a : a) : (b < 0 ? -b : b);
     return (a < b ? b - a : a - b) <= 1e-6 * size;
   }
@@ -752,6 +875,7 @@ class Decide {
   const Shape shape_;
   const int rank_, thread_, n_heads_, group_, width_, slot_floats_, own_lanes_;
   int own_shift_, slots_;
+  int summers_;  // threads that sum exponentials while the others take them; 0: all, behind one another
   int newest_own_ = -1;  // own number of the slot that this step fills, -1: another's
   uint32_t landed_ = 0, heard_ = 0, decided_ = 0;  // phases of the barriers
   SmemAddress barriers_;
@@ -1203,11 +1327,19 @@ class Outputs {
   }
   // The tokens of a segment that count at some step, in order; padded to whole chunks with such as never do.
   KVLAPSE_DEVICE int build(int segment) {
-    constexpr int kShare = kSegment / kWarps;
-    const int from = segment + warp_ * kShare;
+    constexpr int kShare = kSegment / kWarps, kAtOnce = 8;
+    static_assert(kShare % (32 * kAtOnce) == 0);
+    const int from = segment + warp_ * kShare + lane_;
+    int last[kAtOnce];
     int own = 0;
-    for (int i = lane_; i < kShare; i += 32)
-      own += device::bits_below(warp_ballot(listed(from + i, last_of(from + i))), 32);
+    KVLAPSE_NO_UNROLL
+    for (int i = 0; i < kShare; i += 32 * kAtOnce) {
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) last[k] = last_of(from + i + 32 * k);
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kAtOnce; ++k)
+        own += device::bits_below(warp_ballot(listed(from + i + 32 * k, last[k])), 32);
+    }
     block_sync();  // the list before is read
     if (lane_ == 0) counts_[warp_] = own;
     block_sync();
@@ -1217,14 +1349,20 @@ class Outputs {
       if (w < warp_) at += counts_[w];
       n += counts_[w];
     }
-    for (int i = lane_; i < kShare; i += 32) {
-      const int pos = from + i, last = last_of(pos);
-      const uint32_t bits = warp_ballot(listed(pos, last));
-      if ((bits >> lane_ & 1u) != 0) {
-        const int place = at + device::bits_below(bits, lane_);
-        list_pos_[place] = pos, list_last_[place] = last;
+    KVLAPSE_NO_UNROLL
+    for (int i = 0; i < kShare; i += 32 * kAtOnce) {
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) last[k] = last_of(from + i + 32 * k);
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int pos = from + i + 32 * k;
+        const uint32_t bits = warp_ballot(listed(pos, last[k]));
+        if ((bits >> lane_ & 1u) != 0) {
+          const int place = at + device::bits_below(bits, lane_);
+          list_pos_[place] = pos, list_last_[place] = last[k];
+        }
+        at += device::bits_below(bits, 32);
       }
-      at += device::bits_below(bits, 32);
     }
     const int padded = (n + kChunk - 1) / kChunk * kChunk;
     for (int i = n + thread_; i < padded; i += kThreads)

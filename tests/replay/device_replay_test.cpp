@@ -40,6 +40,15 @@ TEST(DeviceReplay, VictimsOfEveryGroup) {
     EXPECT_EQ(check_device_victims(*small, at, {"tova", "longflow:granularity=kv_head"}, {29}), "") << group;
   }
 }
+// Enough threads for some to sum exponentials while the others take them.
+TEST(DeviceReplay, VictimsOfManyThreads) {
+  const std::vector<std::string> specs = {"h2o", "h2o:gqa=max:granularity=layer", "longflow",
+                                          "vatp:sinks=2:granularity=layer", "tova:ties=last"};
+  EXPECT_EQ(check_device_victims(*emulated({200000, true, 160}), {5, 1, 12, 90, 10, 6}, specs, {48, 70}), "");
+  EXPECT_EQ(check_device_victims(*emulated({200000, true, 256}), {16, 8, 8, 44, 10, 7}, specs, {30}), "");
+  EXPECT_EQ(
+      check_device_victims(*emulated({6000, true, 128}), {3, 1, 8, 300, 200, 8}, {"h2o", "tova"}, {250}), "");
+}
 TEST(DeviceReplay, MetricsOfEveryPolicy) {
   const auto device = emulated();
   EXPECT_EQ(check_device_metrics(*device, {4, 2, 20, 110, 40, 3}, device_policies(), {30, 64}), "");

@@ -2,7 +2,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "core/base/error.h"
@@ -33,23 +36,55 @@ inline uint32_t global_append(uint32_t* count) {
 namespace kvlapse {
 namespace {
 
+// Queues once use() is called: what is asked for runs as late as it may, at a wait for it or when all are
+// waited for, the queue of the copies and answers before that of the work, so that a missing wait shows.
 class EmulatedGpu final : public DeviceApi {
  public:
   EmulatedGpu(EmulatedGpuCounts* counts, Limits limits) : limits_(limits), counts_(counts ? counts : &own_) {}
   std::string describe() const override { return "cuda emulated"; }
   void* allocate(size_t bytes) override { return std::calloc(bytes + 256, 1); }
-  void release(void* memory) override { std::free(memory); }
+  void release(void* memory) override {
+    synchronize();
+    std::free(memory);
+  }
   void* allocate_host(size_t bytes) override { return std::calloc(bytes + 1, 1); }
   void release_host(void* memory) override { std::free(memory); }
-  void upload(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void upload(void* to, const void* from, size_t bytes) override {
+    if (!has_queues_) {
+      std::memcpy(to, from, bytes);
+      return;
+    }
+    const auto* data = static_cast<const unsigned char*>(from);
+    later([to, copy = std::vector<unsigned char>(data, data + bytes)] {
+      if (!copy.empty()) std::memcpy(to, copy.data(), copy.size());
+    });
+  }
   void download(void* to, const void* from, size_t bytes) override {
     ++counts_->downloads;
-    std::memcpy(to, from, bytes);
+    later([=] { std::memcpy(to, from, bytes); });
+    synchronize();
   }
-  void download_later(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
-  void upload_later(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
-  void fill(void* to, int byte, size_t bytes) override { std::memset(to, byte, bytes); }
-  void synchronize() override {}
+  void download_later(void* to, const void* from, size_t bytes) override {
+    later([=] { std::memcpy(to, from, bytes); });
+  }
+  void upload_later(void* to, const void* from, size_t bytes) override {
+    later([=] { std::memcpy(to, from, bytes); });
+  }
+  void fill(void* to, int byte, size_t bytes) override {
+    later([=] { std::memset(to, byte, bytes); });
+  }
+  void synchronize() override {
+    for (int queue = kQueues - 1; queue >= 0; --queue) run_to(queue, queues_[queue].work.size());
+  }
+  void use(int queue) override {
+    has_queues_ = true;
+    queue_ = queue;
+  }
+  void mark(int event) override { marks_[event] = {queue_, queues_[queue_].work.size()}; }
+  void wait(int event) override {
+    if (const auto mark = marks_.find(event); mark != marks_.end())
+      later([this, at = mark->second] { run_to(at.first, at.second); });
+  }
 
   void launch(const exact::EmbedArgs& a) override { run(a); }
   void launch(const exact::NormArgs& a) override { run(a); }
@@ -69,37 +104,78 @@ class EmulatedGpu final : public DeviceApi {
   void launch(const exact::SimilarKeyArgs& a) override { run(a); }
 
   void launch(const gpu_replay::LogitsArgs& a) override {
-    blocks(a, [&](int block, unsigned char* shared) {
-      if (a.shape.dim == 64)
-        gpu_replay::Logits<64>(a, block, shared).run();
-      else if (a.shape.dim == 128)
-        gpu_replay::Logits<128>(a, block, shared).run();
-      else
-        gpu_replay::Logits<0>(a, block, shared).run();
+    later([this, a] {
+      blocks(a, [&](int block, unsigned char* shared) {
+        if (a.shape.dim == 64)
+          gpu_replay::Logits<64>(a, block, shared).run();
+        else if (a.shape.dim == 128)
+          gpu_replay::Logits<128>(a, block, shared).run();
+        else
+          gpu_replay::Logits<0>(a, block, shared).run();
+      });
     });
   }
-  void launch(const gpu_replay::ValuesArgs& a) override { replay(a); }
+  void launch(const gpu_replay::ValuesArgs& a) override {
+    later([this, a] { replay(a); });
+  }
   void launch(const gpu_replay::RowsArgs& a) override {
-    blocks(a, [&](int block, unsigned char* shared) {
-      a.shape.lanes() == 4 ? gpu_replay::run<4>(a, block, shared) : gpu_replay::run<8>(a, block, shared);
+    later([this, a] {
+      blocks(a, [&](int block, unsigned char* shared) {
+        a.shape.lanes() == 4 ? gpu_replay::run<4>(a, block, shared) : gpu_replay::run<8>(a, block, shared);
+      });
     });
   }
   void launch(const gpu_replay::MassesArgs& a) override {
-    blocks(a, [&](int block, unsigned char* shared) {
-      a.shape.lanes() == 4 ? gpu_replay::run<4>(a, block, shared) : gpu_replay::run<8>(a, block, shared);
+    later([this, a] {
+      blocks(a, [&](int block, unsigned char* shared) {
+        a.shape.lanes() == 4 ? gpu_replay::run<4>(a, block, shared) : gpu_replay::run<8>(a, block, shared);
+      });
     });
   }
   void launch(const gpu_replay::OutputsArgs& a) override {
-    blocks(a, [&](int block, unsigned char* shared) {
-      a.column_tiles() == 16 ? gpu_replay::Outputs<16>(a, block, shared).run()
-                             : gpu_replay::Outputs<8>(a, block, shared).run();
+    later([this, a] {
+      blocks(a, [&](int block, unsigned char* shared) {
+        a.column_tiles() == 16 ? gpu_replay::Outputs<16>(a, block, shared).run()
+                               : gpu_replay::Outputs<8>(a, block, shared).run();
+      });
     });
   }
-  void launch(const gpu_replay::RepairsArgs& a) override { replay(a); }
-  void launch(const gpu_replay::FutureArgs& a) override { replay(a); }
-  void launch(const gpu_replay::SumFutureArgs& a) override { replay(a); }
-  void launch(const gpu_replay::CloseArgs& a) override { replay(a); }
+  void launch(const gpu_replay::RepairsArgs& a) override {
+    later([this, a] { replay(a); });
+  }
+  void launch(const gpu_replay::FutureArgs& a) override {
+    later([this, a] { replay(a); });
+  }
+  void launch(const gpu_replay::SumFutureArgs& a) override {
+    later([this, a] { replay(a); });
+  }
+  void launch(const gpu_replay::CloseArgs& a) override {
+    later([this, a] { replay(a); });
+  }
   void launch(const gpu_replay::DecideArgs& a, bool large) override {
+    later([this, a, large] { decide(a, large); });
+  }
+  Limits limits() const override { return limits_; }
+
+  void run_graph(uint64_t key, const std::function<void()>& record) override {
+    counts_->graphs_captured += keys_.insert(key).second;
+    ++counts_->graphs_run;
+    record();
+  }
+  void forget_graphs() override { keys_.clear(); }
+
+ private:
+  void later(std::function<void()> work) {
+    if (has_queues_)
+      queues_[queue_].work.push_back(std::move(work));
+    else
+      work();
+  }
+  void run_to(int queue, size_t end) {
+    Queue& q = queues_[queue];
+    while (q.next < end) std::exchange(q.work[q.next++], nullptr)();
+  }
+  void decide(const gpu_replay::DecideArgs& a, bool large) {
     device::EmulatedLaunch launch;
     launch.n_blocks = launch.cluster = a.cluster;
     launch.n_threads = a.n_threads;
@@ -120,16 +196,7 @@ class EmulatedGpu final : public DeviceApi {
       });
     }
   }
-  Limits limits() const override { return limits_; }
 
-  void run_graph(uint64_t key, const std::function<void()>& record) override {
-    counts_->graphs_captured += keys_.insert(key).second;
-    ++counts_->graphs_run;
-    record();
-  }
-  void forget_graphs() override { keys_.clear(); }
-
- private:
   template <class Args>
   void run(const Args& args) {
     device::EmulatedLaunch launch;
@@ -160,6 +227,14 @@ class EmulatedGpu final : public DeviceApi {
   EmulatedGpuCounts own_;
   EmulatedGpuCounts* counts_;
   std::set<uint64_t> keys_;
+  static constexpr int kQueues = 3;
+  struct Queue {
+    std::vector<std::function<void()>> work;
+    size_t next = 0;
+  } queues_[kQueues];
+  int queue_ = 0;
+  bool has_queues_ = false;
+  std::map<int, std::pair<int, size_t>> marks_;
   uint64_t seed_ = 0;
 };
 
