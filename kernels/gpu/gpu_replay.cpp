@@ -125,9 +125,9 @@ struct GpuReplay::Run {
     half = on_device<uint16_t>("half", n_tokens * shape.n_kv * shape.dim_padded());
     l1 = on_device<float>("l1", n_tokens * shape.n_kv);
     last = on_device<int32_t>("last", heads * n_tokens);
-    failed = on_device<int32_t>("failed", 1);
+    failed = on_device<int32_t>("failed", 2);  // a step, a token: plus one
     api.fill(last, 0x7f, heads * n_tokens * 4);
-    api.fill(failed, 0, 4);
+    api.fill(failed, 0, 8);
     if (!r.metrics) return;
     metrics = on_device<float>("metrics", gr::kMetricKinds * q_heads * n_tokens);
     future = on_device<float>("future", heads * n_tokens);
@@ -374,7 +374,7 @@ struct GpuReplay::Run {
     r.rows('v', 0, n, v_host);
     api.upload_later(k, k_host, n * width * 4);
     api.upload_later(v, v_host, n * width * 4);
-    api.launch(gr::ValuesArgs{shape, v, l1, half, 0, n});
+    api.launch(gr::ValuesArgs{shape, v, l1, half, failed + 1, 0, n});
   }
 
   // What the recording alone asks for (logits of this block, then measures of the one before) runs beside the
@@ -391,7 +391,7 @@ struct GpuReplay::Run {
     api.use(kMeasures);
     api.wait(kLoaded + number % 3);
     api.wait(kDecided + side);  // weights of the block before the last
-    api.launch(gr::ValuesArgs{shape, v, l1, half, t0, t1});
+    api.launch(gr::ValuesArgs{shape, v, l1, half, failed + 1, t0, t1});
     api.launch(
         gr::LogitsArgs{shape, q[number % 3] + q_width, k, weights[side], t0, t1, attention_scale(shape.dim)});
     api.mark(kWeighed + side);
@@ -471,7 +471,7 @@ struct GpuReplay::Run {
     stage("close");
     const auto done = answer("tasks", device_tasks, tasks.size());
     r.last = answer("last", last, heads * n_tokens);
-    const auto bad = answer("failed", failed, 1);
+    const auto bad = answer("failed", failed, 2);
     std::span<const gr::HeadSums> all;
     std::span<const float> entropies, cosines;
     if (r.metrics) {
@@ -493,6 +493,9 @@ struct GpuReplay::Run {
     }
     if (bad[0] > 0) fail("replay: layer {}, step {}: expected finite logits", r.layer, bad[0] - 1);
     if (!r.metrics) return;
+    if (bad[1] > 0)
+      fail("replay on {}: layer {}, token {}: expected values of at most {}", api.describe(), r.layer,
+           bad[1] - 1, gr::kLargestHalf);
     r.heads.clear();
     for (const gr::HeadSums& s : all)
       r.heads.push_back({s.low_recall, s.recall, s.recall_no_sinks, s.output_error, s.cosine_error,

@@ -26,6 +26,7 @@ inline constexpr int kMaxCluster = 8;  // blocks that share a task whose victims
 inline constexpr int kSumLanes = 16;   // of vector_math.h
 inline constexpr int kHorizon = 32, kTop = 10, kSinks = 4;
 inline constexpr float kHot = 0.01f;
+inline constexpr float kLargestHalf = 65504.0f;
 inline constexpr float kHalfScale = 32768.0f;  // of probabilities in half precision
 inline constexpr int32_t kHeld = 0x7f7f7f7f;   // a step that never comes; equal bytes
 
@@ -198,7 +199,8 @@ struct ValuesArgs {
   Shape shape;
   const float* v;  // [T, H, D]
   float* l1;
-  uint16_t* half;  // [H, T, dim_padded()]
+  uint16_t* half;   // [H, T, dim_padded()]
+  int32_t* beyond;  // token + 1 of a value that half precision does not hold
   int32_t t0, t1;
   constexpr int n_blocks() const { return ((t1 - t0) * shape.n_kv + kThreads - 1) / kThreads; }
   constexpr int smem_bytes() const { return 0; }

@@ -1199,8 +1199,9 @@ KVLAPSE_DEVICE void run(const ValuesArgs& a, int block, unsigned char*) {
     KVLAPSE_UNROLL
     for (int l = 0; l < kSumLanes; ++l) {
       if (d + l >= dim) continue;
-      const float x = v[d + l];
-      lanes[l] += x < 0 ? -x : x;
+      const float x = v[d + l], size = fabsf(x);
+      lanes[l] += size;
+      if (!(size <= kLargestHalf)) *a.beyond = t + 1;
       half[d + l] = device::float_to_half(x);
     }
   }

@@ -74,6 +74,16 @@ TEST(DeviceReplay, RefusesWhatItCannotServe) {
   EXPECT_THROW(replayer.run(0, {{make_policy("rkv"), 16}}), Error);
 }
 
+TEST(DeviceReplay, RefusesValuesBeyondHalfPrecision) {
+  const auto device = emulated();
+  MemoryRows rows = synthetic_rows({1, 2, 1, 8, 0, DType::f32}, 40, 8, 1);
+  const DeviceReplayer replayer(rows, {}, *device);
+  rows.row(0, 0, RowKind::v, 30)[3] = -65504.0f;
+  EXPECT_NO_THROW(replayer.run(0, {{make_policy("window"), 16}}));
+  rows.row(0, 0, RowKind::v, 30)[3] = -65600.0f;
+  EXPECT_THROW(replayer.run(0, {{make_policy("window"), 16}}), Error);
+}
+
 TEST(DeviceReplay, RefusesLogitsThatAreNotFinite) {
   const auto device = emulated();
   MemoryRows rows = synthetic_rows({1, 2, 1, 8, 0, DType::f32}, 60, 8, 1);
