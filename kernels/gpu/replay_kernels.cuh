@@ -1414,20 +1414,22 @@ class Outputs {
       const SmemAddress rows = values_ + static_cast<uint32_t>(buffer * kChunk * kRowBytes);
       KVLAPSE_UNROLL
       for (int s = 0; s < kSlices; ++s) {
-        uint32_t a[2][4];
-        select(chunk * kChunk + s * 16, ahead[s], a);
-        if (chunk + 1 < n_chunks) fetch((chunk + 1) * kChunk + s * 16, ahead[s]);
         const SmemAddress row =
             rows +
             static_cast<uint32_t>((s * 16 + (lane_ / 8 & 1) * 8 + lane_ % 8) * kRowBytes + lane_ / 16 * 16);
+        uint32_t a[2][4], b[2][4];  // the next values on their way
+        device::load_matrix4_transposed(b[0], row);
+        select(chunk * kChunk + s * 16, ahead[s], a);
+        if (chunk + 1 < n_chunks) fetch((chunk + 1) * kChunk + s * 16, ahead[s]);
         KVLAPSE_UNROLL
         for (int n = 0; n < kTiles; n += 2) {
-          uint32_t b[4];
-          device::load_matrix4_transposed(b, row + static_cast<uint32_t>(n * 16));
+          const uint32_t(&now)[4] = b[n / 2 % 2];
+          if (n + 2 < kTiles)
+            device::load_matrix4_transposed(b[(n / 2 + 1) % 2], row + static_cast<uint32_t>((n + 2) * 16));
           KVLAPSE_UNROLL
           for (int m = 0; m < 2; ++m) {
-            device::multiply_add_16x8x16<device::F16>(sum_[m][n], a[m], b[0], b[1]);
-            device::multiply_add_16x8x16<device::F16>(sum_[m][n + 1], a[m], b[2], b[3]);
+            device::multiply_add_16x8x16<device::F16>(sum_[m][n], a[m], now[0], now[1]);
+            device::multiply_add_16x8x16<device::F16>(sum_[m][n + 1], a[m], now[2], now[3]);
           }
         }
         KVLAPSE_UNROLL
