@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
@@ -49,6 +50,13 @@ TEST(BenchCli, ReplayCountsConfigurationsASecond) {
   const Outcome outcome = run_program({"bench", "replay", "--context", "200"});
   EXPECT_EQ(outcome.exit_code, 64);
   EXPECT_THAT(outcome.err, HasSubstr("found 200"));
+}
+
+TEST(BenchCli, ReplayNeedsTheDeviceThatIsNamed) {
+  const Outcome outcome = run_program({"bench", "replay", "--context", "512", "--device", "cuda:99"});
+  EXPECT_EQ(outcome.exit_code, 2);
+  EXPECT_THAT(outcome.err, HasSubstr("--device cuda:99"));
+  EXPECT_EQ(std::ranges::count(outcome.err, '\n'), 1) << outcome.err;
 }
 
 TEST(BenchCli, ThroughputHoldsFullAgainstThePolicy) {

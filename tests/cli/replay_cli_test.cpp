@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <fstream>
@@ -47,6 +48,15 @@ TEST_F(ReplayCli, SelfReplayReportsItsKeys) {
   EXPECT_EQ(report["mismatches"], 0);
   EXPECT_TRUE(report.contains("ties"));
   EXPECT_TRUE(report["first_mismatch"].is_null());
+}
+
+TEST_F(ReplayCli, NeedsTheDeviceThatIsNamed) {
+  const Outcome outcome = run_program({"replay", path("full.kvl"), "-q", "--policy", "longflow", "--budget",
+                                       "64", "--device", "cuda:99", "-o", path("device.kvr")});
+  EXPECT_EQ(outcome.exit_code, 2);
+  EXPECT_THAT(outcome.err, HasSubstr("--device cuda:99"));
+  EXPECT_EQ(std::ranges::count(outcome.err, '\n'), 1) << outcome.err;
+  EXPECT_FALSE(fs::exists(path("device.kvr")));
 }
 
 TEST_F(ReplayCli, SelectionsAreSaid) {

@@ -141,7 +141,10 @@ class EmulatedGpu final : public DeviceApi {
     });
   }
   void launch(const gpu_replay::RepairsArgs& a) override {
-    later([this, a] { replay(a); });
+    later([this, a] {
+      counts_->repairs += *a.n_repairs;
+      replay(a);
+    });
   }
   void launch(const gpu_replay::FutureArgs& a) override {
     later([this, a] { replay(a); });

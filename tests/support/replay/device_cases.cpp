@@ -15,6 +15,11 @@ namespace {
 MemoryRows rows_of(const DeviceCase& at) {
   const CacheGeometry geometry{1, at.n_q_heads, at.n_kv_heads, at.head_dim, 0, DType::f32};
   MemoryRows rows = synthetic_rows(geometry, at.n_tokens, at.n_prompt, at.seed);
+  if (at.sharpness != 1)
+    for (int t = 0; t < at.n_tokens; ++t) {
+      float* row = rows.row(0, 0, RowKind::q, t);
+      for (int i = 0; i < at.n_q_heads * at.head_dim; ++i) row[i] *= at.sharpness;
+    }
   if (at.quantum > 0)
     for (RowKind kind : {RowKind::q, RowKind::k, RowKind::v})
       for (int t = 0; t < at.n_tokens; ++t) {

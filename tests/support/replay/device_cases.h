@@ -11,7 +11,8 @@ namespace kvlapse {
 struct DeviceCase {
   int n_q_heads, n_kv_heads, head_dim, n_tokens, n_prompt;
   uint64_t seed;
-  float quantum = 0;  // rows rounded to multiples of it, so that scores tie; 0: as they are
+  float quantum = 0;    // rows rounded to multiples of it, so that scores tie; 0: as they are
+  float sharpness = 1;  // of attention: a factor of the queries
 };
 
 // One spec of each kind of score and rule that a device serves.
