@@ -172,6 +172,9 @@ KVLAPSE_DEVICE void prefetch_tensor_map(const TensorMap* map) {
 #endif
 }
 // Brings the line at `p` into L2.
+KVLAPSE_DEVICE void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
 // `bytes` in a row, a multiple of 16, from a 16-byte aligned address.
 KVLAPSE_DEVICE void bulk_prefetch_l2(const void* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900

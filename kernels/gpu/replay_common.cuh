@@ -1,0 +1,75 @@
+// What the kernels of a replay on a device have in common (replay_kernels.cuh says how they are written).
+#pragma once
+
+#include <cmath>
+
+#include "core/base/rng.h"
+#include "kernels/gpu/replay_args.h"
+
+namespace kvlapse::gpu_replay {
+
+using device::block_sync;
+using device::Float4;
+using device::shuffle_from;
+using device::shuffle_xor;
+using device::SmemAddress;
+using device::thread_index;
+using device::warp_ballot;
+using device::warp_largest;
+
+KVLAPSE_DEVICE float infinity() {
+  return __builtin_huge_valf();
+}
+KVLAPSE_DEVICE int least(int a, int b) {
+  return a < b ? a : b;
+}
+KVLAPSE_DEVICE int most(int a, int b) {
+  return a > b ? a : b;
+}
+// Unsigned numbers in the order of the floats (of one zero).
+KVLAPSE_DEVICE uint32_t ordered(float v) {
+  const uint32_t bits = device::float_bits(v);
+  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+KVLAPSE_DEVICE float unordered(uint32_t key) {
+  return device::bits_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
+}
+
+// scalar::exp_one of core/base for x <= 0, with its rounding to integers as a sum with 1.5 * 2^23.
+KVLAPSE_DEVICE float exp_negative(float x) {
+  constexpr float kRound = 12582912.0f;
+  const float shifted = x * 1.44269504088896341f + kRound;
+  const float n = shifted - kRound;
+  float r = fmaf(n, -0.693359375f, x);
+  r = fmaf(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = fmaf(p, r, 1.3981999507e-3f);
+  p = fmaf(p, r, 8.3334519073e-3f);
+  p = fmaf(p, r, 4.1665795894e-2f);
+  p = fmaf(p, r, 1.6666665459e-1f);
+  p = fmaf(p, r, 5.0000001201e-1f);
+  const float y = fmaf(p, r * r, r) + 1.0f;
+  const float e = y * device::bits_float((device::float_bits(shifted) + 127u) << 23);
+  return x > -87.3f ? e : 0.0f;
+}
+
+template <int kLanes>
+struct Weights {
+  float v[kLanes];
+  KVLAPSE_DEVICE static Weights load(const float* from) {
+    Weights w;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kLanes / 4; ++i) {
+      const Float4 x = *reinterpret_cast<const Float4*>(from + 4 * i);
+      w.v[4 * i] = x.x, w.v[4 * i + 1] = x.y, w.v[4 * i + 2] = x.z, w.v[4 * i + 3] = x.w;
+    }
+    return w;
+  }
+  KVLAPSE_DEVICE void store(float* to) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kLanes / 4; ++i)
+      *reinterpret_cast<Float4*>(to + 4 * i) = Float4{v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]};
+  }
+};
+
+}  // namespace kvlapse::gpu_replay

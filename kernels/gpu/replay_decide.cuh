@@ -1,0 +1,644 @@
+// Decisions: one configuration and score row a block or cluster, step after step.
+#pragma once
+
+#include "kernels/gpu/replay_common.cuh"
+
+namespace kvlapse::gpu_replay {
+
+// A lowest score, its slot (as a number that is lower for those that go first) and the next lowest score.
+struct Candidate {
+  static constexpr uint32_t kNone = ~uint32_t{0};
+  uint32_t low = kNone, slot = kNone, next = kNone, unused = 0;
+  // Slots come in order; `last_tie` is one where the last of equal ones goes first.
+  KVLAPSE_DEVICE void add(uint32_t key, uint32_t of, uint32_t last_tie) {
+    const uint32_t behind = key > low ? key : low;
+    if (key - last_tie < low) slot = of;
+    low = key < low ? key : low;
+    next = behind < next ? behind : next;
+  }
+  KVLAPSE_DEVICE void merge(const Candidate& o) {
+    const bool other = o.low < low || (o.low == low && o.slot < slot);
+    const uint32_t behind = other ? low : o.low, own = other ? o.next : next;
+    next = behind < own ? behind : own;
+    if (other) low = o.low, slot = o.slot;
+  }
+  KVLAPSE_DEVICE Candidate across_warp() const {
+    Candidate all;
+    all.low = ~warp_largest(~low);
+    all.slot = ~warp_largest(low == all.low ? ~slot : 0u);
+    all.next = ~warp_largest(~(low == all.low && slot == all.slot ? next : low));
+    return all;
+  }
+};
+static_assert(sizeof(Candidate) == 16);
+struct alignas(8) Float2 {
+  float x, y;
+  KVLAPSE_DEVICE void operator+=(const Float2& o) { x += o.x, y += o.y; }
+};
+
+// A task on `cluster` blocks. Slot s belongs to the block that has its lane s % 16, so that each block sums
+// whole lanes; they exchange maxima, sums of lanes and candidates, each arriving on a barrier of its own:
+// none is sent again before every block has told what followed from it. A thread scores the same slots at
+// every step, and asks for their next weights once it has.
+template <int kLanes, bool kLarge>
+class Decide {
+ public:
+  KVLAPSE_DEVICE Decide(const DecideArgs& args, int block, unsigned char* memory)
+      : a_(args),
+        index_(block / args.cluster),
+        task_(args.tasks[index_]),
+        shape_(args.shape),
+        rank_(block % args.cluster),
+        thread_(thread_index()),
+        n_heads_(task_.n_heads),
+        group_(args.shape.group()),
+        width_(n_heads_ * kLanes),
+        slot_floats_(slot_floats(n_heads_, kLanes)),
+        own_lanes_(kSumLanes / args.cluster) {
+    const DecideLayout layout =
+        decide_layout(task_.score, n_heads_, kLanes, task_.capacity, args.cluster, kLarge);
+    slots_ = layout.slots;
+    const int chains = args.cluster == 1 ? kSumLanes * width_ / 2 : own_lanes_ * width_;
+    summers_ = (chains + 31) / 32 * 32;
+    if (summers_ * 4 > args.n_threads) summers_ = 0;
+    own_shift_ = args.cluster == 1 ? 4 : args.cluster == 2 ? 3 : args.cluster == 4 ? 2 : 1;
+    barriers_ = device::smem_address(memory);
+    warp_candidates_ = reinterpret_cast<Candidate*>(memory + 64);
+    block_candidates_ = warp_candidates_ + 64;
+    keys_ = reinterpret_cast<uint32_t*>(block_candidates_ + kMaxCluster);
+    maxima_ = keys_ + 2 * width_;
+    lane_sums_ = reinterpret_cast<float*>(maxima_ + kMaxCluster * width_);
+    inverse_ = lane_sums_ + kSumLanes * width_;
+    newest_ = inverse_ + width_;
+    newest_norms_ = newest_ + width_;
+    positions_ = reinterpret_cast<int32_t*>(memory + layout.positions);
+    sums_ = reinterpret_cast<float*>(memory + layout.sums);
+    norms_ = reinterpret_cast<float*>(memory + layout.norms);
+    if constexpr (kLarge)
+      weights_ = task_.scratch + static_cast<int64_t>(rank_) * slots_ * slot_floats_;
+    else
+      weights_ = reinterpret_cast<float*>(memory + layout.weights);
+  }
+
+  KVLAPSE_DEVICE void run() {
+    const int begin = most(a_.t0, task_.begin);
+    if (begin >= a_.t1) return;
+    int count = task_.count, hole = task_.hole;
+    int64_t near_ties = task_.near_ties;
+    const bool has_attention = attends(task_.score), keeps_sums = accumulates(task_.score),
+               has_norms = reads_l1(task_.score);
+    if (thread_ == 0) {
+      device::mbarrier_init(barriers_, static_cast<uint32_t>(a_.n_threads));
+      for (int i = 1; i <= kCandidates; ++i)
+        device::mbarrier_init(barriers_ + static_cast<uint32_t>(8 * i), 1);
+      for (int i = 0; i < kParts; ++i)
+        device::mbarrier_init(part(i), static_cast<uint32_t>((a_.n_threads - summers_) / 32));
+      device::fence_barrier_init();
+    }
+    load(count, keeps_sums, has_norms);
+    for (int i = thread_; i < 2 * width_; i += a_.n_threads) keys_[i] = 0;
+    float next_norm = 0;
+    if (has_norms && thread_ < n_heads_) next_norm = norm_of(thread_, begin);
+    bool failed = false, asked = false;
+    if (a_.cluster > 1) {
+      device::cluster_arrive();
+      device::cluster_wait();
+    } else {
+      block_sync();
+    }
+    for (int step = begin; step < a_.t1; ++step) {
+      const int slot = hole >= 0 ? hole : count++;
+      hole = -1;
+      newest_own_ = slot % kSumLanes >> own_shift_ == rank_ ? local(slot) : -1;
+      const int n = own_count(count);
+      const bool due = step >= a_.n_prompt && count > task_.trigger;
+      if (has_norms && thread_ < n_heads_) {
+        newest_norms_[(step & 1) * n_heads_ + thread_] = next_norm;
+        if (step + 1 < shape_.n_tokens) next_norm = norm_of(thread_, step + 1);
+      }
+      if (has_attention && (due || keeps_sums)) {
+        if (!asked) ask(step, n);
+        attend(step, n);
+        asked = !kLarge && step + 1 < a_.t1;
+      } else if (has_norms) {
+        block_sync();
+      }
+      append(step, keeps_sums, has_norms);
+      if (!due && !keeps_sums) continue;
+      const Candidate found = score(step, n, due, asked);
+      if (!due) continue;
+      if (found.low == Candidate::kNone || found.low == 0) {
+        failed = true;
+        if (thread_ == 0) a_.tasks[index_].failed = step;
+        break;
+      }
+      hole = static_cast<int>(task_.last_tie != 0 ? ~found.slot : found.slot);
+      if (thread_ == 0) near_ties += near_tie(found);
+      if (hole % kSumLanes >> own_shift_ == rank_) {
+        const int j = local(hole);
+        if (j % a_.n_threads == thread_) {
+          const int pos = positions_[j];
+          for (int h = 0; h < n_heads_; ++h)
+            task_.last[static_cast<int64_t>(task_.head + h) * shape_.n_tokens + pos] = step;
+        }
+      }
+    }
+    if (failed && asked) await_weights();
+    if (a_.cluster > 1) {  // nobody leaves while others write to it
+      device::cluster_arrive();
+      device::cluster_wait();
+    } else {
+      block_sync();
+    }
+    if (failed) return;
+    for (int j = thread_; j < own_count(count); j += a_.n_threads) {
+      task_.positions[slot_of(j)] = positions_[j];
+      if (!keeps_sums) continue;
+      for (int h = 0; h < n_heads_; ++h)
+        task_.sums[static_cast<int64_t>(h) * task_.capacity + slot_of(j)] = sums_[h * slots_ + j];
+    }
+    if (rank_ != 0 || thread_ != 0) return;
+    DecideTask& to = a_.tasks[index_];
+    to.count = count, to.hole = hole, to.near_ties = near_ties;
+  }
+
+ private:
+  // Barriers: weights have landed; what the blocks of a cluster tell.
+  enum Told { kMaxima = 1, kSums, kCandidates };
+  // Parts of the exponentials, each told to those that sum them up.
+  static constexpr int kParts = 4;
+  KVLAPSE_DEVICE SmemAddress part(int i) const { return barriers_ + static_cast<uint32_t>(8 * (4 + i)); }
+
+  KVLAPSE_DEVICE int local(int slot) const {
+    return (slot / kSumLanes << own_shift_) + (slot % kSumLanes & (own_lanes_ - 1));
+  }
+  KVLAPSE_DEVICE int slot_of(int j) const {
+    return (j >> own_shift_) * kSumLanes + (rank_ << own_shift_) + (j & (own_lanes_ - 1));
+  }
+  KVLAPSE_DEVICE int own_count(int count) const {
+    const int rest = count % kSumLanes - (rank_ << own_shift_);
+    return (count / kSumLanes << own_shift_) + most(0, least(rest, own_lanes_));
+  }
+  KVLAPSE_DEVICE float norm_of(int head, int pos) const {
+    return task_.value_l1[static_cast<int64_t>(task_.head + head) * shape_.n_tokens + pos];
+  }
+
+  KVLAPSE_DEVICE void load(int count, bool keeps_sums, bool has_norms) {
+    for (int j = thread_; j < own_count(count); j += a_.n_threads) {
+      const int slot = slot_of(j), pos = task_.positions[slot];
+      positions_[j] = pos;
+      for (int h = 0; h < n_heads_; ++h) {
+        if (keeps_sums) sums_[h * slots_ + j] = task_.sums[static_cast<int64_t>(h) * task_.capacity + slot];
+        if (has_norms) norms_[h * slots_ + j] = norm_of(h, pos);
+      }
+    }
+  }
+  // By the thread that scores the slot.
+  KVLAPSE_DEVICE void append(int step, bool keeps_sums, bool has_norms) {
+    const int j = newest_own_;
+    if (j < 0 || j % a_.n_threads != thread_) return;
+    positions_[j] = step;
+    for (int h = 0; h < n_heads_; ++h) {
+      if (keeps_sums) sums_[h * slots_ + j] = 0;
+      if (has_norms) norms_[h * slots_ + j] = newest_norms_[(step & 1) * n_heads_ + h];
+    }
+  }
+
+  // ---- weights of a step ----
+  KVLAPSE_DEVICE const float* row_of(int step, int h) const {
+    return a_.weights + shape_.row(step - a_.t0, task_.head + h);
+  }
+  KVLAPSE_DEVICE void ask_slot(int j, int pos, int step) const {
+    ask_heads(row_of(step, 0) + static_cast<int64_t>(pos) * kLanes,
+              device::smem_address(weights_ + j * slot_floats_));
+  }
+  KVLAPSE_DEVICE void ask_heads(const float* from, SmemAddress to) const {
+    const int64_t row = static_cast<int64_t>(shape_.stride) * kLanes;
+    KVLAPSE_UNROLL_2
+    for (int h = 0; h < n_heads_; ++h) {
+      ask_head(from, to);
+      from += row, to += kLanes * 4;
+    }
+  }
+  KVLAPSE_DEVICE static void ask_head(const float* from, SmemAddress to) {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kLanes / 4; ++i)
+      device::copy_async16(to + static_cast<uint32_t>(16 * i), from + 4 * i, true);
+  }
+  // Brings the row behind that of `step` nearer, where the slots are many enough to need most of it.
+  KVLAPSE_DEVICE void prefetch_row(int step, int n) const {
+    constexpr int kLine = 32;
+    const int lines = (step + 1) * kLanes / kLine;
+    if (step + 1 >= a_.t1 || n * a_.cluster < lines) return;
+    for (int h = rank_; h < n_heads_; h += a_.cluster) {
+      const float* row = row_of(step + 1, h);
+      for (int i = thread_; i < lines; i += a_.n_threads) device::prefetch_l2(row + i * kLine);
+    }
+  }
+  // The token of `step` itself, whose slot is not known yet, and the end of what this thread asks for.
+  KVLAPSE_DEVICE void ask_newest(int step) const {
+    for (int i = thread_; i < width_ / 4; i += a_.n_threads) {
+      const int h = 4 * i / kLanes;
+      device::copy_async16(device::smem_address(newest_ + 4 * i),
+                           row_of(step, h) + static_cast<int64_t>(step) * kLanes + 4 * i % kLanes, true);
+    }
+    device::copy_async_arrive(barriers_);
+  }
+  KVLAPSE_DEVICE void ask(int step, int n) const {
+    if constexpr (!kLarge) {
+      for (int j = thread_; j < n; j += a_.n_threads)
+        if (j != newest_own_) ask_slot(j, positions_[j], step);
+    }
+    ask_newest(step);
+  }
+  KVLAPSE_DEVICE void await_weights() {
+    device::mbarrier_wait(barriers_, landed_ & 1);
+    ++landed_;
+  }
+
+  KVLAPSE_DEVICE void tell(Float4* to, const Float4& v, int rank, int told) const {
+    device::remote_store4(device::remote_address(device::smem_address(to), rank), v,
+                          device::remote_address(barriers_ + static_cast<uint32_t>(8 * told), rank));
+  }
+  // Expects `floats` from all blocks together.
+  KVLAPSE_DEVICE void expect(int told, int floats) const {
+    if (thread_ == 0)
+      device::mbarrier_arrive_expect(barriers_ + static_cast<uint32_t>(8 * told),
+                                     static_cast<uint32_t>(floats * 4));
+  }
+  KVLAPSE_DEVICE void hear(int told, uint32_t times) const {
+    device::mbarrier_wait_cluster(barriers_ + static_cast<uint32_t>(8 * told), times & 1);
+  }
+
+  // Exponentials of the own slots and, in inverse_, one over their sum over all slots, for every query head.
+  KVLAPSE_DEVICE void attend(int step, int n) {
+    uint32_t* keys = keys_ + (step & 1) * width_;
+    uint32_t* cleared = keys_ + (~step & 1) * width_;
+    await_weights();
+    find_maxima(step, n, keys);
+    block_sync();
+    if (a_.cluster > 1) {
+      expect(kMaxima, a_.cluster * width_);
+      const int quads = width_ / 4;
+      for (int i = thread_; i < quads * a_.cluster; i += a_.n_threads)
+        tell(reinterpret_cast<Float4*>(maxima_ + rank_ * width_) + i % quads,
+             reinterpret_cast<const Float4*>(keys)[i % quads], i / quads, kMaxima);
+      hear(kMaxima, heard_);
+    }
+    for (int i = thread_; i < width_; i += a_.n_threads) cleared[i] = 0;
+    if (summers_ == 0) {
+      exponentials(n, keys);
+      block_sync();
+    }
+    if (thread_ >= summers_ && summers_ > 0)
+      exponentials(n, keys);
+    else if (a_.cluster == 1)
+      sum_alone(n);
+    else
+      sum_together(n);
+    block_sync();
+    ++heard_;
+  }
+
+  KVLAPSE_DEVICE void find_maxima(int step, int n, uint32_t* keys) {
+    const int teams = a_.n_threads / n_heads_, h = thread_ % n_heads_, team = thread_ / n_heads_;
+    float largest[kLanes];
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) largest[g] = -infinity();
+    if (team < teams) {
+      constexpr int kAtOnce = kLanes == 4 ? 4 : 2;
+      const float* row = row_of(step, h);
+      const int64_t next = step + 1 < a_.t1 ? static_cast<int64_t>(shape_.n_kv) * shape_.stride * kLanes : 0;
+      for (int j = team; j < n; j += kAtOnce * teams) {
+        Weights<kLanes> w[kAtOnce];
+        KVLAPSE_UNROLL
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int at = j + k * teams;
+          if (at >= n) continue;
+          const float* from = at == newest_own_ ? newest_ + h * kLanes
+                              : kLarge          ? row + static_cast<int64_t>(positions_[at]) * kLanes
+                                                : weights_ + at * slot_floats_ + h * kLanes;
+          w[k] = Weights<kLanes>::load(from);
+          if (kLarge && at != newest_own_) device::prefetch_l2(from + next);
+        }
+        KVLAPSE_UNROLL
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int at = j + k * teams;
+          if (at >= n) continue;
+          if (kLarge || at == newest_own_) w[k].store(weights_ + at * slot_floats_ + h * kLanes);
+          KVLAPSE_UNROLL
+          for (int g = 0; g < kLanes; ++g) largest[g] = fmaxf(largest[g], w[k].v[g]);
+        }
+      }
+    }
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) {
+      uint32_t key = ordered(largest[g] + 0.0f);
+      bool tells = team < teams;
+      if (n_heads_ == 1) {
+        key = warp_largest(key);
+        tells = thread_ % 32 == 0;
+      } else if (32 % n_heads_ == 0) {
+        for (int mask = n_heads_; mask < 32; mask *= 2) {
+          const uint32_t other = shuffle_xor(key, mask);
+          key = other > key ? other : key;
+        }
+        tells = thread_ % 32 < n_heads_;
+      }
+      if (tells) device::shared_max(keys + h * kLanes + g, key);
+    }
+  }
+
+  // By the threads from summers_ on, who go through the slots in order and say how far they are.
+  KVLAPSE_DEVICE int teams() const { return (a_.n_threads - summers_) / n_heads_; }
+  KVLAPSE_DEVICE int turns_of_part(int n) const {
+    const int turns = (n + teams() - 1) / teams();
+    return (turns + kParts - 1) / kParts;
+  }
+  KVLAPSE_DEVICE void exponentials(int n, const uint32_t* keys) {
+    const int thread = thread_ - summers_, h = thread % n_heads_, team = thread / n_heads_;
+    float largest[kLanes];
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) {
+      uint32_t key = a_.cluster == 1 ? keys[h * kLanes + g] : 0;
+      for (int r = 0; a_.cluster > 1 && r < a_.cluster; ++r) {
+        const uint32_t other = maxima_[r * width_ + h * kLanes + g];
+        key = other > key ? other : key;
+      }
+      largest[g] = unordered(key);
+    }
+    const int all = teams(), each = turns_of_part(n) * all;
+    for (int p = 0; p < kParts; ++p) {
+      const int end = team < all ? least(n, (p + 1) * each) : 0;
+      KVLAPSE_UNROLL_2
+      for (int j = p * each + team; j < end; j += all) {
+        float* at = weights_ + j * slot_floats_ + h * kLanes;
+        Weights<kLanes> w = Weights<kLanes>::load(at);
+        KVLAPSE_UNROLL
+        for (int g = 0; g < kLanes; ++g) w.v[g] = g < group_ ? exp_negative(w.v[g] - largest[g]) : 0.0f;
+        w.store(at);
+      }
+      if (summers_ == 0) continue;
+      device::warp_sync();
+      if (thread % 32 == 0) device::mbarrier_arrive(part(p));
+    }
+  }
+  // Sums every `apart`-th own slot from `first` on, in order, as exponentials come.
+  template <class Sum>
+  KVLAPSE_DEVICE Sum chain(const float* from, int first, int apart, int n) const {
+    constexpr int kAhead = 8;
+    const int stride = apart * slot_floats_, each = turns_of_part(n) * teams();
+    from += first * slot_floats_;
+    Sum sum = {};
+    int k = 0;
+    for (int p = 0; p < kParts; ++p) {
+      int limit = n;
+      if (summers_ > 0) {
+        device::mbarrier_wait(part(p), heard_ & 1);
+        limit = least(n, (p + 1) * each);
+      } else if (p > 0) {
+        break;
+      }
+      const int end = (limit - first + apart - 1) / apart;
+      if (k + kAhead <= end) {
+        Sum ahead[kAhead];
+        KVLAPSE_UNROLL
+        for (int i = 0; i < kAhead; ++i) ahead[i] = *reinterpret_cast<const Sum*>(from + i * stride);
+        KVLAPSE_NO_UNROLL
+        for (k += kAhead; k + kAhead <= end; k += kAhead) {
+          from += kAhead * stride;
+          KVLAPSE_UNROLL
+          for (int i = 0; i < kAhead; ++i) {
+            sum += ahead[i];
+            ahead[i] = *reinterpret_cast<const Sum*>(from + i * stride);
+          }
+        }
+        from += kAhead * stride;
+        KVLAPSE_UNROLL
+        for (int i = 0; i < kAhead; ++i) sum += ahead[i];
+      }
+      for (; k < end; ++k) {
+        sum += *reinterpret_cast<const Sum*>(from);
+        from += stride;
+      }
+    }
+    return sum;
+  }
+
+  // A thread sums one lane of two query heads; sixteen neighbours hold the lanes and add them as
+  // vector_math.h does: l + 8, then + 4, + 2, + 1.
+  KVLAPSE_DEVICE void sum_alone(int n) {
+    for (int i = thread_; i < kSumLanes * width_ / 2; i += a_.n_threads) {
+      const int lane = i % kSumLanes, pair = i / kSumLanes;
+      Float2 sum = chain<Float2>(weights_ + 2 * pair, lane, kSumLanes, n);
+      KVLAPSE_UNROLL
+      for (int mask = kSumLanes / 2; mask > 0; mask /= 2)
+        sum.x += shuffle_xor(sum.x, mask), sum.y += shuffle_xor(sum.y, mask);
+      if (lane == 0) inverse_[2 * pair] = 1.0f / sum.x, inverse_[2 * pair + 1] = 1.0f / sum.y;
+    }
+  }
+  KVLAPSE_DEVICE void sum_together(int n) {
+    expect(kSums, kSumLanes * width_);
+    const int chains = own_lanes_ * width_;
+    for (int i = thread_; i < (chains + 31) / 32 * 32; i += a_.n_threads) {
+      const int own = least(i, chains - 1) / width_, column = least(i, chains - 1) % width_,
+                lane = (rank_ << own_shift_) + own;
+      const float sum = chain<float>(weights_ + column, own, own_lanes_, n);
+      const int first = thread_ % 32 / 4 * 4;
+      const Float4 quad = {shuffle_from(sum, first), shuffle_from(sum, first + 1),
+                           shuffle_from(sum, first + 2), shuffle_from(sum, first + 3)};
+      for (int r = thread_ % 4; i < chains && r < a_.cluster; r += 4)
+        tell(reinterpret_cast<Float4*>(lane_sums_ + lane * width_ + column / 4 * 4), quad, r, kSums);
+    }
+    hear(kSums, heard_);
+    for (int i = thread_; i < width_; i += a_.n_threads) {
+      float lanes[kSumLanes];
+      KVLAPSE_UNROLL
+      for (int l = 0; l < kSumLanes; ++l) lanes[l] = lane_sums_[l * width_ + i];
+      KVLAPSE_UNROLL
+      for (int w = kSumLanes / 2; w > 0; w /= 2) {
+        KVLAPSE_UNROLL
+        for (int l = 0; l < w; ++l) lanes[l] += lanes[l + w];
+      }
+      inverse_[i] = 1.0f / lanes[0];
+    }
+  }
+
+  // `asks`: for the weights of the next step.
+  KVLAPSE_DEVICE Candidate score(int step, int n, bool due, bool asks) {
+    if (asks) prefetch_row(step + 1, n);
+    const bool by_max = task_.gqa == Reduce::max;
+    Candidate own;
+    switch (task_.score) {
+      case DeviceScore::random: own = score_slots<Kind::random, false>(step, n, due, asks); break;
+      case DeviceScore::contribution: own = score_with<Kind::contribution>(step, n, due, asks); break;
+      case DeviceScore::accumulated:
+        own = by_max ? score_with<Kind::summed_peaks>(step, n, due, asks)
+                     : score_with<Kind::summed>(step, n, due, asks);
+        break;
+      case DeviceScore::accumulated_contribution:
+        own = by_max ? score_with<Kind::summed_peaks_by_norm>(step, n, due, asks)
+                     : score_with<Kind::summed_by_norm>(step, n, due, asks);
+        break;
+      default:
+        own = by_max && task_.score != DeviceScore::attention_mean
+                  ? score_with<Kind::peak>(step, n, due, asks)
+                  : score_with<Kind::weight>(step, n, due, asks);
+    }
+    if (asks) ask_newest(step + 1);
+    if (!due) return own;
+    own = own.across_warp();
+    Candidate* const told = warp_candidates_ + (step & 1) * 32;
+    if (thread_ % 32 == 0) told[thread_ / 32] = own;
+    block_sync();
+    if (a_.cluster == 1 || thread_ < 32) {
+      Candidate all;
+      if (thread_ % 32 < a_.n_threads / 32) all = told[thread_ % 32];
+      own = all.across_warp();
+    }
+    if (a_.cluster == 1) return own;
+    expect(kCandidates, a_.cluster * 4);
+    if (thread_ < a_.cluster)
+      tell(reinterpret_cast<Float4*>(block_candidates_ + rank_),
+           Float4{device::bits_float(own.low), device::bits_float(own.slot), device::bits_float(own.next), 0},
+           thread_, kCandidates);
+    hear(kCandidates, decided_++);
+    own = block_candidates_[0];
+    for (int r = 1; r < a_.cluster; ++r) own.merge(block_candidates_[r]);
+    return own;
+  }
+
+  // What a slot's weights become, as policies of core/policy define it: summed kinds are sums over steps of
+  // all query heads or of the largest.
+  enum class Kind {
+    random,
+    weight,
+    peak,
+    contribution,
+    summed,
+    summed_peaks,
+    summed_by_norm,
+    summed_peaks_by_norm
+  };
+  template <Kind kKind>
+  KVLAPSE_DEVICE Candidate score_with(int step, int n, bool due, bool asks) {
+    return n_heads_ == 1 ? score_slots<kKind, true>(step, n, due, asks)
+                         : score_slots<kKind, false>(step, n, due, asks);
+  }
+  template <Kind kKind, bool kOneHead>
+  KVLAPSE_DEVICE Candidate score_slots(int step, int n, bool due, bool asks) {
+    constexpr bool kByNorm = kKind == Kind::summed_by_norm || kKind == Kind::summed_peaks_by_norm,
+                   kPeaks = kKind == Kind::summed_peaks || kKind == Kind::summed_peaks_by_norm,
+                   kSummed = kPeaks || kByNorm || kKind == Kind::summed, kRandom = kKind == Kind::random,
+                   kNorms = kByNorm || kKind == Kind::contribution;
+    const uint32_t first_free = static_cast<uint32_t>(task_.first_free),
+                   n_free =
+                       due ? static_cast<uint32_t>(most(0, step - task_.recent + 1 - task_.first_free)) : 0,
+                   last_tie = task_.last_tie != 0 ? 1u : 0u;
+    const uint64_t draw = kRandom ? mix64(task_.seed ^ static_cast<uint64_t>(step)) : 0;
+    const float share = task_.gqa == Reduce::mean ? 1.0f / static_cast<float>(group_) : 1.0f;
+    const float scale = scale_of<kKind>();
+    const float* next = asks ? row_of(step + 1, 0) : a_.weights;
+    const int64_t row = static_cast<int64_t>(shape_.stride) * kLanes;
+    Weights<kLanes> inverse{};
+    if constexpr (kOneHead) inverse = Weights<kLanes>::load(inverse_);
+    Candidate own;
+    uint32_t any_nan = 0;
+    KVLAPSE_NO_UNROLL
+    for (int j = thread_; j < n; j += a_.n_threads) {
+      const int pos = positions_[j];
+      float score = kKind == Kind::peak || kKind == Kind::summed_peaks ? -infinity() : 0.0f;
+      if constexpr (kRandom) {
+        score = unit_float(mix64(draw ^ static_cast<uint64_t>(pos)));
+      } else {
+        float* weights = weights_ + j * slot_floats_;
+        const float* from = next + static_cast<int64_t>(pos) * kLanes;
+        float* sums = sums_ + j;
+        const float* norms = norms_ + j;
+        const float* inverses = inverse_;
+        KVLAPSE_UNROLL_2
+        for (int h = 0; h < (kOneHead ? 1 : n_heads_); ++h) {
+          Weights<kLanes> w = Weights<kLanes>::load(weights);
+          if constexpr (!kLarge) {
+            if (asks) ask_head(from, device::smem_address(weights));
+          }
+          if constexpr (!kOneHead) inverse = Weights<kLanes>::load(inverses);
+          const float norm = kNorms ? *norms : 0.0f;
+          float sum = kSummed ? *sums : 0.0f, peak = 0;
+          KVLAPSE_UNROLL
+          for (int g = 0; g < kLanes; ++g) {
+            const float p = w.v[g] * inverse.v[g];
+            if (g >= group_) continue;
+            if constexpr (kPeaks)
+              peak = p > peak ? p : peak;
+            else if constexpr (kSummed)
+              sum = fmaf(share, p, sum);
+            else if constexpr (kKind == Kind::contribution)
+              score = fmaf(p, norm, score);
+            else if constexpr (kKind == Kind::peak)
+              score = p > score ? p : score;
+            else
+              score += p;
+          }
+          if constexpr (kSummed) {
+            if constexpr (kPeaks) sum = group_ > 1 ? sum + peak : fmaf(share, w.v[0] * inverse.v[0], sum);
+            *sums = sum;
+            if constexpr (kByNorm)
+              score = fmaf(sum, norm, score);
+            else if constexpr (kPeaks)
+              score = sum > score ? sum : score;
+            else
+              score += sum;
+          }
+          if constexpr (!kOneHead) {
+            weights += kLanes, from += row, sums += slots_, norms += slots_, inverses += kLanes;
+          }
+        }
+        if constexpr (kKind == Kind::contribution || kKind == Kind::weight || kKind == Kind::summed)
+          score *= scale;
+      }
+      const bool counts = static_cast<uint32_t>(pos) - first_free < n_free;
+      if (counts && score != score) any_nan = 1;
+      own.add(counts ? ordered(score + 0.0f) : Candidate::kNone, static_cast<uint32_t>(j), last_tie);
+    }
+    const int slot = slot_of(static_cast<int>(own.slot));
+    own.slot = static_cast<uint32_t>(last_tie != 0 ? ~slot : slot);
+    if (own.low == Candidate::kNone) own.slot = Candidate::kNone;
+    if (any_nan != 0) own.low = own.slot = 0;  // below every number
+    return own;
+  }
+  // Of a slot's score.
+  template <Kind kKind>
+  KVLAPSE_DEVICE float scale_of() const {
+    if (kKind == Kind::contribution) return task_.scale;
+    const bool mean = task_.gqa == Reduce::mean || task_.score == DeviceScore::attention_mean;
+    const int voters = kKind == Kind::summed ? n_heads_ : n_heads_ * group_;
+    return mean && voters > 1 ? 1.0f / static_cast<float>(voters) : 1.0f;
+  }
+
+  KVLAPSE_DEVICE static bool near_tie(const Candidate& found) {
+    if (found.next == Candidate::kNone) return false;
+    const float low = unordered(found.low), next = unordered(found.next);
+    if (next - low > 4e-6f * fmaxf(fabsf(low), fabsf(next))) return false;  // by far
+    const double a = low, b = next;
+    const double size = (a < 0 ? -a : a) > (b < 0 ? -b : b) ? (a < 0 ? -a : a) : (b < 0 ? -b : b);
+    return (a < b ? b - a : a - b) <= 1e-6 * size;
+  }
+
+  const DecideArgs& a_;
+  const int index_;
+  const DecideTask task_;
+  const Shape shape_;
+  const int rank_, thread_, n_heads_, group_, width_, slot_floats_, own_lanes_;
+  int own_shift_, slots_;
+  int summers_;  // threads that sum exponentials while the others take them; 0: all, behind one another
+  int newest_own_ = -1;  // own number of the slot that this step fills, -1: another's
+  uint32_t landed_ = 0, heard_ = 0, decided_ = 0;  // phases of the barriers
+  SmemAddress barriers_;
+  Candidate *warp_candidates_, *block_candidates_;
+  uint32_t *keys_, *maxima_;
+  float *lane_sums_, *inverse_, *newest_, *newest_norms_, *sums_, *norms_, *weights_;
+  int32_t* positions_;
+};
+
+}  // namespace kvlapse::gpu_replay
