@@ -62,10 +62,6 @@ KVLAPSE_DEVICE float smem_load(SmemAddress at) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
   return v;
 }
-// Adds to a word of shared memory; returns the old value.
-KVLAPSE_DEVICE int shared_add(int32_t* to, int32_t v) {
-  return atomicAdd(to, v);
-}
 KVLAPSE_DEVICE void smem_store_u64(SmemAddress at, uint64_t v) {
   asm volatile("st.shared.b64 [%0], %1;" ::"r"(at), "l"(v) : "memory");
 }
@@ -294,9 +290,6 @@ KVLAPSE_DEVICE float bits_float(uint32_t v) {
 KVLAPSE_DEVICE float exponential(float x) {
   return expf(x);
 }
-KVLAPSE_DEVICE float maximum(float a, float b) {
-  return fmaxf(a, b);
-}
 KVLAPSE_DEVICE float square_root(float x) {
   return sqrtf(x);
 }
@@ -408,12 +401,6 @@ KVLAPSE_DEVICE float load_shared_by_device(const float* p) {
 KVLAPSE_DEVICE Float4 load_shared_by_device(const Float4* p) {
   const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
   return {v.x, v.y, v.z, v.w};
-}
-KVLAPSE_DEVICE uint64_t load_shared_by_device(const uint64_t* p) {
-  return __ldcg(reinterpret_cast<const unsigned long long*>(p));
-}
-KVLAPSE_DEVICE void device_add(uint64_t* to, uint64_t v) {
-  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(v));
 }
 // Programmatic dependent launch: waits until the kernels before this one are complete and visible; lets the
 // next one start.

@@ -8,8 +8,11 @@
 
 namespace kvlapse {
 
-using RkvKernel = void (*)(RkvArgs);
-RkvKernel rkv_kernel(int head_dim, DType dtype);  // of a supported shape
+struct RkvKernels {
+  void (*rows)(RkvArgs);
+  void (*select)(RkvArgs);
+};
+RkvKernels rkv_kernels(int head_dim, DType dtype);  // of a supported shape
 
 class RkvCompaction {
  public:
@@ -20,17 +23,16 @@ class RkvCompaction {
   // Scalars and scratch are set; the caller sets q, k, v, order, count and what it wants of the optional
   // ones.
   RkvArgs arguments() const;
-  // One kernel, or two (set_rkv_blocks says when); heads below the budget cost a look at their count.
+  // Two kernels; heads below the budget cost a look at their count.
   void launch(cudaStream_t stream, const RkvArgs& args, LaunchLog* log = nullptr) const;
 
  private:
   RkvShape shape_;
   RkvArgs scalars_{};
-  DeviceBuffer<float> inverse_norm_, importance_, projection_, softmax_, partial_sum_, logits_;
-  DeviceBuffer<uint64_t> forgiven_;
-  DeviceBuffer<uint32_t> arrivals_;
-  RkvKernel kernel_ = nullptr;
-  bool overlaps_ = false;  // a launch may begin before what is in front of it ends
+  DeviceBuffer<float> inverse_norm_, logits_, softmax_, partial_sum_, own_, cosine_;
+  DeviceBuffer<int32_t> similar_;
+  RkvKernels kernels_{};
+  bool overlaps_ = false;  // the second kernel may be launched before the first ends
 };
 
 }  // namespace kvlapse

@@ -1,12 +1,12 @@
-// An R-KV compaction (contract: kernels/decode/rkv_args.h), written in the operations of device_ops.cuh only,
-// so that the CPU emulator of the tests compiles the same text; include device_ops.cuh (or the emulator)
-// first.
-//   RkvRows: 32 rows a warp, which go from device memory straight into the registers that multiply them and
-//   stay there through both phases where these are one launch: norms, logits of the window (kept for phase
-//   two), sums; then projections, importance and the search, which multiplies rows with tiles of keys from
-//   the end and stops when every row has its key.
-//   RkvSelect: softmax, pool, scores, order (a sort by buckets of equal width), moves of a head, by the block
-//   of it that ends last.
+// The two kernels of an R-KV compaction (contract: kernels/decode/rkv_args.h), written in the operations of
+// device_ops.cuh only, so that the CPU emulator of the tests compiles the same text; include device_ops.cuh
+// (or the emulator) first.
+//   1. rows: norms, the window's logits, partial sums of unit keys, every row's last similar key; a block of
+//   128
+//      rows each, which stay in shared memory. The search multiplies them with 64 keys at a time from the end
+//      and stops when every row has its key.
+//   2. select: softmax, pool, projections on the sum of unit keys (the second and last reading of K), scores,
+//      order, moves; one block a head.
 #pragma once
 
 #include "kernels/decode/rkv_args.h"
@@ -24,264 +24,431 @@ struct RkvElement<F32> {
   static constexpr int kBytes = 4;
 };
 
-// Rows in shared memory in chunks of 16 bytes. Odd rows swap the halves of 128 bytes, so that two rows are
-// read without a bank conflict, 64 bytes of each.
+// Rows of keys in shared memory.
 template <int kHeadDim, class Element>
 struct RkvTile {
   static constexpr int kBytes = RkvElement<Element>::kBytes;
-  static constexpr int kRowBytes = kHeadDim * kBytes;
-  static constexpr int kRowChunks = kRowBytes / 16;
-  static constexpr int kLaneChunks = kRowChunks / 4;  // of a row that four lanes share: 4 j + t
-  static constexpr int kChunkValues = 16 / kBytes;
+  static constexpr int kRowBytes = rkv_row_bytes(kHeadDim, kBytes);
+  static constexpr int kRowChunks = kHeadDim * kBytes / 16;
 
-  KVLAPSE_DEVICE static SmemAddress chunk_address(SmemAddress rows, int row, int chunk) {
-    const int at = kRowChunks >= 8 ? chunk ^ ((row & 1) * 4) : chunk;
-    return rows + static_cast<uint32_t>(row * kRowBytes + at * 16);
-  }
-  KVLAPSE_DEVICE static void values_of(const Float4& chunk, float (&v)[kChunkValues]) {
-    const float words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  // The values of a 16-byte chunk of a row, which 8 rows read without a bank conflict.
+  static constexpr int kChunkValues = 16 / kBytes;
+  KVLAPSE_DEVICE static void load_chunk(SmemAddress row, int chunk, float (&v)[kChunkValues]) {
+    const Float4 words = smem_load4(row + static_cast<uint32_t>(chunk * 16));
+    const float parts[4] = {words.x, words.y, words.z, words.w};
     KVLAPSE_UNROLL
     for (int i = 0; i < 4; ++i) {
       if constexpr (kBytes == 4)
-        v[i] = words[i];
+        v[i] = parts[i];
       else
-        unpack2<Element>(float_bits(words[i]), v[2 * i], v[2 * i + 1]);
+        unpack2<Element>(float_bits(parts[i]), v[2 * i], v[2 * i + 1]);
+    }
+  }
+  // Value pair d, d + 1 of a row.
+  KVLAPSE_DEVICE static void load_pair(SmemAddress row, int d, float& a, float& b) {
+    if constexpr (kBytes == 4)
+      a = smem_load(row + static_cast<uint32_t>(d * 4)),
+      b = smem_load(row + static_cast<uint32_t>(d * 4 + 4));
+    else
+      unpack2<Element>(float_bits(smem_load(row + static_cast<uint32_t>(d * 2))), a, b);
+  }
+
+  // c[n][..] = rows [16 of `a`] x keys [8 n ..] in the layout of mma's C: lane (g, t) holds rows g and g + 8,
+  // columns 8 n + 2t, + 1.
+  template <int kTiles>
+  KVLAPSE_DEVICE static void products(float (&c)[kTiles][4], SmemAddress a, SmemAddress b, int lane,
+                                      int n_columns = kTiles * 8) {
+    KVLAPSE_UNROLL
+    for (int n = 0; n < kTiles; ++n)
+      for (int j = 0; j < 4; ++j) c[n][j] = 0;
+    if constexpr (kBytes == 4) {
+      const int g = lane / 4, t = lane % 4;
+      for (int d = 0; d < kHeadDim; d += 4) {
+        const auto at = static_cast<uint32_t>(d * 4);
+        const Float4 low = smem_load4(a + static_cast<uint32_t>(g * kRowBytes) + at),
+                     high = smem_load4(a + static_cast<uint32_t>((g + 8) * kRowBytes) + at);
+        KVLAPSE_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+          if (8 * n >= n_columns) break;
+          KVLAPSE_UNROLL
+          for (int j = 0; j < 2; ++j) {
+            const Float4 key = smem_load4(b + static_cast<uint32_t>((8 * n + 2 * t + j) * kRowBytes) + at);
+            c[n][j] += low.x * key.x + low.y * key.y + low.z * key.z + low.w * key.w;
+            c[n][2 + j] += high.x * key.x + high.y * key.y + high.z * key.z + high.w * key.w;
+          }
+        }
+      }
+    } else {
+      const SmemAddress a_row = a + static_cast<uint32_t>(((lane & 7) + ((lane >> 3) & 1) * 8) * kRowBytes);
+      const SmemAddress b_row = b + static_cast<uint32_t>(((lane & 7) + (lane >> 4) * 8) * kRowBytes);
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        uint32_t rows[4];
+        load_matrix4(rows, a_row + static_cast<uint32_t>((2 * i + (lane >> 4)) * 16));
+        KVLAPSE_UNROLL
+        for (int n = 0; n < kTiles; n += 2) {
+          if (8 * n >= n_columns) break;
+          uint32_t keys[4];
+          load_matrix4(keys,
+                       b_row + static_cast<uint32_t>(8 * n * kRowBytes + (2 * i + ((lane >> 3) & 1)) * 16));
+          multiply_add_16x8x16<Element>(c[n], rows, keys[0], keys[1]);
+          multiply_add_16x8x16<Element>(c[n + 1], rows, keys[2], keys[3]);
+        }
+      }
     }
   }
 };
 
-// 32 rows of a warp in registers. Lane (g, t) = (lane / 4, lane % 4) has chunks 4 j + t of rows
-// 16 m + 8 half + g. Products sum over components in any order that both sides agree on, so that these chunks
-// are operands of mma as they are, and so are the same chunks of a row in shared memory.
 template <int kHeadDim, class Element>
-class RkvFragments {
+class RkvRows {
  public:
   using Tile = RkvTile<kHeadDim, Element>;
-  static constexpr int kValues = Tile::kChunkValues;
+  static constexpr int kWarps = kRkvThreads / 32;
+  static constexpr int kColumnTiles = kRkvColumns / 8;
 
-  // row(m, half): a row of chunks.
-  template <class Row>
-  KVLAPSE_DEVICE void load(int lane, Row row) {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const Float4* const from = row(i / 2, i % 2) + lane % 4;
-      KVLAPSE_UNROLL
-      for (int j = 0; j < Tile::kLaneChunks; ++j) chunks_[i / 2][i % 2][j] = from[4 * j];
-    }
-  }
+  KVLAPSE_DEVICE RkvRows(const RkvArgs& args, unsigned char* shared)
+      : args_(args),
+        item_(block_index() / args.row_blocks),
+        first_(block_index() % args.row_blocks * kRkvRows),
+        held_(args.count[item_]),
+        thread_(thread_index()),
+        warp_(thread_ / 32),
+        lane_(thread_ % 32),
+        rows_(smem_address(shared)),
+        keys_(rows_ + static_cast<uint32_t>(kRkvRows * Tile::kRowBytes)),
+        row_norms_(keys_ + static_cast<uint32_t>(rkv_keys_bytes(kHeadDim, Tile::kBytes))),
+        key_norms_(row_norms_ + kRkvRows * 4),
+        shares_(key_norms_ + 2 * kRkvColumns * 4),
+        flags_(shares_ + kRkvThreads * 8) {}
 
-  // c[m][n][..] = rows x 8 rows in shared memory, in the layout of mma's C: lane (g, t) has rows g and g + 8,
-  // columns 2t, + 1. row_of(n, column): which row of `rows` a column is.
-  template <int kTiles, class RowOf>
-  KVLAPSE_DEVICE void products(float (&c)[2][kTiles][4], SmemAddress rows, int lane, RowOf row_of) const {
-    const int g = lane / 4, t = lane % 4;
-    KVLAPSE_UNROLL
-    for (int n = 0; n < kTiles; ++n) {
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i) c[i / 4][n][i % 4] = 0;
-    }
-    if constexpr (Tile::kBytes == 4) {
-      for (int n = 0; n < kTiles; ++n) {
-        KVLAPSE_UNROLL
-        for (int column = 0; column < 8; ++column) {
-          float dot[4] = {0, 0, 0, 0};
-          const int row = row_of(n, column);
-          KVLAPSE_UNROLL
-          for (int j = 0; j < Tile::kLaneChunks; ++j) {
-            const Float4 key = smem_load4(Tile::chunk_address(rows, row, 4 * j + t));
-            KVLAPSE_UNROLL
-            for (int i = 0; i < 4; ++i) {
-              const Float4& own = chunks_[i / 2][i % 2][j];
-              dot[i] += own.x * key.x + own.y * key.y + own.z * key.z + own.w * key.w;
-            }
-          }
-          quad_sum(dot);
-          KVLAPSE_UNROLL
-          for (int i = 0; i < 4; ++i)
-            if (t == column / 2) c[i / 2][n][i % 2 * 2 + column % 2] = dot[i];
-        }
-      }
-    } else {
-      SmemAddress row[kTiles];
-      KVLAPSE_UNROLL
-      for (int n = 0; n < kTiles; ++n) row[n] = Tile::chunk_address(rows, row_of(n, g), t);
-      KVLAPSE_UNROLL
-      for (int j = 0; j < Tile::kLaneChunks; ++j) {
-        KVLAPSE_UNROLL
-        for (int n = 0; n < kTiles; ++n) {
-          // Chunk 4 j + t of the row: the swizzle turns bit 6 of the offset, whatever j is.
-          const SmemAddress at = Tile::kRowChunks >= 8 ? row[n] ^ static_cast<uint32_t>(j % 2 * 64) : row[n];
-          multiply_add(c, n, j, smem_load4(at + static_cast<uint32_t>(j / 2 * 128)));
-        }
-      }
-    }
-  }
-
-  // Of [m][half], the same in the four lanes of a row.
-  KVLAPSE_DEVICE void squares(float (&square)[4], int lane) const {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      square[i] = 0;
-      if constexpr (Tile::kBytes == 4) {
-        KVLAPSE_UNROLL
-        for (int j = 0; j < Tile::kLaneChunks; ++j) {
-          const Float4& v = chunks_[i / 2][i % 2][j];
-          square[i] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-        }
-      } else {
-        // The diagonal of rows x rows: eight rows are a column operand as they are.
-        float c[4] = {0, 0, 0, 0};
-        KVLAPSE_UNROLL
-        for (int j = 0; j < Tile::kLaneChunks; ++j) multiply_add(c, i / 2, j, chunks_[i / 2][i % 2][j]);
-        const int g = lane / 4;
-        if (lane % 4 == g / 2) square[i] = g % 2 == 0 ? c[i % 2 * 2] : c[i % 2 * 2 + 1];
-      }
-    }
-    quad_sum(square);
-  }
-
-  // Sum over the rows of value x factor[m][half], into floats [kHeadDim] of shared memory.
-  KVLAPSE_DEVICE void sum_rows(const float (&factor)[4], SmemAddress to, int lane) const {
-    KVLAPSE_UNROLL
-    for (int j = 0; j < Tile::kLaneChunks; ++j) {
-      float sum[kValues];
-      KVLAPSE_UNROLL
-      for (int e = 0; e < kValues; ++e) sum[e] = 0;
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float v[kValues];
-        Tile::values_of(chunks_[i / 2][i % 2][j], v);
-        KVLAPSE_UNROLL
-        for (int e = 0; e < kValues; ++e) sum[e] += v[e] * factor[i];
-      }
-      // Over g: lanes halve what they hold while they add.
-      int first = 0;
-      KVLAPSE_UNROLL
-      for (int step = 0; step < 3; ++step) {
-        const int mask = 16 >> step, n = kValues >> (step + 1);
-        if (n == 0) {
-          sum[0] += shuffle_xor(sum[0], mask);
-          continue;
-        }
-        const bool upper = (lane & mask) != 0;
-        KVLAPSE_UNROLL
-        for (int e = 0; e < n; ++e) {
-          const float sent = upper ? sum[e] : sum[e + n];
-          sum[e] = (upper ? sum[e + n] : sum[e]) + shuffle_xor(sent, mask);
-        }
-        first += upper ? n : 0;
-      }
-      smem_store(to + static_cast<uint32_t>(((4 * j + lane % 4) * kValues + first) * 4), sum[0]);
-    }
-  }
-
-  // Rows x the vector that store_vector made.
-  KVLAPSE_DEVICE void project(float (&dot)[4], SmemAddress vector, int lane) const {
-    const int t = lane % 4;
-    if constexpr (Tile::kBytes == 4) {
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 4; ++i) dot[i] = 0;
-      KVLAPSE_UNROLL
-      for (int j = 0; j < Tile::kLaneChunks; ++j) {
-        const Float4 v = smem_load4(Tile::chunk_address(vector, 0, 4 * j + t));
-        KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const Float4& own = chunks_[i / 2][i % 2][j];
-          dot[i] += own.x * v.x + own.y * v.y + own.z * v.z + own.w * v.w;
-        }
-      }
-    } else {
-      float c[2][1][4];
-      products(c, vector, lane, [](int, int column) { return column < 2 ? column : 2; });
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float first = c[i / 2][0][i % 2 * 2], second = c[i / 2][0][i % 2 * 2 + 1];
-        dot[i] = t == 0 ? first + second : t == 1 ? first : 0.0f;
-      }
-    }
-    quad_sum(dot);
-  }
-  // Component d of a vector, by the lanes of a warp in a row: three rows of elements that add up to it.
-  KVLAPSE_DEVICE static void store_vector(SmemAddress vector, int d, float value) {
-    const int chunk = d / kValues, offset = d % kValues * Tile::kBytes;
-    if constexpr (Tile::kBytes == 4) {
-      smem_store(Tile::chunk_address(vector, 0, chunk) + static_cast<uint32_t>(offset), value);
-    } else {
-      float rest[2] = {value, shuffle_xor(value, 1)};
-      KVLAPSE_UNROLL
-      for (int part = 0; part < 3; ++part) {
-        const uint32_t packed = pack2<Element>(rest[0], rest[1]);
-        float low, high;
-        unpack2<Element>(packed, low, high);
-        rest[0] -= low, rest[1] -= high;
-        if (d % 2 == 0)
-          smem_store(Tile::chunk_address(vector, part, chunk) + static_cast<uint32_t>(offset),
-                     bits_float(packed));
-      }
-    }
-  }
-
-  KVLAPSE_DEVICE static void quad_sum(float (&v)[4]) {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      v[i] += shuffle_xor(v[i], 1);
-      v[i] += shuffle_xor(v[i], 2);
-    }
+  KVLAPSE_DEVICE void run() {
+    allow_next_kernel();
+    if (held_ < args_.budget || first_ >= held_) return;
+    int slots[kTileChunks];
+    Float4 tile[kTileChunks];
+    const int last_tile = (held_ - 1) / kRkvColumns;
+    find_slots<kRkvColumns>(slots, last_tile * kRkvColumns);
+    load_rows();
+    gather(tile, slots);  // the first keys of the search: on their way from here
+    find_slots<kRkvColumns>(slots, (last_tile - 1) * kRkvColumns);
+    load_queries();
+    block_sync();
+    weigh_queries();
+    sum_units();
+    block_sync();  // products and shares are read; the keys' place is free
+    store_keys(tile, 0);
+    block_sync();
+    search(last_tile, slots);
   }
 
  private:
-  KVLAPSE_DEVICE void multiply_add(float (&c)[4], int m, int j, const Float4& b) const {
-    const Float4 &low = chunks_[m][0][j], &high = chunks_[m][1][j];
-    const uint32_t first[4] = {float_bits(low.x), float_bits(high.x), float_bits(low.y), float_bits(high.y)};
-    multiply_add_16x8x16<Element>(c, first, float_bits(b.x), float_bits(b.y));
-    const uint32_t second[4] = {float_bits(low.z), float_bits(high.z), float_bits(low.w), float_bits(high.w)};
-    multiply_add_16x8x16<Element>(c, second, float_bits(b.z), float_bits(b.w));
+  static constexpr float kNothing = -1e30f;
+  static constexpr int kStride = kRkvColumns + 1;
+  static constexpr int kTileChunks = kRkvColumns * Tile::kRowChunks / kRkvThreads;
+  static constexpr int kRowsChunks = kRkvRows * Tile::kRowChunks / kRkvThreads;
+  static_assert(kRkvColumns * Tile::kRowChunks % kRkvThreads == 0);
+
+  KVLAPSE_DEVICE int64_t at(int rank) const { return static_cast<int64_t>(item_) * args_.n_slots + rank; }
+  KVLAPSE_DEVICE SmemAddress row_address(int row) const {
+    return rows_ + static_cast<uint32_t>(row * Tile::kRowBytes);
   }
-  template <int kTiles>
-  KVLAPSE_DEVICE void multiply_add(float (&c)[2][kTiles][4], int n, int j, const Float4& b) const {
-    multiply_add(c[0][n], 0, j, b);
-    multiply_add(c[1][n], 1, j, b);
+  KVLAPSE_DEVICE SmemAddress norm_address(int row) const {
+    return row_norms_ + static_cast<uint32_t>(row * 4);
   }
 
-  Float4 chunks_[2][2][Tile::kLaneChunks];
+  // ---- rows on their way: chunk `thread + i * threads` of a block of rows belongs to a thread ----
+  template <int kRowCount>
+  KVLAPSE_DEVICE void find_slots(int (&slots)[kRowCount * Tile::kRowChunks / kRkvThreads], int first) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kRowCount * Tile::kRowChunks / kRkvThreads; ++i) {
+      const int rank = first + (thread_ + i * kRkvThreads) / Tile::kRowChunks;
+      slots[i] = rank >= 0 && rank < held_ ? args_.order[at(rank)] : -1;
+    }
+  }
+  template <int kChunks>
+  KVLAPSE_DEVICE void gather(Float4 (&to)[kChunks], const int (&slots)[kChunks]) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kChunks; ++i)
+      to[i] = slots[i] < 0
+                  ? Float4{0, 0, 0, 0}
+                  : static_cast<const Float4*>(args_.k)[at(slots[i]) * Tile::kRowChunks +
+                                                        (thread_ + i * kRkvThreads) % Tile::kRowChunks];
+  }
+  // Into shared memory; norm(row, square) once a row.
+  template <int kChunks, class Norm>
+  KVLAPSE_DEVICE void spread(const Float4 (&from)[kChunks], SmemAddress to, Norm norm) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kChunks; ++i) {
+      const int chunk = thread_ + i * kRkvThreads, row = chunk / Tile::kRowChunks;
+      smem_store4(to + static_cast<uint32_t>(row * Tile::kRowBytes + chunk % Tile::kRowChunks * 16), from[i]);
+      const float parts[4] = {from[i].x, from[i].y, from[i].z, from[i].w};
+      float square = 0;
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (Tile::kBytes == 4) {
+          square += parts[j] * parts[j];
+        } else {
+          float a, b;
+          unpack2<Element>(float_bits(parts[j]), a, b);
+          square += a * a;
+          square += b * b;
+        }
+      }
+      KVLAPSE_UNROLL
+      for (int mask = Tile::kRowChunks / 2; mask > 0; mask >>= 1) square += shuffle_xor(square, mask);
+      if (chunk % Tile::kRowChunks == 0) norm(row, square);
+    }
+  }
+  KVLAPSE_DEVICE static float inverse_of(float square) { return 1.0f / (square_root(square) + 1e-8f); }
+
+  KVLAPSE_DEVICE void load_rows() const {
+    int slots[kRowsChunks];
+    Float4 chunks[kRowsChunks];
+    find_slots<kRkvRows>(slots, first_);
+    gather(chunks, slots);
+    spread(chunks, rows_, [&](int row, float square) {
+      const float inverse = inverse_of(square);
+      smem_store(norm_address(row), first_ + row < held_ ? inverse : 0.0f);
+      if (first_ + row >= held_) return;
+      args_.inverse_norm[at(first_ + row)] = inverse;
+      args_.own[at(first_ + row)] = square * inverse * inverse;
+    });
+  }
+  KVLAPSE_DEVICE void store_keys(const Float4 (&chunks)[kTileChunks], int buffer) const {
+    spread(chunks, keys_ + static_cast<uint32_t>(buffer * kRkvColumns * Tile::kRowBytes),
+           [&](int row, float square) {
+             smem_store(key_norms_ + static_cast<uint32_t>((buffer * kRkvColumns + row) * 4),
+                        inverse_of(square));
+           });
+  }
+  KVLAPSE_DEVICE void load_queries() const {
+    const int b = item_ / args_.n_kv_heads, h = item_ % args_.n_kv_heads,
+              n_q_heads = args_.n_kv_heads * args_.group;
+    KVLAPSE_UNROLL
+    for (int i = thread_; i < kRkvColumns * Tile::kRowChunks; i += kRkvThreads) {
+      const int row = i / Tile::kRowChunks, query = row / args_.group,
+                head = h * args_.group + row % args_.group;
+      Float4 v{0, 0, 0, 0};
+      if (query < args_.window)
+        v = static_cast<const Float4*>(
+            args_
+                .q)[((static_cast<int64_t>(b) * args_.window + query) * n_q_heads + head) * Tile::kRowChunks +
+                    i % Tile::kRowChunks];
+      smem_store4(keys_ + static_cast<uint32_t>(row * Tile::kRowBytes + i % Tile::kRowChunks * 16), v);
+    }
+  }
+
+  // Logits of the window's queries, max over the group; then max and sum of exp of each query over this
+  // block's rows before the window, a warp a query.
+  KVLAPSE_DEVICE void weigh_queries() const {
+    const SmemAddress products = keys_;
+    float c[kColumnTiles][4];
+    Tile::products(c, row_address(warp_ * 16), keys_, lane_, args_.window * args_.group);
+    block_sync();  // the queries are read; the products take their place
+    const int g = lane_ / 4, t = lane_ % 4;
+    KVLAPSE_UNROLL
+    for (int n = 0; n < kColumnTiles; ++n) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 4; ++j)
+        smem_store(products + static_cast<uint32_t>(
+                                  ((warp_ * 16 + g + (j / 2) * 8) * kStride + 8 * n + 2 * t + j % 2) * 4),
+                   c[n][j]);
+    }
+    block_sync();
+    constexpr int kRowsOfLane = kRkvRows / 32;
+    const int before_window = held_ - args_.window - first_;
+    for (int query = warp_; query < args_.window; query += kWarps) {
+      float value[kRowsOfLane], most = kNothing;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kRowsOfLane; ++i) {
+        const int row = lane_ + 32 * i;
+        const SmemAddress from = products + static_cast<uint32_t>((row * kStride + query * args_.group) * 4);
+        value[i] = smem_load(from);
+        for (int head = 1; head < args_.group; ++head) {
+          const float next = smem_load(from + static_cast<uint32_t>(head * 4));
+          value[i] = next > value[i] ? next : value[i];
+        }
+        value[i] *= args_.logit_scale;
+        if (first_ + row < held_)
+          args_.logits[(static_cast<int64_t>(item_) * args_.window + query) * args_.n_slots + first_ + row] =
+              value[i];
+        if (row >= before_window) value[i] = kNothing;
+        most = value[i] > most ? value[i] : most;
+      }
+      for (int mask = 16; mask > 0; mask >>= 1) {
+        const float other = shuffle_xor(most, mask);
+        most = other > most ? other : most;
+      }
+      float sum = 0;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kRowsOfLane; ++i)
+        if (lane_ + 32 * i < before_window) sum += exponential(value[i] - most);
+      for (int mask = 16; mask > 0; mask >>= 1) sum += shuffle_xor(sum, mask);
+      if (lane_ != 0) continue;
+      float* to =
+          args_.softmax +
+          ((static_cast<int64_t>(item_) * args_.row_blocks + first_ / kRkvRows) * args_.window + query) * 2;
+      to[0] = most, to[1] = sum;
+    }
+  }
+
+  // Sum of unit keys of the block: every thread sums one pair of components over a share of the rows.
+  KVLAPSE_DEVICE void sum_units() const {
+    constexpr int kPairs = kHeadDim / 2, kShares = kRkvThreads / kPairs;
+    float low = 0, high = 0;
+    const int pair = thread_ % kPairs, share = thread_ / kPairs;
+    KVLAPSE_UNROLL_8
+    for (int row = share; row < kRkvRows; row += kShares) {
+      float a, b;
+      Tile::load_pair(row_address(row), 2 * pair, a, b);
+      const float inverse = smem_load(norm_address(row));
+      low += a * inverse, high += b * inverse;
+    }
+    smem_store(shares_ + static_cast<uint32_t>((share * kHeadDim + 2 * pair) * 4), low);
+    smem_store(shares_ + static_cast<uint32_t>((share * kHeadDim + 2 * pair + 1) * 4), high);
+    block_sync();
+    if (thread_ >= kHeadDim) return;
+    float total = 0;
+    for (int i = 0; i < kShares; ++i)
+      total += smem_load(shares_ + static_cast<uint32_t>((i * kHeadDim + thread_) * 4));
+    args_.partial_sum[(static_cast<int64_t>(item_) * args_.row_blocks + first_ / kRkvRows) * kHeadDim +
+                      thread_] = total;
+  }
+
+  // Each row's last similar key. `slots`: of the keys behind the tile that is in shared memory.
+  KVLAPSE_DEVICE void search(int last_tile, int (&slots)[kTileChunks]) const {
+    const int g = lane_ / 4, t = lane_ % 4;
+    const int low_row = first_ + warp_ * 16 + g;  // and + 8
+    uint64_t found[2] = {0, 0};                   // (rank + 1) << 32 | bits of the cosine
+    const float inverse[2] = {smem_load(norm_address(low_row - first_)),
+                              smem_load(norm_address(low_row + 8 - first_))};
+    bool done = first_ + warp_ * 16 >= held_;  // of all rows of the warp
+    int buffer = 0;
+    KVLAPSE_NO_UNROLL
+    for (int tile = last_tile; tile >= 0; --tile, buffer ^= 1) {
+      Float4 next[kTileChunks];
+      if (tile > 0) {
+        gather(next, slots);
+        find_slots<kRkvColumns>(slots, (tile - 2) * kRkvColumns);
+      }
+      if (!done) {
+        compare(tile, buffer, low_row, inverse, found);
+        const bool both = (found[0] != 0 || low_row >= held_) && (found[1] != 0 || low_row + 8 >= held_);
+        done = warp_ballot(both) == 0xffffffffu;
+      }
+      // Two sets of flags: a warp that is ahead writes the other one.
+      const SmemAddress flags = flags_ + static_cast<uint32_t>(buffer * kWarps * 4);
+      if (lane_ == 0) smem_store(flags + static_cast<uint32_t>(warp_ * 4), done ? 1.0f : 0.0f);
+      if (tile > 0) store_keys(next, buffer ^ 1);
+      block_sync();
+      bool everyone = true;
+      for (int w = 0; w < kWarps; ++w)
+        everyone = everyone && smem_load(flags + static_cast<uint32_t>(w * 4)) != 0;
+      if (everyone) break;
+    }
+    if (t != 0) return;
+    for (int half = 0; half < 2; ++half) {
+      const int row = low_row + half * 8;
+      if (row >= held_) continue;
+      args_.similar[at(row)] = static_cast<int32_t>(found[half] >> 32) - 1;
+      args_.cosine[at(row)] = bits_float(static_cast<uint32_t>(found[half]));
+    }
+  }
+
+  KVLAPSE_DEVICE void compare(int tile, int buffer, int low_row, const float (&inverse)[2],
+                              uint64_t (&found)[2]) const {
+    const int t = lane_ % 4, first_key = tile * kRkvColumns + 2 * t;
+    float c[kColumnTiles][4];
+    Tile::products(c, row_address(warp_ * 16),
+                   keys_ + static_cast<uint32_t>(buffer * kRkvColumns * Tile::kRowBytes), lane_);
+    const SmemAddress norms = key_norms_ + static_cast<uint32_t>((buffer * kRkvColumns + 2 * t) * 4);
+    // A row is not like itself: only where the tile meets the block's own rows.
+    if (tile * kRkvColumns < first_ + kRkvRows && (tile + 1) * kRkvColumns > first_) {
+      KVLAPSE_UNROLL
+      for (int n = 0; n < kColumnTiles; ++n)
+        for (int j = 0; j < 4; ++j)
+          if (first_key + 8 * n + j % 2 == low_row + (j / 2) * 8) c[n][j] = 0;
+    }
+    const int n_keys = held_ - first_key;
+    int best[2] = {-1, -1};  // keys come in rising order: the last one wins
+    float best_cosine[2] = {0, 0}, first_cosine[2] = {0, 0};
+    KVLAPSE_UNROLL
+    for (int n = 0; n < kColumnTiles; ++n) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float key_inverse = smem_load(norms + static_cast<uint32_t>((8 * n + j) * 4));
+        KVLAPSE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const float cosine = c[n][half * 2 + j] * inverse[half] * key_inverse;
+          const bool similar = cosine > args_.threshold && 8 * n + j < n_keys;
+          best[half] = similar ? 8 * n + j : best[half];
+          best_cosine[half] = similar ? cosine : best_cosine[half];
+          if (n == 0 && j == 0) first_cosine[half] = cosine;
+        }
+      }
+    }
+    KVLAPSE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      uint64_t packed = best[half] < 0 ? 0
+                                       : static_cast<uint64_t>(first_key + best[half] + 1) << 32 |
+                                             float_bits(best_cosine[half]);
+      packed = quad_max(packed);
+      if (tile == 0) {  // rank 0, whose cosine the lane with t = 0 has
+        const float of_first = shuffle_from(first_cosine[half], lane_ & ~3);
+        if (packed == 0) packed = uint64_t{1} << 32 | float_bits(of_first);
+      }
+      if (found[half] == 0) found[half] = packed;
+    }
+  }
+  KVLAPSE_DEVICE static uint64_t quad_max(uint64_t v) {
+    for (int mask = 1; mask < 4; mask *= 2) {
+      const uint64_t other = shuffle_xor(v, mask);
+      v = v > other ? v : other;
+    }
+    return v;
+  }
+
+  const RkvArgs& args_;
+  const int item_, first_, held_, thread_, warp_, lane_;
+  const SmemAddress rows_, keys_, row_norms_, key_norms_, shares_, flags_;
 };
-
-constexpr float kRkvFixedPoint = 1099511627776.0f;  // 2^40
 
 // One block a head: scores, order, moves.
 template <int kHeadDim, class Element>
 class RkvSelect {
  public:
-  static constexpr int kRowChunks = RkvTile<kHeadDim, Element>::kRowChunks;
-  static constexpr int kMaxWarps = kRkvThreads / 32;
-  static constexpr float kFinite = 3.0e38f;
-  static constexpr uint32_t kNegativeNan = 0xff800001u;  // as the upper half of a key, and what follows
+  using Tile = RkvTile<kHeadDim, Element>;
+  static constexpr int kRowChunks = Tile::kRowChunks;
+  static constexpr float kFixedPoint = 1099511627776.0f;  // 2^40: sums of cosines in integers, in any order
 
-  KVLAPSE_DEVICE RkvSelect(const RkvArgs& args, unsigned char* shared, int item, int held)
+  KVLAPSE_DEVICE RkvSelect(const RkvArgs& args, unsigned char* shared)
       : args_(args),
-        item_(item),
-        held_(held),
-        n_threads_(args.block_threads),
+        item_(block_index()),
+        n_threads_(args.select_threads),
         n_warps_(n_threads_ / 32),
         thread_(thread_index()),
         warp_(thread_ / 32),
         lane_(thread_ % 32),
         sorted_(reinterpret_cast<uint64_t*>(shared)),
-        spare_(sorted_ + args.stride),
-        importance_(reinterpret_cast<float*>(spare_)),
-        redundancy_(importance_ + args.stride),
-        tail_rank_(reinterpret_cast<int32_t*>(redundancy_ + args.stride)),
+        importance_(reinterpret_cast<float*>(sorted_ + rkv_power_of_two(args.n_slots))),
+        redundancy_(importance_ + args.n_slots),
+        tail_rank_(reinterpret_cast<int32_t*>(redundancy_ + args.n_slots)),
         holes_(tail_rank_ + (args.n_slots - args.budget)),
         movers_(holes_ + (args.n_slots - args.budget)),
         victims_(movers_ + (args.n_slots - args.budget)),
-        group_sums_(reinterpret_cast<float*>(victims_ + (args.n_slots - args.budget))),
-        warp_values_(group_sums_ + kRkvMaxSlots / 32),
-        totals_(reinterpret_cast<int32_t*>(warp_values_ + 2 * kMaxWarps)),
-        n_moves_(totals_ + kMaxWarps),
-        buckets_(reinterpret_cast<int32_t*>(shared + rkv_select_smem_bytes(args)) - kRkvBuckets) {}
+        warp_values_(reinterpret_cast<float*>(victims_ + (args.n_slots - args.budget))),
+        row_max_(warp_values_ + kRkvSelectThreads / 32),
+        row_inverse_(row_max_ + kRkvColumns),
+        sum_(row_inverse_ + kRkvColumns),
+        n_moves_(reinterpret_cast<int32_t*>(sum_ + kHeadDim)) {}
 
   KVLAPSE_DEVICE void run() {
-    weigh(load_means());
+    wait_for_previous_kernel();
+    held_ = args_.count[item_];
+    if (held_ < args_.budget) return;
+    weigh_window();
+    project();
+    forgive();
     score();
     sort();
     rearrange();
@@ -292,179 +459,280 @@ class RkvSelect {
   KVLAPSE_DEVICE int64_t at(int rank) const { return static_cast<int64_t>(item_) * args_.n_slots + rank; }
   KVLAPSE_DEVICE int prefix() const { return held_ - args_.window; }
 
-  template <bool kMax>
-  KVLAPSE_DEVICE static float warp_reduce(float v) {
+  KVLAPSE_DEVICE static int warp_max(int v) {
     for (int mask = 16; mask > 0; mask >>= 1) {
-      const float other = shuffle_xor(v, mask);
-      v = kMax ? maximum(v, other) : v + other;
+      const int other = shuffle_xor(v, mask);
+      v = other > v ? other : v;
     }
     return v;
   }
-
-  // Importance before the pool, and the mean cosine without what was forgiven, whose largest it returns.
-  KVLAPSE_DEVICE float load_means() {
-    constexpr int kAtOnce = 8;
-    const int64_t row = static_cast<int64_t>(item_) * args_.stride;
-    const float scale = 1.0f / static_cast<float>(held_);
-    float most = -kFinite;
-    for (int i = thread_; i < kRkvBuckets; i += n_threads_) buckets_[i] = 0;
-    KVLAPSE_NO_UNROLL
-    for (int first = thread_; first < held_; first += kAtOnce * n_threads_) {
-      float importance[kAtOnce], projection[kAtOnce];
-      uint64_t forgiven[kAtOnce];
-      KVLAPSE_UNROLL
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * n_threads_;
-        const int64_t from = row + (i < held_ ? i : first);
-        importance[u] = load_shared_by_device(args_.importance + from);
-        projection[u] = load_shared_by_device(args_.projection + from);
-        forgiven[u] = load_shared_by_device(args_.forgiven + from);
-      }
-      KVLAPSE_UNROLL
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * n_threads_;
-        if (i >= held_) break;
-        const float sum = static_cast<float>(static_cast<int64_t>(forgiven[u])) * (1.0f / kRkvFixedPoint);
-        const float mean = (projection[u] - sum) * scale;
-        importance_[i] = importance[u], redundancy_[i] = mean;
-        most = maximum(most, mean);
-      }
+  template <bool kMax>
+  KVLAPSE_DEVICE float warp_reduce(float v) const {
+    for (int mask = 16; mask > 0; mask >>= 1) {
+      const float other = shuffle_xor(v, mask);
+      v = kMax ? (other > v ? other : v) : v + other;
     }
-    most = warp_reduce<true>(most);
-    if (lane_ == 0) warp_values_[warp_] = most;
+    return v;
+  }
+  KVLAPSE_DEVICE float block_max(float v) {
+    v = warp_reduce<true>(v);
+    if (lane_ == 0) warp_values_[warp_] = v;
     block_sync();
-    return warp_reduce<true>(warp_values_[lane_ < n_warps_ ? lane_ : 0]);
+    float most = warp_values_[0];
+    for (int w = 1; w < n_warps_; ++w) most = warp_values_[w] > most ? warp_values_[w] : most;
+    block_sync();
+    return most;
+  }
+  // Of value(i) over held ranks, in the order of the largest block whatever this one's size is.
+  template <class Value>
+  KVLAPSE_DEVICE float block_sum(Value value) {
+    for (int first = 0; first < kRkvSelectThreads; first += n_threads_) {
+      float sum = 0;
+      for (int i = first + thread_; i < held_; i += kRkvSelectThreads) sum += value(i);
+      sum = warp_reduce<false>(sum);
+      if (lane_ == 0) warp_values_[first / 32 + warp_] = sum;
+    }
+    block_sync();
+    float total = warp_values_[0];
+    for (int w = 1; w < kRkvSelectThreads / 32; ++w) total += warp_values_[w];
+    block_sync();
+    return total;
   }
 
-  // redundancy = exp of it; the sum in an order that no block's size changes: of 32 ranks, then of those.
-  KVLAPSE_DEVICE void weigh(float most) {
-    const int groups = (held_ + 31) / 32;
-    for (int group = warp_; group < groups; group += n_warps_) {
-      const int i = group * 32 + lane_;
-      const float weight = i < held_ ? exponential(redundancy_[i] - most) : 0.0f;
-      if (i < held_) redundancy_[i] = weight;
-      const float sum = warp_reduce<false>(weight);
-      if (lane_ == 0) group_sums_[group] = sum;
+  // importance = max pool of the mean over queries of their softmax before the window. And the sum of unit
+  // keys.
+  KVLAPSE_DEVICE void weigh_window() {
+    const int n = prefix();
+    if (thread_ >= n_threads_ - kHeadDim) {
+      const int d = thread_ - (n_threads_ - kHeadDim);
+      const float* parts = args_.partial_sum + static_cast<int64_t>(item_) * args_.row_blocks * kHeadDim + d;
+      float total = 0;
+      KVLAPSE_UNROLL_8
+      for (int block = 0; block * kRkvRows < held_; ++block) total += parts[block * kHeadDim];
+      sum_[d] = total;
+    }
+    if (thread_ < args_.window) {
+      const float* parts =
+          args_.softmax + (static_cast<int64_t>(item_) * args_.row_blocks * args_.window + thread_) * 2;
+      const int stride = args_.window * 2, blocks = (held_ + kRkvRows - 1) / kRkvRows;
+      float most = parts[0];
+      KVLAPSE_UNROLL_8
+      for (int i = 1; i < blocks; ++i) most = parts[i * stride] > most ? parts[i * stride] : most;
+      float sum = 0;
+      KVLAPSE_UNROLL_8
+      for (int i = 0; i < blocks; ++i) sum += parts[i * stride + 1] * exponential(parts[i * stride] - most);
+      row_max_[thread_] = most, row_inverse_[thread_] = 1.0f / sum;
     }
     block_sync();
-    float sum = 0;
-    for (int group = lane_; group < groups; group += 32) sum += group_sums_[group];
-    inverse_sum_ = 1.0f / warp_reduce<false>(sum);
+    const float scale = 1.0f / static_cast<float>(args_.window);
+    for (int i = thread_; i < n; i += n_threads_) {
+      float sum = 0;
+      KVLAPSE_UNROLL_8
+      for (int query = 0; query < args_.window; ++query)
+        sum += exponential(
+                   args_.logits[(static_cast<int64_t>(item_) * args_.window + query) * args_.n_slots + i] -
+                   row_max_[query]) *
+               row_inverse_[query];
+      redundancy_[i] = sum * scale;  // its place, until the pool is done
+    }
+    block_sync();
+    const int half = args_.kernel / 2;
+    for (int i = thread_; i < n; i += n_threads_) {
+      float most = redundancy_[i];
+      for (int j = i - half > 0 ? i - half : 0; j <= i + half && j < n; ++j)
+        most = redundancy_[j] > most ? redundancy_[j] : most;
+      importance_[i] = most;
+    }
+    block_sync();
+  }
+
+  // redundancy[rank] = unit key . sum of unit keys, without its own square. Lanes share a row; four rows of a
+  // lane are on their way at once.
+  KVLAPSE_DEVICE void project() {
+    constexpr int kRowsOfWarp = 32 / kRowChunks, kAtOnce = 4;
+    const int part = lane_ % kRowChunks, first_row = warp_ * kRowsOfWarp + lane_ / kRowChunks;
+    float sum[Tile::kChunkValues];
+    KVLAPSE_UNROLL
+    for (int i = 0; i < Tile::kChunkValues; ++i) sum[i] = sum_[part * Tile::kChunkValues + i];
+    KVLAPSE_NO_UNROLL
+    for (int base = 0; base < held_; base += n_warps_ * kRowsOfWarp * kAtOnce) {
+      int slot[kAtOnce];
+      Float4 row[kAtOnce];
+      float dot[kAtOnce];
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int rank = base + first_row + u * n_warps_ * kRowsOfWarp;
+        slot[u] = rank < held_ ? args_.order[at(rank)] : 0;
+      }
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u)
+        row[u] = static_cast<const Float4*>(args_.k)[at(slot[u]) * kRowChunks + part];
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const float words[4] = {row[u].x, row[u].y, row[u].z, row[u].w};
+        dot[u] = 0;
+        KVLAPSE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (Tile::kBytes == 4) {
+            dot[u] += words[i] * sum[i];
+          } else {
+            float a, b;
+            unpack2<Element>(float_bits(words[i]), a, b);
+            dot[u] += a * sum[2 * i];
+            dot[u] += b * sum[2 * i + 1];
+          }
+        }
+      }
+      // A lane ends up with the sum of one of the four rows: halves are swapped, then quarters.
+      const bool upper = (part & (kRowChunks / 2)) != 0, odd = (part & (kRowChunks / 4)) != 0;
+      const float a = (upper ? dot[1] : dot[0]) + shuffle_xor(upper ? dot[0] : dot[1], kRowChunks / 2);
+      const float b = (upper ? dot[3] : dot[2]) + shuffle_xor(upper ? dot[2] : dot[3], kRowChunks / 2);
+      float total = (odd ? b : a) + shuffle_xor(odd ? a : b, kRowChunks / 4);
+      KVLAPSE_UNROLL
+      for (int mask = kRowChunks / 8; mask > 0; mask >>= 1) total += shuffle_xor(total, mask);
+      const int rank = base + first_row + ((odd ? 2 : 0) + (upper ? 1 : 0)) * n_warps_ * kRowsOfWarp;
+      if (part % (kRowChunks / 4) == 0 && rank < held_)
+        redundancy_[rank] = total * args_.inverse_norm[at(rank)] - args_.own[at(rank)];
+    }
+  }
+
+  // redundancy = softmax over all ranks of the mean cosine without what was forgiven.
+  KVLAPSE_DEVICE void forgive() {
+    for (int i = thread_; i < held_; i += n_threads_) sorted_[i] = 0;
+    block_sync();
+    // Often a whole warp forgives the same key: its sum is added once.
+    for (int first = 0; first < held_; first += n_threads_) {
+      const int i = first + thread_;
+      const int target = i < held_ ? args_.similar[at(i)] : -1;
+      int64_t amount = i < held_ ? static_cast<int64_t>(args_.cosine[at(i)] * kFixedPoint) : 0;
+      const int common = warp_max(target);
+      if (warp_ballot(target == common || target < 0) == 0xffffffffu) {
+        for (int mask = 16; mask > 0; mask >>= 1) amount += shuffle_xor(amount, mask);
+        if (lane_ == 0 && common >= 0) shared_add(sorted_ + common, static_cast<uint64_t>(amount));
+      } else if (target >= 0) {
+        shared_add(sorted_ + target, static_cast<uint64_t>(amount));
+      }
+    }
+    block_sync();
+    const float scale = 1.0f / static_cast<float>(held_);
+    float most = -3.0e38f;
+    for (int i = thread_; i < held_; i += n_threads_) {
+      const float forgiven = static_cast<float>(static_cast<int64_t>(sorted_[i])) * (1.0f / kFixedPoint);
+      const float mean = (redundancy_[i] - forgiven) * scale;
+      redundancy_[i] = mean;
+      most = mean > most ? mean : most;
+    }
+    most = block_max(most);
+    const float inverse = 1.0f / block_sum([&](int i) {
+                            const float weight = exponential(redundancy_[i] - most);
+                            redundancy_[i] = weight;
+                            return weight;
+                          });
+    for (int i = thread_; i < held_; i += n_threads_) redundancy_[i] *= inverse;
+    block_sync();
   }
 
   // Ascending keys: the highest score first, the lowest rank first among equals.
   KVLAPSE_DEVICE void score() {
-    const int n = prefix(), half = args_.kernel / 2;
-    float most = -kFinite, least = kFinite;
-    for (int i = thread_; i < n; i += n_threads_) {
-      float pooled = importance_[i];
-      for (int j = i - half > 0 ? i - half : 0; j <= i + half && j < n; ++j)
-        pooled = maximum(pooled, importance_[j]);
-      const float z = pooled * args_.lambda - redundancy_[i] * inverse_sum_ * (1.0f - args_.lambda);
+    const int n = prefix(), padded = rkv_power_of_two(n);
+    for (int i = thread_; i < padded; i += n_threads_) {
+      if (i >= n) {
+        sorted_[i] = ~uint64_t{0};
+        continue;
+      }
+      const float z = importance_[i] * args_.lambda - redundancy_[i] * (1.0f - args_.lambda);
       if (args_.scores != nullptr) args_.scores[at(i)] = z;
-      most = z > most ? z : most;
-      least = z < least ? z : least;
       const uint32_t bits = float_bits(z);
       const uint32_t rising = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
       sorted_[i] = (static_cast<uint64_t>(~rising) << 32) | static_cast<uint32_t>(i);
     }
-    most = warp_reduce<true>(most), least = -warp_reduce<true>(-least);
-    if (lane_ == 0) warp_values_[warp_] = most, warp_values_[kMaxWarps + warp_] = least;
     block_sync();
-    const int from = lane_ < n_warps_ ? lane_ : 0;
-    highest_ = warp_reduce<true>(warp_values_[from]);
-    bucket_scale_ =
-        static_cast<float>(kRkvBuckets - 1) / (highest_ + warp_reduce<true>(-warp_values_[kMaxWarps + from]));
   }
 
-  // Which part of the range of scores a key lies in, from the highest; never falls along the order of keys.
-  KVLAPSE_DEVICE int bucket_of(uint64_t key) const {
-    const auto falling = static_cast<uint32_t>(key >> 32);
-    const float z = bits_float((falling & 0x80000000u) != 0 ? falling : ~falling & 0x7fffffffu);
-    const float place = (highest_ - z) * bucket_scale_;
-    if (!(place > 0)) return falling >= kNegativeNan ? kRkvBuckets - 1 : 0;
-    return place < static_cast<float>(kRkvBuckets - 1) ? static_cast<int>(place) : kRkvBuckets - 1;
-  }
-
-  // Keys go to their buckets in any order; in its bucket a key's place is the number of smaller ones. Scores
-  // that crowd in few buckets cost time only. No two keys are equal.
+  // Bitonic; 64 keys at a time stay in a warp's registers, longer strides are taken two at a time.
   KVLAPSE_DEVICE void sort() {
-    const int n = prefix();
-    for (int i = thread_; i < n; i += n_threads_) shared_add(buckets_ + bucket_of(sorted_[i]), 1);
-    block_sync();
-    sum_buckets();
-    for (int i = thread_; i < n; i += n_threads_) {
-      const uint64_t key = sorted_[i];
-      spare_[shared_add(buckets_ + bucket_of(key), 1)] = key;
-    }
-    block_sync();
-    for (int i = thread_; i < n; i += n_threads_) {
-      const uint64_t key = spare_[i];
-      const int bucket = bucket_of(key), start = bucket == 0 ? 0 : buckets_[bucket - 1],
-                end = buckets_[bucket];
-      int place = start;
-      for (int j = start; j < end; ++j) place += spare_[j] < key ? 1 : 0;
-      sorted_[place] = key;
-    }
-    block_sync();
-  }
-  // Counts to starts. Each warp its share of the buckets, 32 at a time.
-  KVLAPSE_DEVICE void sum_buckets() {
-    const int share = kRkvBuckets / n_warps_ / 32, rest = kRkvBuckets / 32 - share * n_warps_;
-    const int first = warp_ * share + (warp_ < rest ? warp_ : rest),
-              last = first + share + (warp_ < rest ? 1 : 0);
-    int total = 0;
-    for (int group = first; group < last; ++group) total += buckets_[group * 32 + lane_];
-    total = warp_sum(total);
-    if (lane_ == 0) totals_[warp_] = total;
-    block_sync();
-    int start = warp_sum(lane_ < warp_ ? totals_[lane_] : 0);
-    for (int group = first; group < last; ++group) {
-      const int own = buckets_[group * 32 + lane_];
-      int sum = own;
+    const int n = rkv_power_of_two(prefix());
+    for (int first = warp_ * 64; first < n; first += n_warps_ * 64) {
+      uint64_t low = sorted_[first + lane_], high = sorted_[first + 32 + lane_];
       KVLAPSE_UNROLL
-      for (int step = 1; step < 32; step *= 2) {
-        const int before = shuffle_from(sum, lane_ >= step ? lane_ - step : lane_);
-        sum += lane_ >= step ? before : 0;
+      for (int size = 2; size <= 32; size *= 2) {
+        KVLAPSE_UNROLL
+        for (int stride = size / 2; stride > 0; stride /= 2) {
+          low = exchange(low, stride, (lane_ & size) == 0);
+          high = exchange(high, stride, ((32 + lane_) & size) == 0);
+        }
       }
-      buckets_[group * 32 + lane_] = start + sum - own;
-      start += shuffle_from(sum, 31);
+      merge(low, high, (first & 64) == 0);
+      sorted_[first + lane_] = low, sorted_[first + 32 + lane_] = high;
     }
     block_sync();
+    for (int size = 128; size <= n; size *= 2) {
+      int stride = size / 2;
+      for (; stride >= 128; stride /= 4) {
+        const int half = stride / 2;
+        for (int i = thread_; i < n / 4; i += n_threads_) {
+          const int at = i / half * stride * 2 + i % half;
+          const bool rising = (at & size) == 0;
+          uint64_t a = sorted_[at], b = sorted_[at + half], c = sorted_[at + stride],
+                   d = sorted_[at + stride + half];
+          in_order(a, c, rising);
+          in_order(b, d, rising);
+          in_order(a, b, rising);
+          in_order(c, d, rising);
+          sorted_[at] = a, sorted_[at + half] = b, sorted_[at + stride] = c, sorted_[at + stride + half] = d;
+        }
+        block_sync();
+      }
+      if (stride == 64) {
+        for (int i = thread_; i < n / 2; i += n_threads_) {
+          const int at = i / 64 * 128 + i % 64;
+          uint64_t a = sorted_[at], b = sorted_[at + 64];
+          in_order(a, b, (at & size) == 0);
+          sorted_[at] = a, sorted_[at + 64] = b;
+        }
+        block_sync();
+      }
+      for (int first = warp_ * 64; first < n; first += n_warps_ * 64) {
+        uint64_t low = sorted_[first + lane_], high = sorted_[first + 32 + lane_];
+        merge(low, high, (first & size) == 0);
+        sorted_[first + lane_] = low, sorted_[first + 32 + lane_] = high;
+      }
+      block_sync();
+    }
   }
-  KVLAPSE_DEVICE static int warp_sum(int v) {
-    for (int mask = 16; mask > 0; mask >>= 1) v += shuffle_xor(v, mask);
-    return v;
+  KVLAPSE_DEVICE static void in_order(uint64_t& a, uint64_t& b, bool rising) {
+    const uint64_t less = a < b ? a : b, more = a < b ? b : a;
+    a = rising ? less : more, b = rising ? more : less;
+  }
+  KVLAPSE_DEVICE uint64_t exchange(uint64_t key, int stride, bool rising) const {
+    const uint64_t other = shuffle_xor(key, stride);
+    return (key < other) == (((lane_ & stride) == 0) == rising) ? key : other;
+  }
+  KVLAPSE_DEVICE void merge(uint64_t& low, uint64_t& high, bool rising) const {
+    in_order(low, high, rising);
+    KVLAPSE_UNROLL
+    for (int stride = 16; stride > 0; stride /= 2) {
+      low = exchange(low, stride, rising);
+      high = exchange(high, stride, rising);
+    }
   }
 
   // New order of the survivors; who moves where.
   KVLAPSE_DEVICE void rearrange() {
     const int n = prefix(), kept = args_.budget - args_.window, drops = held_ - args_.budget;
-    int32_t* slots = reinterpret_cast<int32_t*>(spare_);  // of the new ranks
+    int32_t* slots = reinterpret_cast<int32_t*>(importance_);  // of the new ranks; the scores are used up
     for (int i = thread_; i < args_.n_slots - args_.budget; i += n_threads_) tail_rank_[i] = -1;
     block_sync();
-    constexpr int kAtOnce = 4;
-    KVLAPSE_NO_UNROLL
-    for (int first = thread_; first < held_;
-         first += kAtOnce * n_threads_) {  // survivors, victims, the window
-      int slot[kAtOnce];
-      KVLAPSE_UNROLL
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * n_threads_ < held_ ? first + u * n_threads_ : first;
-        slot[u] = args_.order[at(i < n ? static_cast<int>(static_cast<uint32_t>(sorted_[i])) : i)];
+    for (int i = thread_; i < held_; i += n_threads_) {  // survivors, victims, the window
+      const int old = i < n ? static_cast<int>(static_cast<uint32_t>(sorted_[i])) : i;
+      const int slot = args_.order[at(old)];
+      if (i >= kept && i < n) {
+        victims_[i - kept] = slot;
+        continue;
       }
-      KVLAPSE_UNROLL
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * n_threads_;
-        if (i >= held_) break;
-        if (i >= kept && i < n) {
-          victims_[i - kept] = slot[u];
-          continue;
-        }
-        const int rank = i < kept ? i : i - drops;
-        slots[rank] = slot[u];
-        if (slot[u] >= args_.budget) tail_rank_[slot[u] - args_.budget] = rank;
-      }
+      const int rank = i < kept ? i : i - drops;
+      slots[rank] = slot;
+      if (slot >= args_.budget) tail_rank_[slot - args_.budget] = rank;
     }
     block_sync();
     if (args_.evicted != nullptr)
@@ -501,25 +769,15 @@ class RkvSelect {
   KVLAPSE_DEVICE void move_rows() {
     Float4* const k = static_cast<Float4*>(args_.k);
     Float4* const v = static_cast<Float4*>(args_.v);
-    constexpr int kAtOnce = 4;
     const int n = *n_moves_ * kRowChunks;
-    KVLAPSE_NO_UNROLL
-    for (int first = thread_; first < n; first += kAtOnce * n_threads_) {
-      Float4 keys[kAtOnce], values[kAtOnce];
-      KVLAPSE_UNROLL
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * n_threads_;
-        if (i >= n) break;
-        const int64_t from = at(movers_[i / kRowChunks]) * kRowChunks + i % kRowChunks;
-        keys[u] = k[from], values[u] = v[from];
-      }
-      KVLAPSE_UNROLL
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * n_threads_;
-        if (i >= n) break;
-        const int64_t to = at(holes_[i / kRowChunks]) * kRowChunks + i % kRowChunks;
-        k[to] = keys[u], v[to] = values[u];
-      }
+    for (int i = thread_; i < n; i += 2 * n_threads_) {
+      const int other = i + n_threads_ < n ? i + n_threads_ : i;
+      const int64_t from = at(movers_[i / kRowChunks]) * kRowChunks + i % kRowChunks,
+                    other_from = at(movers_[other / kRowChunks]) * kRowChunks + other % kRowChunks,
+                    to = at(holes_[i / kRowChunks]) * kRowChunks + i % kRowChunks,
+                    other_to = at(holes_[other / kRowChunks]) * kRowChunks + other % kRowChunks;
+      const Float4 moved[4] = {k[from], v[from], k[other_from], v[other_from]};
+      k[to] = moved[0], v[to] = moved[1], k[other_to] = moved[2], v[other_to] = moved[3];
     }
     for (int i = thread_; i < *n_moves_; i += n_threads_) {
       const int64_t from = at(movers_[i]), to = at(holes_[i]);
@@ -529,470 +787,20 @@ class RkvSelect {
   }
 
   const RkvArgs& args_;
-  const int item_, held_, n_threads_, n_warps_, thread_, warp_, lane_;
-  float inverse_sum_ = 0;
-  float highest_ = 0, bucket_scale_ = 0;
-  uint64_t* const sorted_;   // scores with ranks
-  uint64_t* const spare_;    // as many
-  float* const importance_;  // in its place until the scores are made
-  float* const redundancy_;
+  const int item_, n_threads_, n_warps_, thread_, warp_, lane_;
+  int held_ = 0;
+  uint64_t* sorted_;  // scores with ranks; before that what is forgiven
+  float* importance_;
+  float* redundancy_;
   int32_t* tail_rank_;  // new rank of the token in slot budget + i, -1: none
   int32_t* holes_;
   int32_t* movers_;
   int32_t* victims_;  // slots, the lowest score last
-  float* group_sums_;
   float* warp_values_;
-  int32_t* totals_;
+  float* row_max_;
+  float* row_inverse_;
+  float* sum_;  // of unit keys
   int32_t* n_moves_;
-  int32_t* buckets_;  // how many keys, then where they start, then where they end
-};
-
-template <int kHeadDim, class Element>
-class RkvRows {
- public:
-  using Tile = RkvTile<kHeadDim, Element>;
-  using Fragments = RkvFragments<kHeadDim, Element>;
-
-  KVLAPSE_DEVICE RkvRows(const RkvArgs& args, unsigned char* shared)
-      : args_(args),
-        shared_(shared),
-        item_(block_index() / args.row_blocks),
-        first_(block_index() % args.row_blocks * args.block_rows),
-        thread_(thread_index()),
-        warp_(thread_ / 32),
-        lane_(thread_ % 32),
-        g_(lane_ / 4),
-        t_(lane_ % 4),
-        first_row_(first_ + warp_ * kRkvWarpRows),
-        keys_(smem_address(shared)),
-        queries_(keys_ + 2 * kKeysBytes),
-        vector_(queries_ + static_cast<uint32_t>(args.window * args.group * Tile::kRowBytes)),
-        shares_(vector_ + 3 * Tile::kRowBytes),
-        parts_(shares_ + static_cast<uint32_t>(args.block_rows / kRkvWarpRows * kHeadDim * 4)),
-        barriers_(parts_ + static_cast<uint32_t>(args.block_rows / kRkvWarpRows * args.window * 8)),
-        key_norms_(barriers_ + 32),
-        tops_(key_norms_ + 2 * kRkvColumns * 4),
-        flags_(tops_ + kRkvColumns * 8) {}
-
-  KVLAPSE_DEVICE void run() {
-    allow_next_kernel();
-    wait_for_previous_kernel();
-    int own[4];
-    find_rows(own);
-    held_ = args_.count[item_];
-    if (held_ < args_.budget) return;
-    const bool both = args_.phase == RkvPhase::both;
-    if (first_ >= held_) {
-      if (both) cluster_arrive(), cluster_wait();
-      return;
-    }
-    const int last_tile = (held_ - 1) / kRkvColumns;
-    if (thread_ < 3) mbarrier_init(barriers_ + static_cast<uint32_t>(thread_ * 8), args_.block_threads);
-    block_sync();
-    int slots[kSlots];
-    find_keys(slots, args_.phase == RkvPhase::first ? -1 : last_tile);
-    load_rows(own);
-    if (args_.phase != RkvPhase::second) copy_queries();
-    if (args_.phase != RkvPhase::first) copy_keys(slots, last_tile, 0, false);
-    measure();
-    if (args_.phase != RkvPhase::second) {
-      mbarrier_wait(barriers_ + 16, 0);
-      sum_rows();
-      block_sync();
-      sum_units();
-    }
-    if (both) cluster_arrive(), cluster_wait();
-    if (args_.phase == RkvPhase::first) return;
-    gather_sums(last_tile);
-    block_sync();
-    if (has_rows()) {
-      project();
-      weigh_rows();
-    }
-    search(last_tile);
-    block_sync();
-    if (thread_ == 0) {
-      const auto last = static_cast<uint32_t>((held_ - 1) / args_.block_rows);
-      smem_store(flags_, count_arrival(args_.arrivals + item_, last) == last ? 1.0f : 0.0f);
-    }
-    block_sync();
-    const bool selects = smem_load(flags_) != 0;
-    block_sync();
-    if (selects) RkvSelect<kHeadDim, Element>(args_, shared_, item_, held_).run();
-  }
-
- private:
-  static constexpr float kNothing = -1e30f;
-  static constexpr uint32_t kKeysBytes = kRkvColumns * Tile::kRowBytes;
-  // Rows of a tile that a thread copies to: four threads a row.
-  static constexpr int kSlots = kRkvColumns / (kRkvRows / 4);
-
-  KVLAPSE_DEVICE int64_t at(int rank) const { return static_cast<int64_t>(item_) * args_.n_slots + rank; }
-  KVLAPSE_DEVICE int64_t scratch_at(int rank) const {
-    return static_cast<int64_t>(item_) * args_.stride + rank;
-  }
-  KVLAPSE_DEVICE int64_t unit_at(int unit) const { return static_cast<int64_t>(item_) * args_.units + unit; }
-  KVLAPSE_DEVICE bool has_rows() const {
-    return warp_ * kRkvWarpRows < args_.block_rows && first_row_ < held_;
-  }
-  // Rank of row i of a lane's four, and of the one that the lane writes of its quad's.
-  KVLAPSE_DEVICE int rank_of(int i) const { return first_row_ + 8 * i + g_; }
-  KVLAPSE_DEVICE float own_of(const float (&v)[4]) const {
-    return (t_ & 2) != 0 ? ((t_ & 1) != 0 ? v[3] : v[2]) : ((t_ & 1) != 0 ? v[1] : v[0]);
-  }
-  KVLAPSE_DEVICE const Float4* row_of_slot(int slot) const {
-    return static_cast<const Float4*>(args_.k) + at(slot) * Tile::kRowChunks;
-  }
-
-  // ---- rows, queries and keys on their way ----
-  // Before it is known how many tokens are held: what lies behind them is not used.
-  KVLAPSE_DEVICE void find_rows(int (&slots)[4]) const {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i)
-      slots[i] = warp_ * kRkvWarpRows < args_.block_rows && rank_of(i) < args_.n_slots
-                     ? args_.order[at(rank_of(i))]
-                     : 0;
-  }
-  // A lane without a row has that of slot 0, which is held, and gives it no weight.
-  KVLAPSE_DEVICE void load_rows(const int (&slots)[4]) {
-    rows_.load(lane_, [&](int m, int half) {
-      const int i = 2 * m + half;
-      return row_of_slot(rank_of(i) < held_ ? slots[i] : 0);
-    });
-  }
-  KVLAPSE_DEVICE void copy_queries() const {
-    const int b = item_ / args_.n_kv_heads, h = item_ % args_.n_kv_heads,
-              n_q_heads = args_.n_kv_heads * args_.group, n = args_.window * args_.group;
-    for (int row = thread_ / 4; row < n; row += args_.block_threads / 4) {
-      const int query = row / args_.group, head = h * args_.group + row % args_.group;
-      const Float4* from =
-          static_cast<const Float4*>(args_.q) +
-          ((static_cast<int64_t>(b) * args_.window + query) * n_q_heads + head) * Tile::kRowChunks;
-      copy_row(queries_, row, from);
-    }
-    copy_async_arrive(barriers_ + 16);
-  }
-  KVLAPSE_DEVICE void copy_row(SmemAddress to, int row, const Float4* from) const {
-    KVLAPSE_UNROLL
-    for (int j = 0; j < Tile::kLaneChunks; ++j)
-      copy_async16(Tile::chunk_address(to, row, 4 * j + t_), from + 4 * j + t_, true);
-  }
-  KVLAPSE_DEVICE void find_keys(int (&slots)[kSlots], int tile) const {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kSlots; ++i) {
-      const int row = thread_ / 4 + i * (args_.block_threads / 4), rank = tile * kRkvColumns + row;
-      slots[i] = tile >= 0 && row < kRkvColumns ? args_.order[at(rank < held_ ? rank : 0)] : -1;
-    }
-  }
-  KVLAPSE_DEVICE void copy_keys(const int (&slots)[kSlots], int tile, int buffer, bool with_norms) const {
-    if (tile < 0) return;
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kSlots; ++i)
-      if (slots[i] >= 0)
-        copy_row(keys_ + static_cast<uint32_t>(buffer) * kKeysBytes,
-                 thread_ / 4 + i * (args_.block_threads / 4), row_of_slot(slots[i]));
-    if (with_norms && thread_ < kRkvColumns / 4)
-      copy_async16(key_norms_ + static_cast<uint32_t>((buffer * kRkvColumns + 4 * thread_) * 4),
-                   args_.inverse_norm + scratch_at(tile * kRkvColumns + 4 * thread_), true);
-    copy_async_arrive(barriers_ + static_cast<uint32_t>(buffer * 8));
-  }
-
-  // ---- phase one ----
-  KVLAPSE_DEVICE void measure() {
-    rows_.squares(square_, lane_);
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i)
-      inverse_[i] = rank_of(i) < held_ ? 1.0f / (square_root(square_[i]) + 1e-8f) : 0.0f;
-  }
-  KVLAPSE_DEVICE void sum_rows() const {
-    if (warp_ * kRkvWarpRows >= args_.block_rows) return;
-    rows_.sum_rows(inverse_, shares_ + static_cast<uint32_t>(warp_ * kHeadDim * 4), lane_);
-    if (rank_of(t_) < args_.stride) {
-      args_.inverse_norm[scratch_at(rank_of(t_))] = own_of(inverse_);
-      args_.forgiven[scratch_at(rank_of(t_))] = 0;
-    }
-    const SmemAddress parts = parts_ + static_cast<uint32_t>(warp_ * args_.window * 8);
-    for (int tile = 0; tile * 8 < args_.window; ++tile) {
-      float logit[4][2];
-      weigh_queries(logit, tile);
-      if (has_rows()) {
-        Float4* const kept = logits_of(tile);
-        kept[0] = Float4{logit[0][0], logit[0][1], logit[1][0], logit[1][1]};
-        kept[32] = Float4{logit[2][0], logit[2][1], logit[3][0], logit[3][1]};
-      }
-      KVLAPSE_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        float most = kNothing, sum = 0;
-        KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i)
-          if (is_before_window(i)) most = maximum(most, logit[i][e]);
-        for (int mask = 4; mask < 32; mask *= 2) most = maximum(most, shuffle_xor(most, mask));
-        KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i)
-          if (is_before_window(i)) sum += exponential(logit[i][e] - most);
-        for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-        const int query = query_of(tile, e);
-        if (g_ != 0 || query < 0) continue;
-        smem_store(parts + static_cast<uint32_t>(query * 8), most);
-        smem_store(parts + static_cast<uint32_t>(query * 8 + 4), sum);
-      }
-    }
-  }
-  // Where a lane finds the logits of its rows again: [2][32 lanes] of four.
-  KVLAPSE_DEVICE Float4* logits_of(int tile) const {
-    const int tiles = (args_.window + 7) / 8;
-    return reinterpret_cast<Float4*>(args_.logits) + (scratch_at(first_row_) / 32 * tiles + tile) * 64 +
-           lane_;
-  }
-  KVLAPSE_DEVICE bool is_before_window(int i) const { return rank_of(i) < held_ - args_.window; }
-
-  // Queries of a column tile: up to eight, and where they are fewer as many heads as fill it.
-  KVLAPSE_DEVICE int tile_queries() const {
-    return args_.window > 4 ? 8 : args_.window > 2 ? 4 : args_.window;
-  }
-  // The query that column 2t + e of tile `tile` answers for, -1: none (or a lane before it does).
-  KVLAPSE_DEVICE int query_of(int tile, int e) const {
-    const int query = tile * 8 + 2 * t_ + e;
-    return 2 * t_ + e < tile_queries() && query < args_.window ? query : -1;
-  }
-  // logit[i][e]: of row i and query_of(tile, e), the most of the group's heads.
-  KVLAPSE_DEVICE void weigh_queries(float (&logit)[4][2], int tile) const {
-    const int width = tile_queries(), heads = 8 / width;
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 8; ++i) logit[i / 2][i % 2] = -3.0e38f;
-    KVLAPSE_NO_UNROLL
-    for (int head = 0; head < args_.group; head += 2 * heads) {
-      float c[2][2][4];
-      rows_.products(c, queries_, lane_, [&](int n, int column) {
-        const int query = tile * 8 + column % width, of = head + n * heads + column / width;
-        return (query < args_.window ? query : args_.window - 1) * args_.group +
-               (of < args_.group ? of : args_.group - 1);
-      });
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        float& to = logit[i / 2][i % 2];
-        to = maximum(to, maximum(c[i / 4][0][i % 4], c[i / 4][1][i % 4]));
-      }
-    }
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (width == 1) logit[i][0] = logit[i][1] = maximum(logit[i][0], logit[i][1]);
-      KVLAPSE_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        float& v = logit[i][e];
-        if (width <= 2) v = maximum(v, shuffle_xor(v, 1));
-        if (width <= 4) v = maximum(v, shuffle_xor(v, 2));
-        v *= args_.logit_scale;
-      }
-    }
-  }
-  // What four warps found, put together.
-  KVLAPSE_DEVICE void sum_units() const {
-    constexpr int kWarps = kRkvRows / kRkvWarpRows;
-    const int unit = thread_ / kRkvRows, i = thread_ % kRkvRows;
-    if (unit * kRkvRows >= args_.block_rows || first_ + unit * kRkvRows >= held_) return;
-    const int64_t to = unit_at(first_ / kRkvRows + unit);
-    if (i < kHeadDim) {
-      float sum = 0;
-      KVLAPSE_UNROLL
-      for (int w = 0; w < kWarps; ++w)
-        sum += smem_load(shares_ + static_cast<uint32_t>(((unit * kWarps + w) * kHeadDim + i) * 4));
-      args_.partial_sum[to * kHeadDim + i] = sum;
-    }
-    const int query = kRkvRows - 1 - i;  // by the threads at the end
-    if (query >= args_.window) return;
-    float most[kWarps], top = kNothing, sum = 0;
-    const SmemAddress parts = parts_ + static_cast<uint32_t>((unit * kWarps * args_.window + query) * 8);
-    KVLAPSE_UNROLL
-    for (int w = 0; w < kWarps; ++w) {
-      most[w] = smem_load(parts + static_cast<uint32_t>(w * args_.window * 8));
-      top = maximum(most[w], top);
-    }
-    KVLAPSE_UNROLL
-    for (int w = 0; w < kWarps; ++w)
-      sum += smem_load(parts + static_cast<uint32_t>(w * args_.window * 8 + 4)) * exponential(most[w] - top);
-    args_.softmax[(to * args_.window + query) * 2] = top;
-    args_.softmax[(to * args_.window + query) * 2 + 1] = sum;
-  }
-
-  // ---- phase two ----
-  KVLAPSE_DEVICE void gather_sums(int last_tile) const {
-    const int units = (held_ + kRkvRows - 1) / kRkvRows;
-    if (thread_ < kHeadDim) {
-      const float* from = args_.partial_sum + unit_at(0) * kHeadDim + thread_;
-      float sum = 0;
-      KVLAPSE_UNROLL_8
-      for (int unit = 0; unit < units; ++unit) sum += load_shared_by_device(from + unit * kHeadDim);
-      Fragments::store_vector(vector_, thread_, sum);
-    }
-    // A warp a query, from the end.
-    for (int query = args_.block_threads / 32 - 1 - warp_; query < args_.window;
-         query += args_.block_threads / 32) {
-      const float* from = args_.softmax + (unit_at(0) * args_.window + query) * 2;
-      float most = kNothing, sum = 0;
-      for (int unit = lane_; unit < units; unit += 32) {
-        const float top = load_shared_by_device(from + unit * args_.window * 2),
-                    part = load_shared_by_device(from + unit * args_.window * 2 + 1);
-        const float next = maximum(top, most);
-        sum = sum * exponential(most - next) + part * exponential(top - next);
-        most = next;
-      }
-      float top = most;
-      for (int mask = 16; mask > 0; mask >>= 1) top = maximum(top, shuffle_xor(top, mask));
-      sum *= exponential(most - top);
-      for (int mask = 16; mask > 0; mask >>= 1) sum += shuffle_xor(sum, mask);
-      if (lane_ == 0) {
-        smem_store(tops_ + static_cast<uint32_t>(query * 8), top);
-        smem_store(tops_ + static_cast<uint32_t>(query * 8 + 4), 1.0f / sum);
-      }
-    }
-    if (thread_ < kRkvColumns)
-      smem_store(key_norms_ + static_cast<uint32_t>(thread_ * 4),
-                 load_shared_by_device(args_.inverse_norm + scratch_at(last_tile * kRkvColumns + thread_)));
-  }
-
-  KVLAPSE_DEVICE void project() const {
-    float dot[4];
-    rows_.project(dot, vector_, lane_);
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) dot[i] = dot[i] * inverse_[i] - square_[i] * inverse_[i] * inverse_[i];
-    if (rank_of(t_) < held_) args_.projection[scratch_at(rank_of(t_))] = own_of(dot);
-  }
-  KVLAPSE_DEVICE void weigh_rows() const {
-    float sum[4] = {0, 0, 0, 0};
-    for (int tile = 0; tile * 8 < args_.window; ++tile) {
-      const Float4 low = load_shared_by_device(logits_of(tile)),
-                   high = load_shared_by_device(logits_of(tile) + 32);
-      const float logit[4][2] = {{low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
-      KVLAPSE_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int query = query_of(tile, e);
-        if (query < 0) continue;
-        const float top = smem_load(tops_ + static_cast<uint32_t>(query * 8)),
-                    inverse = smem_load(tops_ + static_cast<uint32_t>(query * 8 + 4));
-        KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i)
-          if (is_before_window(i)) sum[i] += exponential(logit[i][e] - top) * inverse;
-      }
-    }
-    Fragments::quad_sum(sum);
-    if (rank_of(t_) < held_)
-      args_.importance[scratch_at(rank_of(t_))] = own_of(sum) * (1.0f / static_cast<float>(args_.window));
-  }
-
-  // Each row's last similar key, and the sum of what keys are forgiven.
-  KVLAPSE_DEVICE void search(int last_tile) const {
-    uint64_t found[4] = {0, 0, 0, 0};  // (rank + 1) << 32 | bits of the cosine
-    bool done = !has_rows();
-    int slots[kSlots];
-    int buffer = 0, step = 0;
-    KVLAPSE_NO_UNROLL
-    for (int tile = last_tile;; --tile, ++step, buffer ^= 1) {
-      mbarrier_wait(barriers_ + static_cast<uint32_t>(buffer * 8), static_cast<uint32_t>(step / 2 % 2));
-      if (!done) done = compare(tile, buffer, found);
-      if (tile == 0) break;
-      // Two sets of flags: a warp that is ahead writes the other one.
-      const SmemAddress flags = flags_ + static_cast<uint32_t>(buffer * kRkvThreads / 32 * 4);
-      if (lane_ == 0) smem_store(flags + static_cast<uint32_t>(warp_ * 4), done ? 1.0f : 0.0f);
-      block_sync();
-      const bool of_warp =
-          lane_ >= args_.block_threads / 32 || smem_load(flags + static_cast<uint32_t>(lane_ * 4)) != 0;
-      if (warp_ballot(of_warp) == 0xffffffffu) {
-        if (step > 0)  // what is on its way must land before the place is used again
-          mbarrier_wait(barriers_ + static_cast<uint32_t>((buffer ^ 1) * 8),
-                        static_cast<uint32_t>((step + 1) / 2 % 2));
-        break;
-      }
-      if (step == 0) {  // the first tile mostly ends it: only now is there more to fetch
-        find_keys(slots, tile - 1);
-        copy_keys(slots, tile - 1, 1, true);
-        find_keys(slots, tile - 2);
-      }
-      copy_keys(slots, tile - 2, buffer, true);
-      find_keys(slots, tile - 3);
-    }
-    if (has_rows()) forgive(found);
-  }
-
-  // Sixteen keys at a time from the end. Whether every row of the warp has its key.
-  KVLAPSE_DEVICE bool compare(int tile, int buffer, uint64_t (&found)[4]) const {
-    const SmemAddress keys = keys_ + static_cast<uint32_t>(buffer) * kKeysBytes;
-    KVLAPSE_NO_UNROLL
-    for (int first = kRkvColumns - 16; first >= 0; first -= 16) {
-      const int first_key = tile * kRkvColumns + first;
-      if (first_key >= held_) continue;
-      float c[2][2][4], key_inverse[4];
-      rows_.products(c, keys, lane_, [&](int n, int column) { return first + 8 * n + column; });
-      bool any = first_key == 0;  // rank 0 is what a row has that has no other
-      KVLAPSE_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        key_inverse[k] =
-            smem_load(key_norms_ + static_cast<uint32_t>(
-                                       (buffer * kRkvColumns + first + 8 * (k / 2) + 2 * t_ + k % 2) * 4));
-        KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i)
-          any |= c[i / 2][k / 2][i % 2 * 2 + k % 2] * inverse_[i] * key_inverse[k] > args_.threshold;
-      }
-      if (warp_ballot(any) == 0) continue;
-      bool all = true;
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        int best = -1;  // keys come in rising order: the last one wins
-        float best_cosine = 0, first_cosine = 0;
-        KVLAPSE_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          const int key = first_key + 8 * (k / 2) + 2 * t_ + k % 2;
-          float cosine = c[i / 2][k / 2][i % 2 * 2 + k % 2] * inverse_[i] * key_inverse[k];
-          if (key == rank_of(i)) cosine = 0;  // a row is not like itself
-          if (k == 0) first_cosine = cosine;
-          if (cosine > args_.threshold && key < held_) best = key, best_cosine = cosine;
-        }
-        uint64_t packed = best < 0 ? 0 : static_cast<uint64_t>(best + 1) << 32 | float_bits(best_cosine);
-        for (int mask = 1; mask < 4; mask *= 2) {
-          const uint64_t other = shuffle_xor(packed, mask);
-          packed = other > packed ? other : packed;
-        }
-        if (first_key == 0) {  // rank 0, whose cosine the lane with t = 0 has
-          const float of_first = shuffle_from(first_cosine, lane_ & ~3);
-          if (packed == 0) packed = uint64_t{1} << 32 | float_bits(of_first);
-        }
-        if (found[i] == 0) found[i] = packed;
-        all = all && (found[i] != 0 || rank_of(i) >= held_);
-      }
-      if (warp_ballot(all) == 0xffffffffu) return true;
-    }
-    return false;
-  }
-
-  // In integers: sums of cosines in any order. Often a whole warp forgives the same key: its sum is added
-  // once.
-  KVLAPSE_DEVICE void forgive(const uint64_t (&found)[4]) const {
-    const uint64_t own =
-        (t_ & 2) != 0 ? ((t_ & 1) != 0 ? found[3] : found[2]) : ((t_ & 1) != 0 ? found[1] : found[0]);
-    const bool counts = rank_of(t_) < held_;
-    const int target = counts ? static_cast<int>(own >> 32) - 1 : -1;
-    int64_t amount =
-        counts ? static_cast<int64_t>(bits_float(static_cast<uint32_t>(own)) * kRkvFixedPoint) : 0;
-    int common = target;
-    for (int mask = 16; mask > 0; mask >>= 1) {
-      const int other = shuffle_xor(common, mask);
-      common = other > common ? other : common;
-    }
-    if (warp_ballot(target == common || target < 0) == 0xffffffffu) {
-      for (int mask = 16; mask > 0; mask >>= 1) amount += shuffle_xor(amount, mask);
-      if (lane_ == 0) device_add(args_.forgiven + scratch_at(common), static_cast<uint64_t>(amount));
-    } else if (target >= 0) {
-      device_add(args_.forgiven + scratch_at(target), static_cast<uint64_t>(amount));
-    }
-  }
-
-  const RkvArgs& args_;
-  unsigned char* const shared_;
-  const int item_, first_, thread_, warp_, lane_, g_, t_, first_row_;
-  int held_ = 0;
-  const SmemAddress keys_, queries_, vector_, shares_, parts_, barriers_, key_norms_, tops_, flags_;
-  Fragments rows_;
-  float square_[4], inverse_[4];
 };
 
 }  // namespace kvlapse::device

@@ -8,12 +8,6 @@
 // The L x L matrix of cosines C is never made. Its column sums are (sum of unit keys) . unit key; what a row
 // i forgives is C[i, j] of its last j with C > threshold (rank 0 when there is none), found by a scan from
 // the end that stops once every row of a block has its j.
-//
-// Blocks of rows work in two phases. The first finds what a head sums over all rows (unit keys, exponentials
-// of the window's logits); the second projects on it, searches, and the block that ends last selects. In one
-// launch the blocks of a head are a cluster that meets between the phases; where there are no clusters, a
-// head has too many blocks for one, or heads fill the device more than twice, the phases are two launches and
-// the second reads the keys again.
 #pragma once
 
 #include <cstdint>
@@ -22,15 +16,11 @@
 
 namespace kvlapse {
 
-inline constexpr int kRkvRows = 128;  // whose sums are kept apart: of four warps, a block has one to four
-inline constexpr int kRkvWarpRows = 32;
-inline constexpr int kRkvColumns = 64;   // keys of a tile of the search; most window x group
-inline constexpr int kRkvThreads = 512;  // of a block, at most
-inline constexpr int kRkvMaxCluster = 16;
+inline constexpr int kRkvRows = 128;     // of a block
+inline constexpr int kRkvColumns = 64;   // keys that are compared with them at once; most window x group
+inline constexpr int kRkvThreads = 256;  // of a block of rows
+inline constexpr int kRkvSelectThreads = 1024;  // of a block that selects, at most; a multiple of 128
 inline constexpr int kRkvMaxSlots = 8192;
-inline constexpr int kRkvBuckets = 2048;  // of the sort by score
-
-enum class RkvPhase : int32_t { both, first, second };
 
 struct RkvArgs {
   const void* q;  // [B, window, Hq, D] the newest queries, oldest first
@@ -43,29 +33,24 @@ struct RkvArgs {
   int32_t* evicted;    // [B, H, S - budget] positions of the victims, lowest score last, -1 pads; optional
                        // (needs positions)
   float* scores;       // [B, H, S] Z by old rank; optional
-  // Scratch; what is by rank has rows of `stride`.
-  float* inverse_norm;  // [B, H, stride]
-  float* importance;    // [B, H, stride] before the pool
-  float* projection;    // [B, H, stride] on the sum of unit keys, without the key's own
-  uint64_t* forgiven;   // [B, H, stride] by other rows, in steps of 2^-40
-  float* softmax;       // [B, H, units, window, 2] max and sum of exp before the window
-  float* logits;        // [B, H, stride, window rounded up to 8] in the order of lanes
-  float* partial_sum;   // [B, H, units, D] of unit keys
-  uint32_t* arrivals;   // [B, H] blocks that are done; zero between launches
+  // Scratch, by rank.
+  float* inverse_norm;  // [B, H, S]
+  float* logits;        // [B, H, window, S] max over the group
+  float* softmax;       // [B, H, row_blocks, window, 2] max and sum of exp before the window
+  float* partial_sum;   // [B, H, row_blocks, D] of unit keys
+  float* own;           // [B, H, S] square of the unit key: 1, rounded
+  int32_t* similar;     // [B, H, S] rank that the row forgives
+  float* cosine;        // [B, H, S] and how much
 
   int32_t n_items;     // B * H
   int32_t n_kv_heads;  // H
   int32_t group;       // G
   int32_t n_slots;     // S
-  int32_t stride;      // S rounded up to whole tiles
   int32_t budget;
   int32_t window;  // window * group <= kRkvColumns
   int32_t kernel;  // of the max pool, odd
-  int32_t units;   // of kRkvRows rows
-  RkvPhase phase;
-  int32_t block_rows;     // a multiple of kRkvRows
-  int32_t row_blocks;     // of a head
-  int32_t block_threads;  // a multiple of kRkvRows; those without rows help to copy and to select
+  int32_t row_blocks;
+  int32_t select_threads;  // one block of all, or with half of them two to a multiprocessor
   float lambda;
   float threshold;
   float logit_scale;  // 1 / sqrt(D)
@@ -78,29 +63,33 @@ struct RkvShape {
   float lambda = 0.07f, threshold = 0.5f;
 
   int n_items() const { return batch * n_kv_heads; }
-  int units() const { return (n_slots + kRkvRows - 1) / kRkvRows; }
-  int stride() const { return (n_slots + kRkvColumns - 1) / kRkvColumns * kRkvColumns; }
+  int row_blocks() const { return (n_slots + kRkvRows - 1) / kRkvRows; }
 };
 
-// Two tiles of keys, the window's queries, the sum of unit keys in up to three parts, sums of each warp, and
-// 2 KiB for what is small.
-constexpr int rkv_rows_smem_bytes(const RkvArgs& args, int head_dim, int element_bytes) {
-  return (2 * kRkvColumns + args.window * args.group + 3) * head_dim * element_bytes +
-         args.block_rows / kRkvWarpRows * (head_dim * 4 + args.window * 8) + 2048;
+constexpr int rkv_row_bytes(int head_dim, int element_bytes) {
+  return head_dim * element_bytes + 16;  // padded: 8 rows of one column lie in 8 different bank groups
 }
-constexpr int rkv_select_smem_bytes(const RkvArgs& args) {
-  return args.stride * 16 + (args.n_slots - args.budget) * 16 + 2048 + kRkvBuckets * 4;
+// Two tiles of keys; before the search the window's queries, then their products with the rows.
+constexpr int rkv_keys_bytes(int head_dim, int element_bytes) {
+  const int keys = 2 * kRkvColumns * rkv_row_bytes(head_dim, element_bytes);
+  const int products = kRkvRows * (kRkvColumns + 1) * 4;
+  return keys > products ? keys : products;
 }
-constexpr int rkv_smem_bytes(const RkvArgs& args, int head_dim, int element_bytes) {
-  const int rows = rkv_rows_smem_bytes(args, head_dim, element_bytes), select = rkv_select_smem_bytes(args);
-  return rows > select ? rows : select;
+constexpr int rkv_rows_smem_bytes(int head_dim, int element_bytes) {
+  return kRkvRows * rkv_row_bytes(head_dim, element_bytes) + rkv_keys_bytes(head_dim, element_bytes) +
+         kRkvRows * 4 + 2 * kRkvColumns * 4 + kRkvThreads * 8 + 64;
+}
+constexpr int rkv_power_of_two(int n) {
+  int p = 64;
+  while (p < n) p *= 2;
+  return p;
+}
+constexpr int rkv_select_smem_bytes(int n_slots, int budget) {
+  return rkv_power_of_two(n_slots) * 8 + n_slots * 8 + (n_slots - budget) * 16 + 2048;
 }
 
 // Fills what follows from the shape. Throws Error when it is not supported.
 void set_rkv_scalars(RkvArgs& args, const RkvShape& shape);
-// The blocks of a launch: rows, threads (the most where heads are too few to fill the multiprocessors) and
-// whether the blocks of a head meet in a cluster; phase `first` when they do not: `second` follows.
-void set_rkv_blocks(RkvArgs& args, const RkvShape& shape, bool clusters, int n_multiprocessors);
 // Bytes that a compaction should move through device memory when every head holds `held` tokens (modelled: K
 // once, the moved rows).
 uint64_t rkv_bytes(const RkvShape& shape, int held);

@@ -4,11 +4,6 @@
 #include "kernels/decode/rkv_args.h"
 
 namespace kvlapse {
-namespace {
-
-constexpr int kSmemOfFour = 56 * 1024;  // a block's, of which a multiprocessor holds four
-
-}  // namespace
 
 void set_rkv_scalars(RkvArgs& args, const RkvShape& s) {
   if (s.head_dim != 32 && s.head_dim != 64 && s.head_dim != 128)
@@ -32,27 +27,11 @@ void set_rkv_scalars(RkvArgs& args, const RkvShape& s) {
   args.budget = s.budget;
   args.window = s.window;
   args.kernel = s.kernel;
-  args.stride = s.stride();
-  args.units = s.units();
+  args.row_blocks = s.row_blocks();
+  args.select_threads = kRkvSelectThreads;
   args.lambda = s.lambda;
   args.threshold = s.threshold;
   args.logit_scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
-}
-
-void set_rkv_blocks(RkvArgs& args, const RkvShape& s, bool clusters, int n_multiprocessors) {
-  // A row of fp32 takes twice the registers.
-  const int most_threads = s.dtype == DType::f32 ? kRkvThreads / 2 : kRkvThreads;
-  const auto blocks_of = [&](int units) { return (s.units() + units - 1) / units; };
-  const bool few = s.n_items() * blocks_of(2) <= n_multiprocessors;
-  const bool many = s.n_items() * s.units() > 8 * n_multiprocessors;  // two waves
-  // Heads that fill the device several times over are faster without clusters, which leave gaps between them.
-  const bool meets = clusters && !many;
-  int units = few || rkv_select_smem_bytes(args) > kSmemOfFour ? 2 : 1;
-  while (meets && units * kRkvRows < most_threads && blocks_of(units) > kRkvMaxCluster) units *= 2;
-  args.block_threads = few ? most_threads : units * kRkvRows;
-  args.phase = meets && blocks_of(units) <= kRkvMaxCluster ? RkvPhase::both : RkvPhase::first;
-  args.block_rows = units * kRkvRows;
-  args.row_blocks = blocks_of(units);
 }
 
 uint64_t rkv_bytes(const RkvShape& s, int held) {

@@ -57,50 +57,6 @@ TEST(RkvKernels, WindowsAndGroups) {
   }
 }
 
-// One key that stands out by far leaves all others in few buckets of the sort; keys that are all the same
-// leave one.
-TEST(RkvKernels, ScoresThatCrowd) {
-  const RkvShape shape{1, 2, 1, 32, 400, DType::f32, 300};
-  for (bool same : {false, true}) {
-    RkvProblem before = make_rkv_problem(shape, {400}, 13);
-    for (int r = 0; r < 400; ++r)
-      for (int i = 0; i < 32; ++i) {
-        const size_t at = static_cast<size_t>(before.order[r] * 32 + i);
-        if (same) before.set(before.k, at, 1.0f);
-        if (!same && r == 5) before.set(before.k, at, 20.0f * before.get(before.q, static_cast<size_t>(i)));
-      }
-    RkvProblem after = before;
-    run_rkv_emulated(after, 3);
-    EXPECT_EQ(check_rkv(before, after, true).failure, "") << same;
-  }
-}
-
-TEST(RkvKernels, BlocksFitTheDevice) {
-  RkvArgs args{};
-  const auto plan = [&](int batch, int n_slots, bool clusters = true) {
-    const RkvShape shape{batch, 32, 8, 128, n_slots, DType::bf16, n_slots - 128};
-    set_rkv_scalars(args, shape);
-    set_rkv_blocks(args, shape, clusters, 132);
-    EXPECT_GE(args.row_blocks * args.block_rows, n_slots);
-    EXPECT_LE(args.row_blocks * args.block_rows, n_slots + args.block_rows);
-    EXPECT_GE(args.block_threads, args.block_rows);
-    EXPECT_LE(rkv_smem_bytes(args, 128, 2), 227 * 1024);
-    if (args.phase == RkvPhase::both) {
-      EXPECT_LE(args.row_blocks, kRkvMaxCluster);
-    }
-    return args.phase;
-  };
-  EXPECT_EQ(plan(1, 1152), RkvPhase::both);
-  EXPECT_EQ(args.block_threads, kRkvThreads);
-  EXPECT_EQ(plan(1, 3404), RkvPhase::both);
-  EXPECT_EQ(plan(8, 1152), RkvPhase::both);
-  EXPECT_EQ(plan(64, 1152), RkvPhase::first);
-  EXPECT_EQ(args.block_threads, args.block_rows);
-  EXPECT_EQ(plan(64, 3404), RkvPhase::first);
-  EXPECT_EQ(plan(1, 8192), RkvPhase::both);
-  EXPECT_EQ(plan(1, 1152, false), RkvPhase::first);
-}
-
 TEST(RkvKernels, RefuseWhatDoesNotFit) {
   RkvArgs args{};
   EXPECT_THROW(set_rkv_scalars(args, {1, 4, 2, 48, 100, DType::f16, 50}), Error);

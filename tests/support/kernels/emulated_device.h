@@ -60,11 +60,6 @@ inline Float4 smem_load4(SmemAddress at) {
 inline void smem_store(SmemAddress at, float v) {
   std::memcpy(smem_pointer(at, 4), &v, 4);
 }
-inline int shared_add(int32_t* to, int32_t v) {
-  const int32_t old = *to;
-  *to += v;
-  return old;
-}
 inline void smem_store_u64(SmemAddress at, uint64_t v) {
   std::memcpy(smem_pointer(at, 8), &v, 8);
 }
@@ -153,9 +148,6 @@ inline float bits_float(uint32_t bits) {
 inline float exponential(float x) {
   return std::exp(x);
 }
-inline float maximum(float a, float b) {
-  return std::fmax(a, b);
-}
 inline float square_root(float x) {
   return std::sqrt(x);
 }
@@ -215,12 +207,6 @@ inline float load_shared_by_device(const float* p) {
 }
 inline Float4 load_shared_by_device(const Float4* p) {
   return *p;
-}
-inline uint64_t load_shared_by_device(const uint64_t* p) {
-  return *p;
-}
-inline void device_add(uint64_t* to, uint64_t v) {
-  *to += v;
 }
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}

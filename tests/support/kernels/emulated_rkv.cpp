@@ -1,7 +1,5 @@
 #include "tests/support/kernels/emulated_rkv.h"
 
-#include <limits>
-
 #include "core/base/error.h"
 #include "tests/support/kernels/emulated_device.h"
 // After the emulator, which stands for the device's operations.
@@ -12,16 +10,15 @@ namespace {
 
 template <int kHeadDim, class Element>
 void run(const RkvArgs& args, uint64_t seed) {
-  const int bytes = rkv_smem_bytes(args, kHeadDim, device::RkvElement<Element>::kBytes);
-  const bool both = args.phase == RkvPhase::both;
-  for (const RkvPhase phase : {args.phase, RkvPhase::second}) {
-    RkvArgs at = args;
-    at.phase = phase;
-    device::run_emulated(
-        {args.n_items * args.row_blocks, args.block_threads, both ? args.row_blocks : 1, bytes, seed},
-        [&](unsigned char* shared) { device::RkvRows<kHeadDim, Element>(at, shared).run(); });
-    if (both) return;
-  }
+  constexpr int kBytes = device::RkvElement<Element>::kBytes;
+  const device::EmulatedLaunch rows{args.n_items * args.row_blocks, kRkvThreads, 1,
+                                    rkv_rows_smem_bytes(kHeadDim, kBytes), seed};
+  device::run_emulated(
+      rows, [&](unsigned char* shared) { device::RkvRows<kHeadDim, Element>(args, shared).run(); });
+  const device::EmulatedLaunch select{args.n_items, args.select_threads, 1,
+                                      rkv_select_smem_bytes(args.n_slots, args.budget), seed};
+  device::run_emulated(
+      select, [&](unsigned char* shared) { device::RkvSelect<kHeadDim, Element>(args, shared).run(); });
 }
 
 template <class Element>
@@ -39,16 +36,12 @@ void run_dim(const RkvArgs& args, int head_dim, uint64_t seed) {
 void run_rkv_emulated(RkvProblem& p, uint64_t seed) {
   RkvArgs args{};
   set_rkv_scalars(args, p.shape);
-  set_rkv_blocks(args, p.shape, true, 1 << 20);
-  if (seed % 2 == 0) args.phase = RkvPhase::first;
-  if (seed % 3 == 0) args.block_threads = args.block_rows;
-  const size_t ranks = static_cast<size_t>(args.n_items) * args.stride,
-               units = static_cast<size_t>(args.n_items) * args.units;
-  const float unset = std::numeric_limits<float>::quiet_NaN();
-  std::vector<float> importance(ranks, unset), projection(ranks, unset),
-      partial(units * p.shape.head_dim, unset), softmax(units * p.shape.window * 2, unset);
-  std::vector<uint64_t> forgiven(ranks, ~uint64_t{0});
-  std::vector<uint32_t> arrivals(args.n_items, 0);
+  if (seed % 2 == 0) args.select_threads /= 2;
+  const size_t slots = p.order.size();
+  std::vector<float> inverse_norm(slots), own(slots), cosine(slots), logits(slots * p.shape.window),
+      partial(static_cast<size_t>(args.n_items) * args.row_blocks * p.shape.head_dim);
+  std::vector<float> softmax(static_cast<size_t>(args.n_items) * args.row_blocks * p.shape.window * 2);
+  std::vector<int32_t> similar(slots);
   // The kernels read rows in chunks of 16 bytes.
   const auto aligned = [](std::vector<std::byte>& bytes, std::vector<uint64_t>& storage) {
     storage.resize(bytes.size() / 8 + 4);
@@ -56,7 +49,7 @@ void run_rkv_emulated(RkvProblem& p, uint64_t seed) {
     std::memcpy(reinterpret_cast<void*>(at), bytes.data(), bytes.size());
     return reinterpret_cast<void*>(at);
   };
-  std::vector<uint64_t> q, k, v, norms, logits;
+  std::vector<uint64_t> q, k, v;
   args.q = aligned(p.q, q);
   args.k = aligned(p.k, k);
   args.v = aligned(p.v, v);
@@ -66,16 +59,13 @@ void run_rkv_emulated(RkvProblem& p, uint64_t seed) {
   args.value_l1 = p.value_l1.data();
   args.evicted = p.evicted.data();
   args.scores = p.scores.data();
-  std::vector<std::byte> unset_norms(ranks * 4, std::byte{0xff});  // NaN
-  args.inverse_norm = static_cast<float*>(aligned(unset_norms, norms));
-  std::vector<std::byte> unset_logits(ranks * 4 * ((args.window + 7) / 8 * 8), std::byte{0xff});
-  args.logits = static_cast<float*>(aligned(unset_logits, logits));
-  args.importance = importance.data();
-  args.projection = projection.data();
-  args.forgiven = forgiven.data();
+  args.inverse_norm = inverse_norm.data();
+  args.logits = logits.data();
   args.softmax = softmax.data();
   args.partial_sum = partial.data();
-  args.arrivals = arrivals.data();
+  args.own = own.data();
+  args.similar = similar.data();
+  args.cosine = cosine.data();
   if (p.shape.dtype == DType::f32)
     run_dim<device::F32>(args, p.shape.head_dim, seed);
   else if (p.shape.dtype == DType::f16)

@@ -1,5 +1,4 @@
-// An R-KV compaction in the CPU emulator; odd seeds in clusters, the others in two launches; blocks
-// have as many threads as rows when the seed is a multiple of three, the most otherwise.
+// An R-KV compaction in the CPU emulator; even seeds select with half the threads.
 #pragma once
 
 #include "tests/support/kernels/rkv_problem.h"
