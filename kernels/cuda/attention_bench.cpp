@@ -335,9 +335,9 @@ std::string attention_bench_json(const AttentionBenchRow& r) {
       R"("with_eviction":{},"median":{:.3f},"unit":"us","limit":{:.3f},"ratio_to_limit":{:.4f},"runs":{},"spread":{:.4f}}})",
       r.variant, r.at.batch, r.at.slots, dtype_name(r.at.dtype), r.device, r.variant, dtype_name(r.at.dtype),
       r.at.batch, r.at.slots, r.n_q_heads, r.n_kv_heads, r.head_dim, r.n_splits, r.n_stages, r.n_ctas,
-      r.n_groups, r.state_ahead, r.kv_bytes, r.counted_bytes, r.median_us, r.floor_us(),
-      r.read_ceiling_gbps, r.floor_us() / r.median_us, r.with_importance, r.with_eviction, r.median_us,
-      r.floor_us(), r.median_us / r.floor_us(), r.runs, (r.max_us - r.min_us) / r.median_us);
+      r.n_groups, r.state_ahead, r.kv_bytes, r.counted_bytes, r.median_us, r.floor_us(), r.read_ceiling_gbps,
+      r.floor_us() / r.median_us, r.with_importance, r.with_eviction, r.median_us, r.floor_us(),
+      r.median_us / r.floor_us(), r.runs, (r.max_us - r.min_us) / r.median_us);
 }
 
 }  // namespace kvlapse

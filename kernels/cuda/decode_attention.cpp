@@ -40,16 +40,15 @@ CUtensorMap plane_map(const DecodeShape& s, void* plane) {
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_bytes / element), kDecodeTileSlots, 1};
   const cuuint32_t step[] = {1, 1, 1};
   CUtensorMap map{};
-  const CUresult result =
-      encode_function()(&map,
-                        s.fp8()                 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                        : s.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                        3, plane, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                        : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                          : CU_TENSOR_MAP_SWIZZLE_32B,
-                        kFetch, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode_function()(&map,
+                                            s.fp8()                 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                            : s.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                            3, plane, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                            box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                            : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                              : CU_TENSOR_MAP_SWIZZLE_32B,
+                                            kFetch, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     fail("CUDA: tensor map of [{}, {}, {}]: error {} (planes must be 16-byte aligned)", s.n_items(),
          s.n_slots, s.head_dim, static_cast<int>(result));

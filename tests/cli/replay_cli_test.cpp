@@ -136,15 +136,19 @@ TEST_F(ReplayCli, MeasuredProfilesAreHeldAgainstTheModel) {
     for (const Json& row : check["rows"])
       EXPECT_LE(std::abs(row["difference_ratio"].get<double>()), 0.1) << row;
   }
-  const auto of_data_sheet = [](double value) { return Json{{"value", value}, {"provenance", "data sheet"}}; };
-  std::ofstream(path("sheet.json")) << Json{{"gpu", "a data sheet's"},
-                                            {"memory_gib", of_data_sheet(80)},
-                                            {"weight_read_gbps", of_data_sheet(3350)},
-                                            {"kv_read_gbps", of_data_sheet(3350)},
-                                            {"step_overhead_us", of_data_sheet(0)},
-                                            {"per_sequence_us", of_data_sheet(0)}}
-                                           .dump();
-  EXPECT_EQ(run_program({"predict", "--gpu", path("sheet.json"), "--check"}).exit_code, 2);  // nothing measured
+  const auto of_data_sheet = [](double value) {
+    return Json{{"value", value}, {"provenance", "data sheet"}};
+  };
+  std::ofstream(path("sheet.json")) << Json{
+      {"gpu", "a data sheet's"},
+      {"memory_gib", of_data_sheet(80)},
+      {"weight_read_gbps", of_data_sheet(3350)},
+      {"kv_read_gbps", of_data_sheet(3350)},
+      {"step_overhead_us", of_data_sheet(0)},
+      {"per_sequence_us",
+       of_data_sheet(0)}}.dump();
+  EXPECT_EQ(run_program({"predict", "--gpu", path("sheet.json"), "--check"}).exit_code,
+            2);  // nothing measured
 
   // From a bench to a profile to a check; a step that is far off is found.
   Json bench = {{"rows", Json::array()}};

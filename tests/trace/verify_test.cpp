@@ -93,8 +93,8 @@ class VerifyLies : public testing::Test {
     ChunkEncoder encoder(1);
     const EncodedChunk chunk = encoder.encode(std::as_bytes(std::span(records)), sizeof(Record));
     database.prepare("UPDATE KV_CHUNK SET encoding = ?, raw_bytes = ?, checksum = ?, data = ? WHERE id = ?")
-        .run(std::string_view(chunk.encoding), static_cast<int64_t>(records.size() * sizeof(Record)), chunk.checksum,
-             chunk.data, id);
+        .run(std::string_view(chunk.encoding), static_cast<int64_t>(records.size() * sizeof(Record)),
+             chunk.checksum, chunk.data, id);
     // A forger would also mend the content hash.
     database.execute(
         "DELETE FROM KV_META WHERE key = 'content_hash'; UPDATE KV_META SET value = '0' WHERE key = "

@@ -1,7 +1,7 @@
 // Counters of single kernels by the range profiler: one pass, so that no kernel runs twice. Costs tens of
 // milliseconds a kernel, so it belongs on sampled steps only, and counts no kernel of a graph (CUDA 13.0: a
-// graph is one range, and with a range a kernel none): such steps launch kernel by kernel. Belongs to the decoding thread, whose CUDA
-// context is current.
+// graph is one range, and with a range a kernel none): such steps launch kernel by kernel. Belongs to the
+// decoding thread, whose CUDA context is current.
 #pragma once
 
 #include <functional>

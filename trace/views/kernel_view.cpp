@@ -193,10 +193,11 @@ std::vector<int64_t> phase_times(const TraceReader& reader, const std::vector<Tr
     for (size_t i = 0; i < steps.size(); ++i) times[i] = steps[i].summary.phase_ns[static_cast<int>(phase)];
     return times;
   }
-  SqlQuery query(reader.file(),
-                 fmt::format("SELECT k.start, k.\"end\" FROM KV_LAUNCH l JOIN CUPTI_ACTIVITY_KIND_KERNEL k ON "
-                             "k.rowid = l.kernel WHERE l.phase = '{}' ORDER BY k.start",
-                             step_phase_name(phase)));
+  SqlQuery query(
+      reader.file(),
+      fmt::format("SELECT k.start, k.\"end\" FROM KV_LAUNCH l JOIN CUPTI_ACTIVITY_KIND_KERNEL k ON "
+                  "k.rowid = l.kernel WHERE l.phase = '{}' ORDER BY k.start",
+                  step_phase_name(phase)));
   size_t at = 0;
   for (std::vector<SqlValue> row; query.next(row);) {
     const int64_t start = whole(row[0]);
