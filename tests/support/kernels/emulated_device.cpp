@@ -175,6 +175,18 @@ void schedule() {
   }
 }
 
+// A function of its own: getcontext may return twice, as far as compilers know.
+void prepare(Fiber& f, int block, int thread) {
+  f.block = block;
+  f.thread = thread;
+  f.stack.reset(new unsigned char[kStackBytes]);
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack.get();
+  f.context.uc_stack.ss_size = kStackBytes;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, fiber_main, 0);
+}
+
 }  // namespace
 
 void run_emulated(const EmulatedLaunch& launch, const std::function<void(unsigned char*)>& body) {
@@ -193,17 +205,8 @@ void run_emulated(const EmulatedLaunch& launch, const std::function<void(unsigne
   }
   Machine* outer = machine;
   machine = &m;
-  for (size_t i = 0; i < m.fibers.size(); ++i) {
-    Fiber& f = m.fibers[i];
-    f.block = static_cast<int>(i) / launch.n_threads;
-    f.thread = static_cast<int>(i) % launch.n_threads;
-    f.stack.reset(new unsigned char[kStackBytes]);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, fiber_main, 0);
-  }
+  for (int b = 0, i = 0; b < launch.n_blocks; ++b)
+    for (int t = 0; t < launch.n_threads; ++t, ++i) prepare(m.fibers[i], b, t);
   try {
     schedule();
   } catch (...) {

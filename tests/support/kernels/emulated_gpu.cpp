@@ -51,7 +51,7 @@ class EmulatedGpu final : public DeviceApi {
   void release_host(void* memory) override { std::free(memory); }
   void upload(void* to, const void* from, size_t bytes) override {
     if (!has_queues_) {
-      std::memcpy(to, from, bytes);
+      if (bytes > 0) std::memcpy(to, from, bytes);
       return;
     }
     const auto* data = static_cast<const unsigned char*>(from);
