@@ -39,12 +39,6 @@ int layer_budget(const RowSource& source, int layer, const ReplayConfig& config)
   return config.policy->layer_budget(layer, source.geometry().n_layers, config.budget);
 }
 
-TokenClass class_of(int pos, int step, int n_prompt) {
-  if (pos < kSinkTokens) return TokenClass::sink;
-  if (pos < n_prompt) return TokenClass::prompt;
-  return step - pos < kRecentTokens ? TokenClass::recent : TokenClass::think;
-}
-
 }  // namespace
 
 DeviceReplayer::DeviceReplayer(const RowSource& source, ReplayOptions options, ReplayDevice& device)
@@ -86,7 +80,8 @@ DeviceReplay DeviceReplayer::run_layer(int sequence, int layer, const std::vecto
     config.rule = info.rule;
     config.budget = layer_budget(source_, layer, configs[c]);
     check_budget(*configs[c].policy, config.budget, rows.n_prompt);
-    if (info.device == DeviceScore::random) config.seed = static_cast<uint64_t>(info.parameters[0].value);
+    if (info.device == DeviceScore::random)
+      config.seed = static_cast<uint64_t>(configs[c].policy->parameter("seed"));
     if (rows.n_prompt > config.budget - configs[c].policy->prompt_rule(config.budget).headroom) {
       cut.push_back(configs[c]);
       cut_index.push_back(c);
@@ -137,7 +132,7 @@ LayerMetrics DeviceReplayer::measure(const DeviceReplay& done, const RowSequence
       if (step >= n_tokens) continue;
       ++drops[step];
       if (!out.scope.has_step(step)) continue;
-      const auto c = static_cast<size_t>(class_of(pos, step, n_prompt));
+      const auto c = static_cast<size_t>(token_class(pos, step, n_prompt));
       ++m.evictions;
       m.prompt_evictions += step < n_prompt;
       ++m.evicted_by_class[c];

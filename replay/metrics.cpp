@@ -119,12 +119,6 @@ void MetricsCollector::add_series(SeriesKind kind, int q_head, size_t bin, doubl
   ++series_counts_[at];
 }
 
-TokenClass MetricsCollector::class_of(int pos, int step) const {
-  if (pos < kSinkTokens) return TokenClass::sink;
-  if (pos < shared_.sequence().n_prompt) return TokenClass::prompt;
-  return step - pos < kRecentTokens ? TokenClass::recent : TokenClass::think;
-}
-
 void MetricsCollector::on_attended(const SlotTable& table, int step) {
   const int group = shared_.geometry().group();
   const size_t bin = series_bin(step);
@@ -156,7 +150,7 @@ void MetricsCollector::on_evicted(const EvictionPlan& plan) {
     const int first = drop.kv_head == kWholeLayer ? 0 : drop.kv_head;
     const int end = drop.kv_head == kWholeLayer ? n_heads : drop.kv_head + 1;
     const int pos = raw(drop.pos);
-    const auto c = static_cast<size_t>(class_of(pos, step));
+    const auto c = static_cast<size_t>(token_class(pos, step, shared_.sequence().n_prompt));
     for (int h = first; h < end; ++h) {
       losses_[h].fresh.push_back(pos);
       ++previous_drops_[h];

@@ -35,6 +35,11 @@ inline constexpr int kRecentTokens = 64;  // age below which an evicted token co
 // Class of a token at its eviction.
 enum class TokenClass : uint8_t { sink, prompt, think, recent };
 inline constexpr int kTokenClasses = 4;
+constexpr TokenClass token_class(int pos, int step, int n_prompt) {
+  if (pos < kSinkTokens) return TokenClass::sink;
+  if (pos < n_prompt) return TokenClass::prompt;
+  return step - pos < kRecentTokens ? TokenClass::recent : TokenClass::think;
+}
 constexpr const char* token_class_name(TokenClass c) {
   constexpr const char* kNames[kTokenClasses] = {"sink", "prompt", "think", "recent"};
   return kNames[static_cast<int>(c)];
@@ -171,7 +176,6 @@ class MetricsCollector {
   void add_moved(int kv_head);
   size_t series_bin(int step) const;
   void add_series(SeriesKind kind, int q_head, size_t bin, double value);
-  TokenClass class_of(int pos, int step) const;
 
   const SharedLayer& shared_;
   const Retention& retention_;

@@ -230,11 +230,13 @@ std::unique_ptr<ReplayDevice> make_cuda_replay(int index) {
 
 GpuRates gpu_rates(int index) {
   use_gpu(index);
-  int n_multiprocessors = 0, khz = 0;
+  int n_multiprocessors = 0, khz = 0, major = 0, minor = 0;
+  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
   KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, index));
   KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, index));
-  constexpr double kPerClock = 2 * 128;  // of a multiprocessor of compute capability 9.0
-  return {measure_read_ceiling_gbps(), n_multiprocessors * kPerClock * khz * 1e-6};
+  const double per_clock = 2 * (major == 8 && minor == 0 ? 64 : 128);  // of a multiprocessor
+  return {measure_read_ceiling_gbps(), n_multiprocessors * per_clock * khz * 1e-6};
 }
 
 GpuReport report_gpu() {

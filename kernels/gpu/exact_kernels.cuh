@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "kernels/gpu/exact_args.h"
+#include "kernels/gpu/exponential.cuh"
 
 namespace kvlapse::exact {
 
@@ -24,16 +25,8 @@ KVLAPSE_DEVICE float exp_one(float x) {
   if (!(x > -87.3f)) return x != x ? x : 0.0f;
   if (x > 88.37f) return infinity();
   const float n = rintf(x * 1.44269504088896341f);
-  float r = fmaf(n, -0.693359375f, x);
-  r = fmaf(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = fmaf(p, r, 1.3981999507e-3f);
-  p = fmaf(p, r, 8.3334519073e-3f);
-  p = fmaf(p, r, 4.1665795894e-2f);
-  p = fmaf(p, r, 1.6666665459e-1f);
-  p = fmaf(p, r, 5.0000001201e-1f);
-  const float y = fmaf(p, r * r, r) + 1.0f;
-  return y * device::bits_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  return device::exp_of_rest(x, n) *
+         device::bits_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
 // Sixteen threads, one for each lane of a sum.

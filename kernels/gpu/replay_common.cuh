@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/base/rng.h"
+#include "kernels/gpu/exponential.cuh"
 #include "kernels/gpu/replay_args.h"
 
 namespace kvlapse::gpu_replay {
@@ -40,16 +41,7 @@ KVLAPSE_DEVICE float exp_negative(float x) {
   constexpr float kRound = 12582912.0f;
   const float shifted = x * 1.44269504088896341f + kRound;
   const float n = shifted - kRound;
-  float r = fmaf(n, -0.693359375f, x);
-  r = fmaf(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = fmaf(p, r, 1.3981999507e-3f);
-  p = fmaf(p, r, 8.3334519073e-3f);
-  p = fmaf(p, r, 4.1665795894e-2f);
-  p = fmaf(p, r, 1.6666665459e-1f);
-  p = fmaf(p, r, 5.0000001201e-1f);
-  const float y = fmaf(p, r * r, r) + 1.0f;
-  const float e = y * device::bits_float((device::float_bits(shifted) + 127u) << 23);
+  const float e = device::exp_of_rest(x, n) * device::bits_float((device::float_bits(shifted) + 127u) << 23);
   return x > -87.3f ? e : 0.0f;
 }
 
