@@ -17,7 +17,7 @@ namespace {
 // recomputed against its own maximum.
 constexpr float kTinyMass = 1e-6f;
 // So does a moved key whose logit lies this far above the row's maximum.
-constexpr float kFarAbove = 40.0f;
+constexpr float kFarAbove = 10.0f;
 
 constexpr int kWord = 64;
 size_t words(int n) {
@@ -215,14 +215,14 @@ MetricsCollector::ExactRow MetricsCollector::exact_row(int q_head, int step,
     total += own[i];
     if (i < kSinkTokens) continue;
     total_rest += own[i];
-    rest += std::exp(static_cast<double>(logits[i]) - row.max);
+    rest += std::exp(static_cast<double>(logits[i]) - row.unit());
   }
   ExactRow exact;
   for (int i = 0; i <= step; ++i) {
     if (own[i] == 0) continue;
     const float* value = shared_.value(h, i);
     for (int d = 0; d < dim; ++d) sum[d] += own[i] * value[d];
-    const double weight = std::exp(static_cast<double>(logits[i]) - row.max);
+    const double weight = std::exp(static_cast<double>(logits[i]) - row.unit());
     exact.recall += std::min(weight / row.total, own[i] / total);
     if (i >= kSinkTokens && rest > 0) exact.recall_no_sinks += std::min(weight / rest, own[i] / total_rest);
   }
@@ -366,9 +366,9 @@ MetricsCollector::Shared MetricsCollector::shared_mass(
   double now_sinks = held_sinks;
   std::vector<std::pair<double, double>> weights;  // as recorded, as it stands now
   for (const MovedRow& key : moved) {
-    const double above = static_cast<double>(moved_[h].logits[key.logits + static_cast<size_t>(g)]) - row.max;
-    out.far_above |= above > kFarAbove;
-    const double before = shared_.exp_of(q, t, key.pos), after = std::exp(above);
+    const double logit = moved_[h].logits[key.logits + static_cast<size_t>(g)];
+    out.far_above |= logit - row.max > kFarAbove;
+    const double before = shared_.exp_of(q, t, key.pos), after = std::exp(logit - row.unit());
     weights.emplace_back(before, after);
     now += after;
     if (key.pos < kSinkTokens)
@@ -401,10 +401,10 @@ void MetricsCollector::add_moved(int h) {
     for (int g = 0; g < group; ++g) {
       const int q = h * group + g;
       const size_t r = shared_.column(q, key.step);
-      const float above =
-          moved_[h].logits[key.logits + static_cast<size_t>(g)] - shared_.row(q, key.step).max;
-      if (above > kFarAbove) continue;  // close_rows computes that row anew
-      float more = std::exp(above) - shared_.exp_of(q, key.step, key.pos);
+      const AttentionRow& row = shared_.row(q, key.step);
+      const float logit = moved_[h].logits[key.logits + static_cast<size_t>(g)];
+      if (logit - row.max > kFarAbove) continue;  // close_rows computes that row anew
+      float more = static_cast<float>(std::exp(logit - row.unit())) - shared_.exp_of(q, key.step, key.pos);
       if (b.sum_dropped) more = -more;
       masses[r] += more;
       float* sum = b.sums.data() + r * dim;

@@ -91,7 +91,7 @@ ConfigRun::ConfigRun(const SharedLayer& shared, const ReplayConfig& config, cons
                      FutureInputs* future, PlanVisitor visitor)
     : shared_(shared),
       retention_(shared.geometry().n_kv_heads, shared.sequence().n_tokens),
-      memory_(shared, retention_, layer_capacity(shared, config)),
+      memory_(shared, layer_capacity(shared, config)),
       visitor_(std::move(visitor)),
       selects_(config.policy->info().selects) {
   CacheGeometry geometry = shared.geometry();

@@ -16,8 +16,8 @@ void gather(const float* values, const int32_t* index, size_t n, float* out) {
 
 }  // namespace
 
-ReplayMemory::ReplayMemory(const SharedLayer& shared, const Retention& retention, int capacity)
-    : shared_(shared), retention_(retention), capacity_(static_cast<size_t>(capacity)) {
+ReplayMemory::ReplayMemory(const SharedLayer& shared, int capacity)
+    : shared_(shared), capacity_(static_cast<size_t>(capacity)) {
   const CacheGeometry& g = shared.geometry();
   logits_.resize(capacity_);
   output_.resize(static_cast<size_t>(g.n_q_heads) * g.head_dim);
@@ -86,8 +86,8 @@ std::span<const float> ReplayMemory::logits(int q_head) {
   return {logits_.data(), count(h)};
 }
 
-// Where the held slots have the same maximum as all tokens, the shared exponentials are theirs; otherwise
-// they are computed anew.
+// The shared exponentials are those of the held slots, unless these have so little of the weight that some of
+// theirs are lost.
 std::span<const float> ReplayMemory::attention(int q_head) {
   const int h = shared_.geometry().kv_head_of(q_head);
   if (step_ >= ahead_[h].end) gather_ahead(h);
@@ -95,8 +95,9 @@ std::span<const float> ReplayMemory::attention(int q_head) {
   const std::span<float> out(ahead_row(q_head, step_), count(h));
   if (has_attention_[q_head]) return out;
   has_attention_[q_head] = 1;
-  if (moved_[h].empty() && retention_.held(h, shared_.row(q_head, step_).argmax, step_))
-    scale(1.0f / sum(out), out);  // the tail of softmax
+  const float total = moved_[h].empty() ? sum(out) : 0.0f;
+  if (total >= kLeastSharedSum)
+    scale(1.0f / total, out);  // the tail of softmax
   else
     softmax(logits(q_head), out);
   return out;

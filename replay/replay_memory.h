@@ -36,7 +36,7 @@ class Retention {
 
 class ReplayMemory final : public LayerMemory {
  public:
-  ReplayMemory(const SharedLayer& shared, const Retention& retention, int capacity);
+  ReplayMemory(const SharedLayer& shared, int capacity);
 
   void store(const SlotTable& table, Pos pos, const TokenRows&) override;
   void attend(const SlotTable& table, Pos pos) override;
@@ -76,7 +76,6 @@ class ReplayMemory final : public LayerMemory {
   void gather_ahead(int kv_head);
 
   const SharedLayer& shared_;
-  const Retention& retention_;
   size_t capacity_;
   const SlotTable* table_ = nullptr;
   int step_ = 0;

@@ -181,11 +181,11 @@ void SharedLayer::summarise(int q, int t, float* e) {
   if (static_cast<size_t>(most.index) >= n || std::isinf(most.value))
     fail("replay: layer {}, q head {}, step {}: expected finite logits, found {}", layer_, q, t, most.value);
   r.max = most.value;
-  r.argmax = most.index;
-  exp_minus({logit, n}, r.max, {e, n});
+  r.base = softmax_base(r.max);
+  exp_over({logit, n}, r.base, {e, n});
   std::fill(e + n, e + end_, 0.0f);
   r.total = sum({e, n});
-  if (!(r.total >= 1))
+  if (!(r.total >= kLeastSharedSum))
     fail("replay: layer {}, q head {}, step {}: expected finite logits, found NaN", layer_, q, t);
   if (!needs_.metrics || t < needs_.measured_from) return;
 
@@ -199,8 +199,8 @@ void SharedLayer::summarise(int q, int t, float* e) {
         r.newest[j - 1] + (static_cast<size_t>(j) <= n ? e[n - static_cast<size_t>(j)] * inverse : 0.0f);
     r.older += 1.0 - r.newest[j];
   }
-  // E[logit - max] as a sum of e (logit - max) / total; terms with e = 0 vanish.
-  r.entropy = std::log(r.total) - (dot(e, logit, n) / r.total - r.max);
+  // log of the sum less the mean logit.
+  r.entropy = log_over(r.total, r.base) - dot(e, logit, n) / r.total;
 
   if (t > 0) {
     const auto dim = static_cast<size_t>(geometry_.head_dim);

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <numbers>
 #include <optional>
 #include <span>
 #include <vector>
@@ -26,13 +27,14 @@ inline constexpr float kHotAttention = 0.01f;  // weight from which a token coun
 
 // About one query head at one step, over all tokens up to it.
 struct AttentionRow {
-  float max = 0;           // largest logit
-  int32_t argmax = 0;      // first position that has it
-  float total = 0;         // sum of exp(logit - max), vector_math order by position
-  float sinks = 0;         // part of it at positions below kSinkTokens
-  float entropy = 0;       // nats
-  float output_norm2 = 0;  // |o|^2 of the full cache's output
-  float query_cosine = 1;  // with the query of the step before
+  float max = 0;                                            // largest logit
+  float base = 0;                                           // of exponentials (vector_math.h)
+  float total = 0;                                          // their sum, vector_math order by position
+  double unit() const { return std::numbers::ln2 * base; }  // an exponential is exp(logit - unit)
+  float sinks = 0;                                          // part of it at positions below kSinkTokens
+  float entropy = 0;                                        // nats
+  float output_norm2 = 0;                                   // |o|^2 of the full cache's output
+  float query_cosine = 1;                                   // with the query of the step before
   int n_top = 0;
   std::array<int32_t, kTopK> top{};                // positions of the largest weights
   std::vector<int32_t> hot;                        // positions with a weight above kHotAttention
@@ -70,7 +72,8 @@ class SharedLayer {
   const float* logits(int q_head, int step) const {
     return logits_.data() + row_index(q_head, step) * stride_;
   }
-  // exp(logit - max) of one kv head's group: [T][columns], column (step - begin) * G + g; 0 after the step.
+  // exp(logit) / 2^base of one kv head's group: [T][columns], column (step - begin) * G + g; 0 after the
+  // step.
   const float* token_weights(int kv_head) const {
     return token_weights_.data() + static_cast<size_t>(kv_head) * stride_ * token_columns();
   }

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/base/vector_math.h"
+
 namespace kvlapse::scalar {
 namespace {
 
@@ -28,21 +30,40 @@ float element(const RowView& rows, size_t row, size_t d) {
   }
 }
 
-float exp_one(float x) {
-  if (!(x > -87.3f)) return x != x ? x : 0.0f;
-  if (x > 88.37f) return std::numeric_limits<float>::infinity();
-  constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  float n = std::nearbyint(x * kLog2e);
-  float r = std::fma(n, -kLn2High, x);
-  r = std::fma(n, -kLn2Low, r);
+namespace {
+constexpr float kLog2e = 1.44269504088896341f;
+
+// x - n log 2.
+float exp_rest(float x, float n) {
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  return std::fma(n, -kLn2Low, std::fma(n, -kLn2High, x));
+}
+float exp_of_rest(float r) {
   float p = 1.9875691500e-4f;
   p = std::fma(p, r, 1.3981999507e-3f);
   p = std::fma(p, r, 8.3334519073e-3f);
   p = std::fma(p, r, 4.1665795894e-2f);
   p = std::fma(p, r, 1.6666665459e-1f);
   p = std::fma(p, r, 5.0000001201e-1f);
-  float y = std::fma(p, r * r, r) + 1.0f;
-  return y * std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  return std::fma(p, r * r, r) + 1.0f;
+}
+float power_of_two(float n) {  // n an integer in [-126, 127]
+  return std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+}  // namespace
+
+float exp_one(float x) {
+  if (!(x > -87.3f)) return x != x ? x : 0.0f;
+  if (x > 88.37f) return std::numeric_limits<float>::infinity();
+  const float n = std::nearbyint(x * kLog2e);
+  return exp_of_rest(exp_rest(x, n)) * power_of_two(n);
+}
+
+float exp_over_one(float x, float base) {
+  const float n = std::nearbyint(x * kLog2e), power = n - base;
+  if (!(power >= -126.0f))
+    return x < std::numeric_limits<float>::infinity() ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  return exp_of_rest(std::clamp(exp_rest(x, n), -1.0f, 1.0f)) * power_of_two(power);
 }
 
 float dot(const float* a, const float* b, size_t n) {
@@ -73,16 +94,21 @@ void exp_minus(std::span<const float> values, float shift, std::span<float> out)
   for (size_t i = 0; i < values.size(); ++i) out[i] = exp_one(values[i] - shift);
 }
 
+void exp_over(std::span<const float> values, float base, std::span<float> out) {
+  for (size_t i = 0; i < values.size(); ++i) out[i] = exp_over_one(values[i], base);
+}
+
 float softmax(std::span<const float> logits, std::span<float> out) {
   float most = max_value(logits);
   if (most == -std::numeric_limits<float>::infinity()) {
     std::fill(out.begin(), out.end(), 0.0f);
     return most;
   }
-  exp_minus(logits, most, out);
+  const float base = softmax_base(most);
+  exp_over(logits, base, out);
   float total = sum(out);
   scale(1.0f / total, out);
-  return most + std::log(total);
+  return log_over(total, base);
 }
 
 void multiply_add(std::span<const float> a, std::span<const float> b, std::span<float> out) {

@@ -96,26 +96,48 @@ HWY_INLINE Vec8 tree8(const Vec8 (&v)[8]) {
   return hn::Add(hn::OddEven(hn::DupEven(odd), even), hn::OddEven(odd, hn::DupOdd(even)));
 }
 
-// scalar::exp_one in every lane.
-HWY_INLINE Vec exp(Vec x) {
+// The parts of scalar::exp_one and scalar::exp_over_one, in every lane.
+HWY_INLINE Vec exp_integer(Vec x) {
+  return hn::Round(hn::Mul(x, hn::Set(Tag(), 1.44269504088896341f)));
+}
+HWY_INLINE Vec exp_rest(Vec x, Vec n) {
   const Tag d;
-  const hn::RebindToSigned<Tag> di;
-  const Vec n = hn::Round(hn::Mul(x, hn::Set(d, 1.44269504088896341f)));
-  Vec r = hn::MulAdd(n, hn::Set(d, -0.693359375f), x);
-  r = hn::MulAdd(n, hn::Set(d, 2.12194440e-4f), r);
+  return hn::MulAdd(n, hn::Set(d, 2.12194440e-4f), hn::MulAdd(n, hn::Set(d, -0.693359375f), x));
+}
+HWY_INLINE Vec exp_of_rest(Vec r) {
+  const Tag d;
   Vec p = hn::Set(d, 1.9875691500e-4f);
   p = hn::MulAdd(p, r, hn::Set(d, 1.3981999507e-3f));
   p = hn::MulAdd(p, r, hn::Set(d, 8.3334519073e-3f));
   p = hn::MulAdd(p, r, hn::Set(d, 4.1665795894e-2f));
   p = hn::MulAdd(p, r, hn::Set(d, 1.6666665459e-1f));
   p = hn::MulAdd(p, r, hn::Set(d, 5.0000001201e-1f));
-  const Vec y = hn::Add(hn::MulAdd(p, hn::Mul(r, r), r), hn::Set(d, 1.0f));
-  const auto power = hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, n), hn::Set(di, 127)));
-  Vec value = hn::Mul(y, hn::BitCast(d, power));
+  return hn::Add(hn::MulAdd(p, hn::Mul(r, r), r), hn::Set(d, 1.0f));
+}
+HWY_INLINE Vec power_of_two(Vec n) {
+  const hn::RebindToSigned<Tag> di;
+  return hn::BitCast(Tag(), hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, n), hn::Set(di, 127))));
+}
+
+// scalar::exp_one in every lane.
+HWY_INLINE Vec exp(Vec x) {
+  const Tag d;
+  const Vec n = exp_integer(x);
+  Vec value = hn::Mul(exp_of_rest(exp_rest(x, n)), power_of_two(n));
   value = hn::IfThenElse(hn::Gt(x, hn::Set(d, 88.37f)), hn::Set(d, std::numeric_limits<float>::infinity()),
                          value);
   value = hn::IfThenElseZero(hn::Gt(x, hn::Set(d, -87.3f)), value);
   return hn::IfThenElse(hn::IsNaN(x), x, value);
+}
+// scalar::exp_over_one in every lane.
+HWY_INLINE Vec exp_over(Vec x, Vec base) {
+  const Tag d;
+  const Vec n = exp_integer(x), power = hn::Sub(n, base);
+  const Vec rest = hn::Min(hn::Max(exp_rest(x, n), hn::Set(d, -1.0f)), hn::Set(d, 1.0f));
+  const Vec value =
+      hn::IfThenElseZero(hn::Ge(power, hn::Set(d, -126.0f)), hn::Mul(exp_of_rest(rest), power_of_two(power)));
+  const Vec bad = hn::Set(d, std::numeric_limits<float>::quiet_NaN());
+  return hn::IfThenElse(hn::Lt(x, hn::Set(d, std::numeric_limits<float>::infinity())), value, bad);
 }
 
 #endif  // KVLAPSE_SIMD

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
 
 #include "core/base/scalar_math.h"
 
@@ -92,6 +93,17 @@ void ExpMinus(std::span<const float> values, float shift, std::span<float> out) 
       });
 }
 
+void ExpOver(std::span<const float> values, float base, std::span<float> out) {
+  const Vec b = hn::Set(Tag(), base);
+  const float* in = values.data();
+  float* to = out.data();
+  for_vectors(
+      values.size(), [&](size_t i) HWY_ATTR { hn::StoreU(exp_over(load(in + i), b), Tag(), to + i); },
+      [&](size_t i, auto mask) HWY_ATTR {
+        hn::BlendedStore(exp_over(hn::MaskedLoad(mask, Tag(), in + i), b), mask, Tag(), to + i);
+      });
+}
+
 void Scale(float factor, std::span<float> values) {
   const Vec f = hn::Set(Tag(), factor);
   float* p = values.data();
@@ -107,24 +119,25 @@ float Softmax(std::span<const float> logits, std::span<float> out) {
     std::fill(out.begin(), out.end(), 0.0f);
     return most;
   }
-  const Vec shift = hn::Set(Tag(), most);
+  const float own_base = softmax_base(most);
+  const Vec base = hn::Set(Tag(), own_base);
   const float* in = logits.data();
   float* to = out.data();
-  // exp_minus and sum in one pass.
+  // exp_over and sum in one pass.
   const float total = lane_sum(
       logits.size(),
       [&](Vec acc, size_t i) HWY_ATTR {
-        const Vec e = exp(hn::Sub(load(in + i), shift));
+        const Vec e = exp_over(load(in + i), base);
         hn::StoreU(e, Tag(), to + i);
         return hn::Add(acc, e);
       },
       [&](Vec acc, size_t i, auto mask) HWY_ATTR {
-        const Vec e = exp(hn::Sub(hn::MaskedLoad(mask, Tag(), in + i), shift));
+        const Vec e = exp_over(hn::MaskedLoad(mask, Tag(), in + i), base);
         hn::BlendedStore(e, mask, Tag(), to + i);
         return hn::Add(acc, e);
       });
   Scale(1.0f / total, out);
-  return most + std::log(total);
+  return log_over(total, own_base);
 }
 
 void MultiplyAdd(std::span<const float> a, std::span<const float> b, std::span<float> out) {
@@ -171,6 +184,9 @@ float MaxValue(std::span<const float> values) {
 void ExpMinus(std::span<const float> values, float shift, std::span<float> out) {
   scalar::exp_minus(values, shift, out);
 }
+void ExpOver(std::span<const float> values, float base, std::span<float> out) {
+  scalar::exp_over(values, base, out);
+}
 void Scale(float factor, std::span<float> values) {
   scalar::scale(factor, values);
 }
@@ -197,6 +213,7 @@ HWY_EXPORT(Sum);
 HWY_EXPORT(L1Norm);
 HWY_EXPORT(MaxValue);
 HWY_EXPORT(ExpMinus);
+HWY_EXPORT(ExpOver);
 HWY_EXPORT(Scale);
 HWY_EXPORT(Softmax);
 HWY_EXPORT(MultiplyAdd);
@@ -216,6 +233,15 @@ float max_value(std::span<const float> values) {
 }
 void exp_minus(std::span<const float> values, float shift, std::span<float> out) {
   HWY_DYNAMIC_DISPATCH(ExpMinus)(values, shift, out);
+}
+void exp_over(std::span<const float> values, float base, std::span<float> out) {
+  HWY_DYNAMIC_DISPATCH(ExpOver)(values, base, out);
+}
+float softmax_base(float most) {
+  return std::nearbyint(most * 1.44269504088896341f) - static_cast<float>(kHeadBits);
+}
+float log_over(float sum, float base) {
+  return static_cast<float>(std::log(static_cast<double>(sum)) + std::numbers::ln2 * base);
 }
 void scale(float factor, std::span<float> values) {
   HWY_DYNAMIC_DISPATCH(Scale)(factor, values);

@@ -21,7 +21,18 @@ float max_value(std::span<const float> values);  // -inf when empty; NaN is skip
 // -87.3 give 0, above 88.37 infinity.
 void exp_minus(std::span<const float> values, float shift,
                std::span<float> out);  // out = exp(values - shift)
-// Stable softmax; `out` may be `logits`. All -inf gives zeros. Returns log-sum-exp.
+// Softmax is taken in powers of two: e^x = y 2^n, n the integer nearest to x / log 2, y of x alone. A row is
+// stated over 2^base, and since another base only moves exponents, its weights are the same bits under every
+// base: rows of the same logits share exponentials whatever their own largest is, where their sum is at least
+// kLeastSharedSum (what is lost below 2^-126 is then no weight that a float could hold). Precision as above
+// up to |x| = 65536.
+inline constexpr int kHeadBits = 32;  // exponentials stay below 2^(kHeadBits + 1), far from overflow
+inline constexpr float kLeastSharedSum = 0x1p26f;
+float softmax_base(float most);  // of a row with that largest value
+// out = e^values / 2^base; below 2^-126 zero. Values: at most those that the base is for.
+void exp_over(std::span<const float> values, float base, std::span<float> out);
+float log_over(float sum, float base);  // log(sum 2^base)
+// `out` may be `logits`. All -inf gives zeros. Returns log-sum-exp.
 float softmax(std::span<const float> logits, std::span<float> out);
 
 void multiply_add(std::span<const float> a, std::span<const float> b, std::span<float> out);  // out += a * b

@@ -186,7 +186,7 @@ struct Choice {
   int32_t best;        // first maximum
   float best_logit;    // its logit
   float second;        // largest other logit
-  float total;         // sum of exp(logit - max)
+  float total;         // sum of exponentials over the best one's base (vector_math.h)
   float forced_logit;  // of the forced token
 };
 struct ChooseArgs {

@@ -25,7 +25,7 @@ KVLAPSE_DEVICE float exp_one(float x) {
   if (!(x > -87.3f)) return x != x ? x : 0.0f;
   if (x > 88.37f) return infinity();
   const float n = rintf(x * 1.44269504088896341f);
-  return device::exp_of_rest(x, n) *
+  return device::exp_of_rest(device::exp_rest(x, n)) *
          device::bits_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
@@ -263,7 +263,8 @@ KVLAPSE_DEVICE void run(const SoftmaxArgs& a, int block, unsigned char* memory) 
   float most = -infinity();
   for (int i = thread_index(); i < n; i += kThreads) most = logits[i] > most ? logits[i] : most;
   most = block_max(most, shared);
-  for (int i = thread_index(); i < n; i += kThreads) weights[i] = exp_one(logits[i] - most);
+  const float base = device::softmax_base(most);
+  for (int i = thread_index(); i < n; i += kThreads) weights[i] = device::exp_over(logits[i], base);
   block_sync();
   if (thread_index() < 32) {  // both teams of the first warp alike
     float sum = 0;
@@ -346,8 +347,9 @@ KVLAPSE_DEVICE void run(const ChooseArgs& a, int block, unsigned char* memory) {
     if (i != best && logits[i] > second) second = logits[i];
   second = block_max(second, shared);
   if (thread_index() >= 32) return;
+  const float base = device::softmax_base(most);
   float sum = 0;
-  for (int i = thread_index() % kTeam; i < a.n_vocab; i += kTeam) sum += exp_one(logits[i] - most);
+  for (int i = thread_index() % kTeam; i < a.n_vocab; i += kTeam) sum += device::exp_over(logits[i], base);
   sum = tree(sum);
   if (thread_index() != 0) return;
   const int32_t forced = a.forced[block];

@@ -9,6 +9,7 @@
 
 #include "core/base/error.h"
 #include "core/base/row_math.h"
+#include "core/base/vector_math.h"
 #include "core/model/tensor_file.h"
 #include "kernels/cpu/sampler.h"
 
@@ -607,7 +608,7 @@ void GpuBackend::sample(std::span<const SampleRow> rows, std::span<SampleResult>
     const exact::Choice& c = choices[i];
     const bool is_best = rows[i].forced < 0 || rows[i].forced == c.best;
     const float logit = is_best ? c.best_logit : c.forced_logit;
-    const float log_sum = c.best_logit + 0.0f + std::log(c.total);
+    const float log_sum = log_over(c.total, softmax_base(c.best_logit + 0.0f));
     results[i] = {is_best ? c.best : rows[i].forced, logit - log_sum,
                   logit - (is_best ? c.second : c.best_logit)};
   }

@@ -41,7 +41,8 @@ KVLAPSE_DEVICE float exp_negative(float x) {
   constexpr float kRound = 12582912.0f;
   const float shifted = x * 1.44269504088896341f + kRound;
   const float n = shifted - kRound;
-  const float e = device::exp_of_rest(x, n) * device::bits_float((device::float_bits(shifted) + 127u) << 23);
+  const float e = device::exp_of_rest(device::exp_rest(x, n)) *
+                  device::bits_float((device::float_bits(shifted) + 127u) << 23);
   return x > -87.3f ? e : 0.0f;
 }
 

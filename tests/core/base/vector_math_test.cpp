@@ -66,6 +66,9 @@ TEST_P(VectorMath, EqualsTheScalarDefinitionBitForBit) {
       };
       both([&](auto out) { exp_minus(a, 0.5f, out); }, [&](auto out) { scalar::exp_minus(a, 0.5f, out); },
            "exp_minus");
+      const float base = softmax_base(max_value(a));
+      both([&](auto out) { exp_over(a, base, out); }, [&](auto out) { scalar::exp_over(a, base, out); },
+           "exp_over");
       float lse = 0, reference = 0;
       both([&](auto out) { lse = softmax(a, out); }, [&](auto out) { reference = scalar::softmax(a, out); },
            "softmax");
@@ -115,6 +118,56 @@ TEST_P(VectorMath, ExpIsAccurate) {
     double exact = std::exp(static_cast<double>(x[i]));
     ASSERT_LT(std::abs(y[i] - exact) / exact, 2e-7) << x[i];
   }
+}
+
+TEST_P(VectorMath, SoftmaxIsAccurate) {
+  std::mt19937 rng(5);
+  for (float scale : {0.1f, 3.0f, 200.0f, 20000.0f}) {
+    const std::vector<float> logits = random_values(rng, 777, scale);
+    const double most = max_value(logits);
+    double total = 0;
+    for (float x : logits) total += std::exp(x - most);
+    std::vector<float> weights(logits.size());
+    EXPECT_NEAR(softmax(logits, weights), most + std::log(total), 1e-6 * most);
+    const double tolerance = 4e-7 + 2e-10 * scale;  // of the largest logit's own rounding
+    for (size_t i = 0; i < logits.size(); ++i) {
+      const double exact = std::exp(logits[i] - most) / total;
+      ASSERT_NEAR(weights[i], exact, tolerance * exact + 1e-40) << logits[i] << " of " << scale;
+    }
+  }
+}
+
+// What replay rests on: a row's weights are the same bits from exponentials over a larger row's base.
+TEST_P(VectorMath, WeightsDoNotDependOnTheBase) {
+  std::mt19937 rng(6);
+  for (float scale : {1.0f, 10.0f, 60.0f}) {
+    const std::vector<float> logits = random_values(rng, 333, scale);
+    std::vector<float> own(logits.size()), shared(logits.size());
+    softmax(logits, own);
+    const float base = softmax_base(max_value(logits));
+    for (int above = 0; above <= 12; ++above) {
+      exp_over(logits, base + static_cast<float>(above), shared);
+      const float total = sum(shared);
+      if (total < kLeastSharedSum) continue;
+      EXPECT_TRUE(above <= 6 || scale < 10) << "a row of few large weights has little sum";
+      kvlapse::scale(1.0f / total, shared);
+      expect_same_bits(own, shared, "weights", own.size());
+    }
+  }
+}
+
+TEST_P(VectorMath, SoftmaxOfWhatIsNotFinite) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (float odd : {nan, kInf})
+    for (size_t n : {3, 40}) {
+      std::vector<float> logits(n, 1.0f), weights(n);
+      logits[n / 2] = odd;
+      softmax(logits, weights);
+      EXPECT_TRUE(std::isnan(weights[n / 2])) << odd;
+    }
+  std::vector<float> far = {1e9f, -1e9f, 1e9f, 0}, weights(4);
+  softmax(far, weights);
+  EXPECT_EQ(weights, (std::vector<float>{0.5f, 0, 0.5f, 0}));
 }
 
 TEST_P(RowMath, EqualsTheScalarDefinitionBitForBit) {
