@@ -39,13 +39,13 @@ struct GpuReplay::Run {
   int n_configs, begin, end, block_steps;  // steps [begin, end) are measured, or decide when nothing is
   size_t row_floats;                       // weights of a step
   float *q_host, *k_host, *v_host, *q[3], *k, *v, *weights[2], *l1, *metrics = nullptr, *future = nullptr;
-  uint16_t *half, *half_weights = nullptr;
+  uint16_t *half, *half_weights[2] = {};
   float *outputs = nullptr, *totals = nullptr;
   gr::Repair* repairs = nullptr;
   uint32_t* n_repairs = nullptr;
   int32_t* most_held = nullptr;
   int32_t *last, *failed;
-  gr::RowFacts* facts = nullptr;
+  gr::RowFacts* facts[2] = {};
   float *older = nullptr, *entropy = nullptr, *cosine = nullptr;
   int32_t* last_hot = nullptr;
 
@@ -131,8 +131,12 @@ struct GpuReplay::Run {
     if (!r.metrics) return;
     metrics = on_device<float>("metrics", gr::kMetricKinds * q_heads * n_tokens);
     future = on_device<float>("future", heads * n_tokens);
-    facts = on_device<gr::RowFacts>("facts", static_cast<size_t>(block_steps) * shape.n_q);
-    half_weights = on_device<uint16_t>("half_weights", static_cast<size_t>(block_steps) * row_floats);
+    for (int i = 0; i < 2; ++i) {
+      facts[i] =
+          on_device<gr::RowFacts>(i ? "facts 1" : "facts 0", static_cast<size_t>(block_steps) * shape.n_q);
+      half_weights[i] = on_device<uint16_t>(i ? "half_weights 1" : "half_weights 0",
+                                            static_cast<size_t>(block_steps) * row_floats);
+    }
     outputs = on_device<float>("outputs", static_cast<size_t>(block_steps) * shape.n_q * shape.dim_padded());
     totals = on_device<float>("totals", static_cast<size_t>(block_steps) * shape.n_q);
     repairs = on_device<gr::Repair>("repairs", q_heads * block_steps);
@@ -394,8 +398,13 @@ struct GpuReplay::Run {
     api.launch(gr::ValuesArgs{shape, v, l1, half, failed + 1, t0, t1});
     api.launch(
         gr::LogitsArgs{shape, q[number % 3] + q_width, k, weights[side], t0, t1, attention_scale(shape.dim)});
-    api.mark(kWeighed + side);
     stage("logits");
+    const float* const own_q = q[number % 3];
+    api.launch(gr::RowsArgs{shape, weights[side], half_weights[side], own_q + q_width,
+                            t0 > 0 ? own_q : nullptr, facts[side], older, last_hot, entropy, cosine, failed,
+                            t0, t1, begin});
+    api.mark(kWeighed + side);
+    stage("rows");
     api.use(kDecisions);
     api.wait(kWeighed + side);
     api.fork();
@@ -418,28 +427,24 @@ struct GpuReplay::Run {
     const auto [t0, t1, number] = std::exchange(pending, {});
     if (number < 0) return;
     const int side = number % 2;
-    const float* const own_q = q[number % 3];
     api.use(kMeasures);
     if (r.metrics && t1 > begin) {
       api.wait(kDecided + side);
-      measure(t0, t1, side, own_q);
+      measure(t0, t1, side);
     }
     api.mark(kMeasured + number % 3);
   }
-  void measure(int t0, int t1, int side, const float* own_q) {
-    const size_t q_width = static_cast<size_t>(shape.n_q) * shape.dim;
-    api.launch(gr::RowsArgs{shape, weights[side], half_weights, own_q + q_width, t0 > 0 ? own_q : nullptr,
-                            facts, older, last_hot, entropy, cosine, failed, t0, t1, begin});
-    stage("rows");
+  void measure(int t0, int t1, int side) {
     api.fill(n_repairs, 0, 4);
-    gr::OutputsArgs a{shape,   half_weights, half,      last, most_held, outputs, totals, metrics,
-                      repairs, n_repairs,    n_configs, t0,   t1,        begin,   1};
+    gr::OutputsArgs a{shape,   half_weights[side], half,      last, most_held, outputs, totals, metrics,
+                      repairs, n_repairs,          n_configs, t0,   t1,        begin,   1};
     if (!r.time_stages) api.fork();
     api.launch(a);
     stage("full_outputs");
-    api.launch(gr::MassesArgs{shape, weights[side], facts, last, metrics, n_configs, t0, t1, begin});
+    api.launch(gr::MassesArgs{shape, weights[side], facts[side], last, metrics, n_configs, t0, t1, begin});
     stage("masses");
-    api.launch(gr::FutureArgs{shape, weights[side], last, future, n_configs, t0, t1, begin, r.step_begin});
+    api.launch(gr::FutureArgs{shape, weights[side], facts[side], last, future, n_configs, t0, t1, begin,
+                              r.step_begin});
     stage("future");
     if (!r.time_stages) api.join();
     a.full = 0;

@@ -1,8 +1,8 @@
 // Arguments of the kernels of a replay on a device (kernels/gpu/replay_kernels.cuh), by value, shared by
 // host, device and emulator. A block of steps [t0, t1) is processed at a time:
 //   logits    of every step, head and token, with the bits of dense::logits_block (replay/dense_kernels.h)
+//   rows      in place: exponentials; what is of the recording alone
 //   decide    victims of every configuration; sums in the order of core/base/vector_math.h
-//   rows      in place: probabilities of the full cache; what is of the recording alone
 //   masses    what each configuration has dropped of them
 //   future    what its victims would have got
 //   outputs   of what it has dropped: output error
@@ -27,7 +27,10 @@ inline constexpr int kSumLanes = 16;   // of vector_math.h
 inline constexpr int kHorizon = 32, kTop = 10, kSinks = 4;
 inline constexpr float kHot = 0.01f;
 inline constexpr float kLargestHalf = 65504.0f;
-inline constexpr float kHalfScale = 32768.0f;  // of probabilities in half precision
+// Exponentials are stated over a base (vector_math.h) that is this far below their row's: a configuration's
+// held tokens may have as little as 2^-70 of the weight.
+inline constexpr float kRowHeadBits = 96, kRowHead = 0x1p96f, kLog2 = 0.693147180559945f;
+inline constexpr float kHalfScale = 32768.0f;  // in half precision they stay below 2^15.6
 inline constexpr int32_t kHeld = 0x7f7f7f7f;   // a step that never comes; equal bytes
 
 struct Shape {
@@ -87,7 +90,7 @@ struct DecideArgs {
   static constexpr const char* kName = "replay_decide";
   Shape shape;
   DecideTask* tasks;
-  const float* weights;  // logits
+  const float* weights;  // exponentials
   int32_t n_tasks, cluster;
   int32_t t0, t1, n_prompt;
   int32_t n_threads;
@@ -119,10 +122,9 @@ constexpr DecideLayout decide_layout(DeviceScore score, int n_heads, int lanes, 
   l.slots = capacity / cluster;
   const auto n = static_cast<size_t>(l.slots);
   const auto width = static_cast<size_t>(n_heads) * static_cast<size_t>(lanes);
-  // Barriers; candidates of warps [2][32] and of blocks; maxima [2][width], of blocks [cluster][width], sums
-  // of lanes [16][width], inverse totals and the newest token's weights [width], its norms [2][heads].
-  l.fixed = 64 + (64 + kMaxCluster) * 16 + 4 * (2 + kMaxCluster + kSumLanes + 2) * width +
-            8 * static_cast<size_t>(n_heads);
+  // Barriers; candidates of warps [2][32] and of blocks; sums of lanes [2][16][width], inverse totals and
+  // the newest token's weights [width], its norms [2][heads].
+  l.fixed = 64 + (64 + kMaxCluster) * 16 + 4 * (2 * kSumLanes + 2) * width + 8 * static_cast<size_t>(n_heads);
   l.positions = (l.fixed + 15) / 16 * 16;
   l.sums = l.positions + n * 4;
   l.norms = l.sums + (accumulates(score) ? n * 4 * static_cast<size_t>(n_heads) : 0);
@@ -135,6 +137,7 @@ constexpr DecideLayout decide_layout(DeviceScore score, int n_heads, int lanes, 
 
 // What is of one (step, query head) of the recording.
 struct RowFacts {
+  float inverse;  // one over the sum of exponentials
   float outside;  // weight of the tokens behind the first kSinks
   int32_t n_top;
   int32_t top[kTop];
@@ -144,11 +147,11 @@ struct RowsArgs {
   static constexpr const char* kName = "replay_rows";
   static constexpr int kThreads = 256, kList = 128;
   Shape shape;
-  float* weights;         // logits in, probabilities out
-  uint16_t* half;         // the same layout: kHalfScale times the probabilities in half precision
+  float* weights;         // logits in, exponentials out
+  uint16_t* half;         // the same layout: kHalfScale / 2^kRowHeadBits times these in half precision
   const float* q;         // [t1 - t0, Hq, D]
   const float* before;    // [Hq, D] of step t0 - 1; null: there is none
-  RowFacts* facts;        // [t1 - t0][Hq]
+  RowFacts* facts;        // [t1 - t0][Hq]; null: exponentials alone
   float* older;           // [T][H][kHorizon]
   int32_t* last_hot;      // [H][T]
   float* entropy;         // [T][Hq]
@@ -156,7 +159,7 @@ struct RowsArgs {
   int32_t* failed;        // step + 1 of a row that is not finite
   int32_t t0, t1, begin;  // steps from `begin` on are measured
   constexpr int n_blocks() const { return (t1 - t0) * shape.n_kv; }
-  constexpr int smem_bytes() const { return kThreads * 4 * 3 * shape.lanes() + kMaxGroup * (kList * 8 + 24); }
+  constexpr int smem_bytes() const { return kThreads * 4 * 4 * shape.lanes() + kMaxGroup * (kList * 8 + 16); }
 };
 
 // Per (configuration, query head, step) from t_begin on: what later kernels close. [kind][config][Hq][T].
@@ -166,7 +169,7 @@ struct MassesArgs {
   static constexpr const char* kName = "replay_masses";
   static constexpr int kThreads = 256, kSteps = 8, kTokens = 64, kConfigs = 32;
   Shape shape;
-  const float* weights;  // probabilities
+  const float* weights;  // exponentials
   const RowFacts* facts;
   const int32_t* last;  // [config][H][T]
   float* metrics;
@@ -183,7 +186,8 @@ struct FutureArgs {
   static constexpr const char* kName = "replay_future";
   static constexpr int kThreads = 256;
   Shape shape;
-  const float* weights;
+  const float* weights;  // exponentials
+  const RowFacts* facts;
   const int32_t* last;
   float* future;  // [config][H][T]
   int32_t n_configs, t0, t1, begin, scope_begin;
@@ -243,7 +247,7 @@ struct RepairsArgs {
   static constexpr const char* kName = "replay_repairs";
   static constexpr int kThreads = 256, kMostBlocks = 528;
   Shape shape;
-  const float* weights;  // probabilities
+  const float* weights;  // exponentials
   const float* v;        // [T, H, D]
   const float* outputs;  // of the full cache
   const int32_t* last;

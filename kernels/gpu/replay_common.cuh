@@ -36,14 +36,9 @@ KVLAPSE_DEVICE float unordered(uint32_t key) {
   return device::bits_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
 }
 
-// scalar::exp_one of core/base for x <= 0, with its rounding to integers as a sum with 1.5 * 2^23.
-KVLAPSE_DEVICE float exp_negative(float x) {
-  constexpr float kRound = 12582912.0f;
-  const float shifted = x * 1.44269504088896341f + kRound;
-  const float n = shifted - kRound;
-  const float e = device::exp_of_rest(device::exp_rest(x, n)) *
-                  device::bits_float((device::float_bits(shifted) + 127u) << 23);
-  return x > -87.3f ? e : 0.0f;
+// Of a row with that largest logit.
+KVLAPSE_DEVICE float row_base(float highest) {
+  return device::softmax_base(highest) + static_cast<float>(kHeadBits) - kRowHeadBits;
 }
 
 template <int kLanes>

@@ -37,9 +37,10 @@ struct alignas(8) Float2 {
 };
 
 // A task on `cluster` blocks. Slot s belongs to the block that has its lane s % 16, so that each block sums
-// whole lanes; they exchange maxima, sums of lanes and candidates, each arriving on a barrier of its own:
-// none is sent again before every block has told what followed from it. A thread scores the same slots at
-// every step, and asks for their next weights once it has.
+// whole lanes; they exchange sums of lanes and candidates, each arriving on a barrier of its own: none is
+// sent again before every block has told what followed from it. Exponentials are the recording's
+// (vector_math.h says why they serve every configuration). A thread scores the same slots at every step, and
+// asks for their next weights once it has.
 template <int kLanes, bool kLarge>
 class Decide {
  public:
@@ -58,17 +59,12 @@ class Decide {
     const DecideLayout layout =
         decide_layout(task_.score, n_heads_, kLanes, task_.capacity, args.cluster, kLarge);
     slots_ = layout.slots;
-    const int chains = args.cluster == 1 ? kSumLanes * width_ / 2 : own_lanes_ * width_;
-    summers_ = (chains + 31) / 32 * 32;
-    if (summers_ * 4 > args.n_threads) summers_ = 0;
     own_shift_ = args.cluster == 1 ? 4 : args.cluster == 2 ? 3 : args.cluster == 4 ? 2 : 1;
     barriers_ = device::smem_address(memory);
     warp_candidates_ = reinterpret_cast<Candidate*>(memory + 64);
     block_candidates_ = warp_candidates_ + 64;
-    keys_ = reinterpret_cast<uint32_t*>(block_candidates_ + kMaxCluster);
-    maxima_ = keys_ + 2 * width_;
-    lane_sums_ = reinterpret_cast<float*>(maxima_ + kMaxCluster * width_);
-    inverse_ = lane_sums_ + kSumLanes * width_;
+    lane_sums_ = reinterpret_cast<float*>(block_candidates_ + kMaxCluster);
+    inverse_ = lane_sums_ + 2 * kSumLanes * width_;
     newest_ = inverse_ + width_;
     newest_norms_ = newest_ + width_;
     positions_ = reinterpret_cast<int32_t*>(memory + layout.positions);
@@ -91,12 +87,9 @@ class Decide {
       device::mbarrier_init(barriers_, static_cast<uint32_t>(a_.n_threads));
       for (int i = 1; i <= kCandidates; ++i)
         device::mbarrier_init(barriers_ + static_cast<uint32_t>(8 * i), 1);
-      for (int i = 0; i < kParts; ++i)
-        device::mbarrier_init(part(i), static_cast<uint32_t>((a_.n_threads - summers_) / 32));
       device::fence_barrier_init();
     }
     load(count, keeps_sums, has_norms);
-    for (int i = thread_; i < 2 * width_; i += a_.n_threads) keys_[i] = 0;
     float next_norm = 0;
     if (has_norms && thread_ < n_heads_) next_norm = norm_of(thread_, begin);
     bool failed = false, asked = false;
@@ -164,10 +157,7 @@ class Decide {
 
  private:
   // Barriers: weights have landed; what the blocks of a cluster tell.
-  enum Told { kMaxima = 1, kSums, kCandidates };
-  // Parts of the exponentials, each told to those that sum them up.
-  static constexpr int kParts = 4;
-  KVLAPSE_DEVICE SmemAddress part(int i) const { return barriers_ + static_cast<uint32_t>(8 * (4 + i)); }
+  enum Told { kSums = 1, kCandidates };
 
   KVLAPSE_DEVICE int local(int slot) const {
     return (slot / kSumLanes << own_shift_) + (slot % kSumLanes & (own_lanes_ - 1));
@@ -272,157 +262,66 @@ class Decide {
 
   // Exponentials of the own slots and, in inverse_, one over their sum over all slots, for every query head.
   KVLAPSE_DEVICE void attend(int step, int n) {
-    uint32_t* keys = keys_ + (step & 1) * width_;
-    uint32_t* cleared = keys_ + (~step & 1) * width_;
     await_weights();
-    find_maxima(step, n, keys);
+    if constexpr (kLarge) gather(step, n);
+    if (newest_own_ >= 0)
+      for (int i = thread_; i < width_; i += a_.n_threads)
+        weights_[newest_own_ * slot_floats_ + i] = newest_[i];
     block_sync();
-    if (a_.cluster > 1) {
-      expect(kMaxima, a_.cluster * width_);
-      const int quads = width_ / 4;
-      for (int i = thread_; i < quads * a_.cluster; i += a_.n_threads)
-        tell(reinterpret_cast<Float4*>(maxima_ + rank_ * width_) + i % quads,
-             reinterpret_cast<const Float4*>(keys)[i % quads], i / quads, kMaxima);
-      hear(kMaxima, heard_);
-    }
-    for (int i = thread_; i < width_; i += a_.n_threads) cleared[i] = 0;
-    if (summers_ == 0) {
-      exponentials(n, keys);
-      block_sync();
-    }
-    if (thread_ >= summers_ && summers_ > 0)
-      exponentials(n, keys);
-    else if (a_.cluster == 1)
+    if (a_.cluster == 1)
       sum_alone(n);
     else
       sum_together(n);
     block_sync();
-    ++heard_;
   }
-
-  KVLAPSE_DEVICE void find_maxima(int step, int n, uint32_t* keys) {
-    const int teams = a_.n_threads / n_heads_, h = thread_ % n_heads_, team = thread_ / n_heads_;
-    float largest[kLanes];
-    KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; ++g) largest[g] = -infinity();
-    if (team < teams) {
-      constexpr int kAtOnce = kLanes == 4 ? 4 : 2;
-      const float* row = row_of(step, h);
-      const int64_t next = step + 1 < a_.t1 ? static_cast<int64_t>(shape_.n_kv) * shape_.stride * kLanes : 0;
-      for (int j = team; j < n; j += kAtOnce * teams) {
-        Weights<kLanes> w[kAtOnce];
-        KVLAPSE_UNROLL
-        for (int k = 0; k < kAtOnce; ++k) {
-          const int at = j + k * teams;
-          if (at >= n) continue;
-          const float* from = at == newest_own_ ? newest_ + h * kLanes
-                              : kLarge          ? row + static_cast<int64_t>(positions_[at]) * kLanes
-                                                : weights_ + at * slot_floats_ + h * kLanes;
-          w[k] = Weights<kLanes>::load(from);
-          if (kLarge && at != newest_own_) device::prefetch_l2(from + next);
-        }
-        KVLAPSE_UNROLL
-        for (int k = 0; k < kAtOnce; ++k) {
-          const int at = j + k * teams;
-          if (at >= n) continue;
-          if (kLarge || at == newest_own_) w[k].store(weights_ + at * slot_floats_ + h * kLanes);
-          KVLAPSE_UNROLL
-          for (int g = 0; g < kLanes; ++g) largest[g] = fmaxf(largest[g], w[k].v[g]);
-        }
-      }
-    }
-    KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; ++g) {
-      uint32_t key = ordered(largest[g] + 0.0f);
-      bool tells = team < teams;
-      if (n_heads_ == 1) {
-        key = warp_largest(key);
-        tells = thread_ % 32 == 0;
-      } else if (32 % n_heads_ == 0) {
-        for (int mask = n_heads_; mask < 32; mask *= 2) {
-          const uint32_t other = shuffle_xor(key, mask);
-          key = other > key ? other : key;
-        }
-        tells = thread_ % 32 < n_heads_;
-      }
-      if (tells) device::shared_max(keys + h * kLanes + g, key);
+  // Into device memory what shared memory cannot hold.
+  KVLAPSE_DEVICE void gather(int step, int n) {
+    const int h = thread_ % n_heads_, teams = a_.n_threads / n_heads_, team = thread_ / n_heads_;
+    if (team >= teams) return;
+    const float* row = row_of(step, h);
+    const int64_t next = step + 1 < a_.t1 ? static_cast<int64_t>(shape_.n_kv) * shape_.stride * kLanes : 0;
+    KVLAPSE_UNROLL_2
+    for (int j = team; j < n; j += teams) {
+      if (j == newest_own_) continue;
+      const float* from = row + static_cast<int64_t>(positions_[j]) * kLanes;
+      Weights<kLanes>::load(from).store(weights_ + j * slot_floats_ + h * kLanes);
+      device::prefetch_l2(from + next);
     }
   }
-
-  // By the threads from summers_ on, who go through the slots in order and say how far they are.
-  KVLAPSE_DEVICE int teams() const { return (a_.n_threads - summers_) / n_heads_; }
-  KVLAPSE_DEVICE int turns_of_part(int n) const {
-    const int turns = (n + teams() - 1) / teams();
-    return (turns + kParts - 1) / kParts;
-  }
-  KVLAPSE_DEVICE void exponentials(int n, const uint32_t* keys) {
-    const int thread = thread_ - summers_, h = thread % n_heads_, team = thread / n_heads_;
-    float largest[kLanes];
-    KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; ++g) {
-      uint32_t key = a_.cluster == 1 ? keys[h * kLanes + g] : 0;
-      for (int r = 0; a_.cluster > 1 && r < a_.cluster; ++r) {
-        const uint32_t other = maxima_[r * width_ + h * kLanes + g];
-        key = other > key ? other : key;
-      }
-      largest[g] = unordered(key);
-    }
-    const int all = teams(), each = turns_of_part(n) * all;
-    for (int p = 0; p < kParts; ++p) {
-      const int end = team < all ? least(n, (p + 1) * each) : 0;
-      KVLAPSE_UNROLL_2
-      for (int j = p * each + team; j < end; j += all) {
-        float* at = weights_ + j * slot_floats_ + h * kLanes;
-        Weights<kLanes> w = Weights<kLanes>::load(at);
-        KVLAPSE_UNROLL
-        for (int g = 0; g < kLanes; ++g) w.v[g] = g < group_ ? exp_negative(w.v[g] - largest[g]) : 0.0f;
-        w.store(at);
-      }
-      if (summers_ == 0) continue;
-      device::warp_sync();
-      if (thread % 32 == 0) device::mbarrier_arrive(part(p));
-    }
-  }
-  // Sums every `apart`-th own slot from `first` on, in order, as exponentials come.
+  // Sums every `apart`-th own slot from `first` on, in order.
   template <class Sum>
   KVLAPSE_DEVICE Sum chain(const float* from, int first, int apart, int n) const {
     constexpr int kAhead = 8;
-    const int stride = apart * slot_floats_, each = turns_of_part(n) * teams();
+    const int stride = apart * slot_floats_, end = (n - first + apart - 1) / apart;
     from += first * slot_floats_;
     Sum sum = {};
     int k = 0;
-    for (int p = 0; p < kParts; ++p) {
-      int limit = n;
-      if (summers_ > 0) {
-        device::mbarrier_wait(part(p), heard_ & 1);
-        limit = least(n, (p + 1) * each);
-      } else if (p > 0) {
-        break;
-      }
-      const int end = (limit - first + apart - 1) / apart;
-      if (k + kAhead <= end) {
-        Sum ahead[kAhead];
-        KVLAPSE_UNROLL
-        for (int i = 0; i < kAhead; ++i) ahead[i] = *reinterpret_cast<const Sum*>(from + i * stride);
-        KVLAPSE_NO_UNROLL
-        for (k += kAhead; k + kAhead <= end; k += kAhead) {
-          from += kAhead * stride;
-          KVLAPSE_UNROLL
-          for (int i = 0; i < kAhead; ++i) {
-            sum += ahead[i];
-            ahead[i] = *reinterpret_cast<const Sum*>(from + i * stride);
-          }
-        }
+    if (kAhead <= end) {
+      Sum ahead[kAhead];
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kAhead; ++i) ahead[i] = *reinterpret_cast<const Sum*>(from + i * stride);
+      KVLAPSE_NO_UNROLL
+      for (k = kAhead; k + kAhead <= end; k += kAhead) {
         from += kAhead * stride;
         KVLAPSE_UNROLL
-        for (int i = 0; i < kAhead; ++i) sum += ahead[i];
+        for (int i = 0; i < kAhead; ++i) {
+          sum += ahead[i];
+          ahead[i] = *reinterpret_cast<const Sum*>(from + i * stride);
+        }
       }
-      for (; k < end; ++k) {
-        sum += *reinterpret_cast<const Sum*>(from);
-        from += stride;
-      }
+      from += kAhead * stride;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kAhead; ++i) sum += ahead[i];
+    }
+    for (; k < end; ++k) {
+      sum += *reinterpret_cast<const Sum*>(from);
+      from += stride;
     }
     return sum;
+  }
+  // Too little of the weight for the recording's exponentials: scores that are NaN end the run.
+  KVLAPSE_DEVICE static float inverse_of(float sum) {
+    return sum >= kLeastSharedSum ? 1.0f / sum : device::bits_float(0x7fc00000u);
   }
 
   // A thread sums one lane of two query heads; sixteen neighbours hold the lanes and add them as
@@ -434,10 +333,12 @@ class Decide {
       KVLAPSE_UNROLL
       for (int mask = kSumLanes / 2; mask > 0; mask /= 2)
         sum.x += shuffle_xor(sum.x, mask), sum.y += shuffle_xor(sum.y, mask);
-      if (lane == 0) inverse_[2 * pair] = 1.0f / sum.x, inverse_[2 * pair + 1] = 1.0f / sum.y;
+      if (lane == 0) inverse_[2 * pair] = inverse_of(sum.x), inverse_[2 * pair + 1] = inverse_of(sum.y);
     }
   }
+  // Two buffers: a block may be a step ahead where nothing is evicted.
   KVLAPSE_DEVICE void sum_together(int n) {
+    float* sums = lane_sums_ + (heard_ & 1) * kSumLanes * width_;
     expect(kSums, kSumLanes * width_);
     const int chains = own_lanes_ * width_;
     for (int i = thread_; i < (chains + 31) / 32 * 32; i += a_.n_threads) {
@@ -448,19 +349,19 @@ class Decide {
       const Float4 quad = {shuffle_from(sum, first), shuffle_from(sum, first + 1),
                            shuffle_from(sum, first + 2), shuffle_from(sum, first + 3)};
       for (int r = thread_ % 4; i < chains && r < a_.cluster; r += 4)
-        tell(reinterpret_cast<Float4*>(lane_sums_ + lane * width_ + column / 4 * 4), quad, r, kSums);
+        tell(reinterpret_cast<Float4*>(sums + lane * width_ + column / 4 * 4), quad, r, kSums);
     }
-    hear(kSums, heard_);
+    hear(kSums, heard_++);
     for (int i = thread_; i < width_; i += a_.n_threads) {
       float lanes[kSumLanes];
       KVLAPSE_UNROLL
-      for (int l = 0; l < kSumLanes; ++l) lanes[l] = lane_sums_[l * width_ + i];
+      for (int l = 0; l < kSumLanes; ++l) lanes[l] = sums[l * width_ + i];
       KVLAPSE_UNROLL
       for (int w = kSumLanes / 2; w > 0; w /= 2) {
         KVLAPSE_UNROLL
         for (int l = 0; l < w; ++l) lanes[l] += lanes[l + w];
       }
-      inverse_[i] = 1.0f / lanes[0];
+      inverse_[i] = inverse_of(lanes[0]);
     }
   }
 
@@ -631,12 +532,10 @@ class Decide {
   const Shape shape_;
   const int rank_, thread_, n_heads_, group_, width_, slot_floats_, own_lanes_;
   int own_shift_, slots_;
-  int summers_;  // threads that sum exponentials while the others take them; 0: all, behind one another
   int newest_own_ = -1;  // own number of the slot that this step fills, -1: another's
   uint32_t landed_ = 0, heard_ = 0, decided_ = 0;  // phases of the barriers
   SmemAddress barriers_;
   Candidate *warp_candidates_, *block_candidates_;
-  uint32_t *keys_, *maxima_;
   float *lane_sums_, *inverse_, *newest_, *newest_norms_, *sums_, *norms_, *weights_;
   int32_t* positions_;
 };

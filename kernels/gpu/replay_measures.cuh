@@ -6,46 +6,44 @@
 namespace kvlapse::gpu_replay {
 
 // ---- rows ----
+// The sum over all threads of a row of [threads], in a fixed order; the same for every lane of the warp.
+KVLAPSE_DEVICE float warp_sum_of(const float* values, int n) {
+  float sum = 0;
+  for (int i = thread_index() % 32; i < n; i += 32) sum += values[i];
+  KVLAPSE_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  return sum;
+}
+
 template <int kLanes>
 KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
   constexpr int kThreads = RowsArgs::kThreads, kList = RowsArgs::kList, kShare = kThreads / 32;
   const Shape& shape = a.shape;
   const int group = shape.group(), thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const int s = block / shape.n_kv, h = block % shape.n_kv, t = a.t0 + s, n = t + 1;
-  if (t < a.begin) return;
+  const bool measured = a.facts != nullptr && t >= a.begin;
   float* row = a.weights + shape.row(s, h);
   float* peaks = reinterpret_cast<float*>(memory);  // [lanes][threads]
   float* totals = peaks + kLanes * kThreads;
   float* products = totals + kLanes * kThreads;
-  float* list = products + kLanes * kThreads;  // [group][kList]
+  float* outsides = products + kLanes * kThreads;
+  float* list = outsides + kLanes * kThreads;  // [group][kList]
   auto* list_pos = reinterpret_cast<int32_t*>(list + kMaxGroup * kList);
   auto* listed = reinterpret_cast<uint32_t*>(list_pos + kMaxGroup * kList);  // [group]
-  float* facts = reinterpret_cast<float*>(listed + kMaxGroup);  // [3][group]: max, total, threshold
+  float* bases = reinterpret_cast<float*>(listed + kMaxGroup);  // [3][group]: base, threshold, total
+  float *thresholds = bases + kMaxGroup, *sums = thresholds + kMaxGroup;
 
-  // A thread's own maximum, sum of exponentials and of exponential times logit against it.
-  float peak[kLanes], total[kLanes], product[kLanes];
+  float peak[kLanes];
   KVLAPSE_UNROLL
-  for (int g = 0; g < kLanes; ++g) peak[g] = -infinity(), total[g] = product[g] = 0;
+  for (int g = 0; g < kLanes; ++g) peak[g] = -infinity();
+  KVLAPSE_UNROLL_8
   for (int i = thread; i < n; i += kThreads) {
     const Weights<kLanes> x = Weights<kLanes>::load(row + static_cast<int64_t>(i) * kLanes);
     KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; ++g) {
-      if (g >= group) continue;
-      if (x.v[g] > peak[g]) {
-        const float shrink = exp_negative(peak[g] - x.v[g]);
-        total[g] *= shrink, product[g] *= shrink, peak[g] = x.v[g];
-      }
-      const float e = exp_negative(x.v[g] - peak[g]);
-      total[g] += e;
-      product[g] = fmaf(e, x.v[g], product[g]);
-    }
+    for (int g = 0; g < kLanes; ++g) peak[g] = fmaxf(peak[g], x.v[g]);
   }
   KVLAPSE_UNROLL
-  for (int g = 0; g < kLanes; ++g) {
-    peaks[g * kThreads + thread] = peak[g];
-    totals[g * kThreads + thread] = total[g];
-    products[g * kThreads + thread] = product[g];
-  }
+  for (int g = 0; g < kLanes; ++g) peaks[g * kThreads + thread] = peak[g];
   if (thread < kMaxGroup) listed[thread] = 0;
   block_sync();
   if (warp < group) {
@@ -53,27 +51,15 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
     uint32_t best = 0;
     KVLAPSE_UNROLL
     for (int i = 0; i < kShare; ++i) {
-      own[i] = ordered(peaks[warp * kThreads + lane + 32 * i]);
+      own[i] = ordered(peaks[warp * kThreads + lane + 32 * i] + 0.0f);
       best = own[i] > best ? own[i] : best;
     }
     const float highest = unordered(warp_largest(best));
-    float sum = 0, dot = 0;
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kShare; ++i) {
-      const int at = warp * kThreads + lane + 32 * i;
-      const float shrink = exp_negative(peaks[at] - highest);
-      sum = fmaf(totals[at], shrink, sum);
-      dot = fmaf(products[at], shrink, dot);
-    }
-    KVLAPSE_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) {
-      sum += shuffle_xor(sum, mask);
-      dot += shuffle_xor(dot, mask);
-    }
+    const float base = row_base(highest);
     // The tenth of the threads' maxima is exceeded by ten tokens at least.
     uint32_t threshold = 0;
     KVLAPSE_NO_UNROLL
-    for (int k = 0; k < kTop; ++k) {
+    for (int k = 0; measured && k < kTop; ++k) {
       threshold = warp_largest(best);
       const uint32_t who = warp_ballot(best == threshold);
       if (device::bits_below(who, lane) == 0 && best == threshold) {
@@ -89,68 +75,77 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
       }
     }
     if (lane == 0) {
-      facts[warp] = highest, facts[kMaxGroup + warp] = sum;
-      const float least_top = threshold == 0 ? -infinity() : unordered(threshold);
-      facts[2 * kMaxGroup + warp] = least_top == -infinity() ? 0.0f : exp_negative(least_top - highest);
-      if (!(sum >= 1.0f) || !(highest < infinity()) || !(highest > -infinity())) *a.failed = t + 1;
-      const int64_t at = static_cast<int64_t>(t) * shape.n_q + h * group + warp;
-      a.entropy[at] = logf(sum) - (dot / sum - highest);
+      bases[warp] = base;
+      thresholds[warp] = threshold == 0 ? 0.0f : device::exp_over(unordered(threshold), base);
+      if (!(fabsf(highest) < infinity())) *a.failed = t + 1;
     }
-    // Cosine with the query of the step before.
-    const float* q = a.q + (static_cast<int64_t>(s) * shape.n_q + h * group + warp) * shape.dim;
-    const float* before = s > 0      ? q - static_cast<int64_t>(shape.n_q) * shape.dim
-                          : a.before ? a.before + static_cast<int64_t>(h * group + warp) * shape.dim
-                                     : nullptr;
-    float cosine = 1;
-    if (before) {
-      float ab = 0, aa = 0, bb = 0;
-      for (int d = lane; d < shape.dim; d += 32) {
-        ab = fmaf(q[d], before[d], ab);
-        aa = fmaf(q[d], q[d], aa);
-        bb = fmaf(before[d], before[d], bb);
-      }
-      KVLAPSE_UNROLL
-      for (int mask = 16; mask > 0; mask /= 2)
-        ab += shuffle_xor(ab, mask), aa += shuffle_xor(aa, mask), bb += shuffle_xor(bb, mask);
-      const float norms = device::square_root(aa * bb);
-      cosine = norms > 0 ? ab / norms : 0.0f;
-    }
-    if (lane == 0) a.query_cosine[static_cast<int64_t>(t) * shape.n_q + h * group + warp] = cosine;
   }
   block_sync();
-  float outside[kLanes] = {};
+
+  // Sums of exponentials e, of e times the logit less the base's, and of e behind the sinks.
+  float total[kLanes] = {}, product[kLanes] = {}, outside[kLanes] = {}, base[kLanes] = {},
+        threshold[kLanes] = {};
+  KVLAPSE_UNROLL
+  for (int g = 0; g < kLanes; ++g)
+    if (g < group) base[g] = bases[g], threshold[g] = thresholds[g];
+  KVLAPSE_UNROLL_2
   for (int i = thread; i < n; i += kThreads) {
     float* at = row + static_cast<int64_t>(i) * kLanes;
     Weights<kLanes> x = Weights<kLanes>::load(at);
-    bool hot = false;
     KVLAPSE_UNROLL
     for (int g = 0; g < kLanes; ++g) {
       if (g >= group) continue;
-      const float e = exp_negative(x.v[g] - facts[g]), sum = facts[kMaxGroup + g];
-      hot |= e > kHot * sum;
-      if (e >= facts[2 * kMaxGroup + g]) {
+      const float e = device::exp_over(x.v[g], base[g]);
+      total[g] += e;
+      product[g] = fmaf(e, fmaf(base[g] + kRowHeadBits, -kLog2, x.v[g]), product[g]);
+      outside[g] += i >= kSinks ? e : 0.0f;
+      if (measured && e >= threshold[g]) {
         const uint32_t place = device::shared_append(listed + g);
         if (place < kList) list[g * kList + place] = e, list_pos[g * kList + place] = i;
       }
-      x.v[g] = e / sum;
-      outside[g] += i >= kSinks ? x.v[g] : 0.0f;
+      x.v[g] = e;
     }
     x.store(at);
-    uint64_t packed[kLanes / 4];
-    KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; g += 4) {
-      const uint64_t low = device::pack2<device::F16>(x.v[g] * kHalfScale, x.v[g + 1] * kHalfScale),
-                     high = device::pack2<device::F16>(x.v[g + 2] * kHalfScale, x.v[g + 3] * kHalfScale);
-      packed[g / 4] = low | high << 32;
-    }
+    if (!measured) continue;
     auto* half = reinterpret_cast<uint64_t*>(a.half + shape.row(s, h) + static_cast<int64_t>(i) * kLanes);
     KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes / 4; ++g) half[g] = packed[g];
-    if (hot && t >= a.begin) device::global_max(a.last_hot + static_cast<int64_t>(h) * shape.n_tokens + i, t);
+    for (int g = 0; g < kLanes; g += 4) {
+      constexpr float kScale = kHalfScale / kRowHead;
+      const uint64_t low = device::pack2<device::F16>(x.v[g] * kScale, x.v[g + 1] * kScale),
+                     high = device::pack2<device::F16>(x.v[g + 2] * kScale, x.v[g + 3] * kScale);
+      half[g / 4] = low | high << 32;
+    }
   }
   KVLAPSE_UNROLL
-  for (int g = 0; g < kLanes; ++g) totals[g * kThreads + thread] = outside[g];
+  for (int g = 0; g < kLanes; ++g) {
+    totals[g * kThreads + thread] = total[g];
+    products[g * kThreads + thread] = product[g];
+    outsides[g * kThreads + thread] = outside[g];
+  }
   block_sync();
+  if (warp < group) {
+    const float sum = warp_sum_of(totals + warp * kThreads, kThreads);
+    if (lane == 0) {
+      sums[warp] = sum;
+      if (!(sum > 0)) *a.failed = t + 1;
+    }
+  }
+  if (!measured) return;
+  block_sync();
+
+  // A thread without a large weight of its own has no token that is attended.
+  bool any_hot = false;
+  KVLAPSE_UNROLL
+  for (int g = 0; g < kLanes; ++g)
+    if (g < group) any_hot |= device::exp_over(peak[g], base[g]) > kHot * sums[g];
+  for (int i = thread; any_hot && i < n; i += kThreads) {
+    const Weights<kLanes> e = Weights<kLanes>::load(row + static_cast<int64_t>(i) * kLanes);
+    bool hot = false;
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g)
+      if (g < group) hot |= e.v[g] > kHot * sums[g];
+    if (hot) device::global_max(a.last_hot + static_cast<int64_t>(h) * shape.n_tokens + i, t);
+  }
   if (warp < group) {
     RowFacts& out = a.facts[static_cast<int64_t>(s) * shape.n_q + h * group + warp];
     const int wanted = least(n, kTop), found = static_cast<int>(listed[warp]);
@@ -182,16 +177,38 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
         if (lane == 0) out.top[k] = behind;
       }
     }
-    float sum = 0;
-    for (int i = lane; i < kThreads; i += 32) sum += totals[warp * kThreads + i];
-    KVLAPSE_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (lane == 0) out.outside = sum, out.n_top = wanted;
+    const float inverse = 1.0f / sums[warp], dot = warp_sum_of(products + warp * kThreads, kThreads),
+                behind = warp_sum_of(outsides + warp * kThreads, kThreads);
+    if (lane == 0) {
+      out.inverse = inverse, out.outside = behind * inverse, out.n_top = wanted;
+      a.entropy[static_cast<int64_t>(t) * shape.n_q + h * group + warp] =
+          logf(sums[warp] / kRowHead) - dot * inverse;
+    }
+    // Cosine with the query of the step before.
+    const float* q = a.q + (static_cast<int64_t>(s) * shape.n_q + h * group + warp) * shape.dim;
+    const float* before = s > 0      ? q - static_cast<int64_t>(shape.n_q) * shape.dim
+                          : a.before ? a.before + static_cast<int64_t>(h * group + warp) * shape.dim
+                                     : nullptr;
+    float cosine = 1;
+    if (before) {
+      float ab = 0, aa = 0, bb = 0;
+      for (int d = lane; d < shape.dim; d += 32) {
+        ab = fmaf(q[d], before[d], ab);
+        aa = fmaf(q[d], q[d], aa);
+        bb = fmaf(before[d], before[d], bb);
+      }
+      KVLAPSE_UNROLL
+      for (int mask = 16; mask > 0; mask /= 2)
+        ab += shuffle_xor(ab, mask), aa += shuffle_xor(aa, mask), bb += shuffle_xor(bb, mask);
+      const float norms = device::square_root(aa * bb);
+      cosine = norms > 0 ? ab / norms : 0.0f;
+    }
+    if (lane == 0) a.query_cosine[static_cast<int64_t>(t) * shape.n_q + h * group + warp] = cosine;
   }
   if (warp == 0) {
     float older = 0;
     for (int g = 0; g < group; ++g) {
-      float newest = t - lane >= 0 ? row[static_cast<int64_t>(t - lane) * kLanes + g] : 0.0f;
+      float newest = t - lane >= 0 ? row[static_cast<int64_t>(t - lane) * kLanes + g] / sums[g] : 0.0f;
       KVLAPSE_UNROLL
       for (int shift = 1; shift < 32; shift *= 2) {
         const float other = shuffle_from(newest, lane >= shift ? lane - shift : lane);
@@ -293,8 +310,9 @@ KVLAPSE_DEVICE void run(const MassesArgs& a, int block, unsigned char* memory) {
   for (int g = 0; g < kLanes; ++g) {
     if (g >= group) continue;
     const RowFacts& facts = a.facts[static_cast<int64_t>(t - a.t0) * shape.n_q + h * group + g];
-    const float missing = rest[g] + sinks[g], outside = facts.outside;
-    const float share = outside > 1e-6f ? rest[g] / outside : 0.0f;
+    const float other = rest[g] * facts.inverse, missing = other + sinks[g] * facts.inverse,
+                outside = facts.outside;
+    const float share = outside > 1e-6f ? other / outside : 0.0f;
     int held = 0;
     KVLAPSE_NO_UNROLL
     for (int i = 0; i < facts.n_top; ++i) held += own_last[facts.top[i]] >= t;
@@ -347,7 +365,8 @@ KVLAPSE_DEVICE void run(const FutureArgs& a, int block, unsigned char*) {
   float sum = 0;
   for (int t = from; t < to; ++t) {
     const float* w = a.weights + shape.row(t - a.t0, h) + static_cast<int64_t>(pos) * lanes;
-    for (int g = 0; g < group; ++g) sum += w[g];
+    const RowFacts* facts = a.facts + static_cast<int64_t>(t - a.t0) * shape.n_q + h * group;
+    for (int g = 0; g < group; ++g) sum = fmaf(w[g], facts[g].inverse, sum);
   }
   a.future[row * shape.n_tokens + pos] += sum;
 }
