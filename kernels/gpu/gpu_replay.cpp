@@ -51,7 +51,7 @@ struct GpuReplay::Run {
 
   // Tasks of one launch: neighbours in the array.
   struct Group {
-    int first = 0, n = 0, cluster = 1, smem = 0;
+    int first = 0, n = 0, cluster = 1, smem = 0, slots = 0;
     bool large = false;
   };
   std::vector<gr::DecideTask> tasks;
@@ -253,9 +253,10 @@ struct GpuReplay::Run {
     for (size_t i = 0; i < drafts.size(); ++i) {
       const Draft& d = drafts[i];
       if (i == 0 || kind(d) != kind(drafts[i - 1]))
-        groups.push_back({static_cast<int>(i), 0, d.cluster, 0, d.task.large != 0});
+        groups.push_back({static_cast<int>(i), 0, d.cluster, 0, 0, d.task.large != 0});
       ++groups.back().n;
       groups.back().smem = std::max(groups.back().smem, d.smem);
+      groups.back().slots = std::max(groups.back().slots, d.task.capacity / d.cluster);
       slots += d.task.capacity;
       if (gr::accumulates(d.task.score)) sums += static_cast<size_t>(d.task.capacity) * d.task.n_heads;
       if (d.task.large)
@@ -302,9 +303,10 @@ struct GpuReplay::Run {
     api.upload(device_tasks, tasks.data(), tasks.size() * sizeof(gr::DecideTask));
   }
 
-  // A block that has a multiprocessor for itself takes all its registers.
+  // As many as score the largest task's slots in equal shares.
   int decide_threads(const Group& g) const {
-    return (!g.large && g.smem > limits.shared_bytes / 2 ? 2 : 1) * limits.decide_threads;
+    const int turns = (g.slots + limits.decide_threads - 1) / limits.decide_threads;
+    return ((g.slots + turns - 1) / turns + 31) / 32 * 32;
   }
   // Accumulating scores have seen the prompt; its cut takes their sums along.
   void cut_prompts() {

@@ -5,7 +5,8 @@
 
 namespace kvlapse::gpu_replay {
 
-// A lowest score, its slot (as a number that is lower for those that go first) and the next lowest score.
+// A lowest score (none is negative: its bits plus one), its slot (as a number that is lower for those that go
+// first) and the next lowest score.
 struct Candidate {
   static constexpr uint32_t kNone = ~uint32_t{0};
   uint32_t low = kNone, slot = kNone, next = kNone, unused = 0;
@@ -129,7 +130,7 @@ class Decide {
       if (thread_ == 0) near_ties += near_tie(found);
       if (hole % kSumLanes >> own_shift_ == rank_) {
         const int j = local(hole);
-        if (j % a_.n_threads == thread_) {
+        if (is_own(j)) {
           const int pos = positions_[j];
           for (int h = 0; h < n_heads_; ++h)
             task_.last[static_cast<int64_t>(task_.head + h) * shape_.n_tokens + pos] = step;
@@ -159,6 +160,8 @@ class Decide {
   // Barriers: weights have landed; what the blocks of a cluster tell.
   enum Told { kSums = 1, kCandidates };
 
+  // Whether this thread scores the slot.
+  KVLAPSE_DEVICE bool is_own(int j) const { return j % a_.n_threads == thread_; }
   KVLAPSE_DEVICE int local(int slot) const {
     return (slot / kSumLanes << own_shift_) + (slot % kSumLanes & (own_lanes_ - 1));
   }
@@ -186,7 +189,7 @@ class Decide {
   // By the thread that scores the slot.
   KVLAPSE_DEVICE void append(int step, bool keeps_sums, bool has_norms) {
     const int j = newest_own_;
-    if (j < 0 || j % a_.n_threads != thread_) return;
+    if (j < 0 || !is_own(j)) return;
     positions_[j] = step;
     for (int h = 0; h < n_heads_; ++h) {
       if (keeps_sums) sums_[h * slots_ + j] = 0;
@@ -198,23 +201,13 @@ class Decide {
   KVLAPSE_DEVICE const float* row_of(int step, int h) const {
     return a_.weights + shape_.row(step - a_.t0, task_.head + h);
   }
-  KVLAPSE_DEVICE void ask_slot(int j, int pos, int step) const {
-    ask_heads(row_of(step, 0) + static_cast<int64_t>(pos) * kLanes,
-              device::smem_address(weights_ + j * slot_floats_));
-  }
-  KVLAPSE_DEVICE void ask_heads(const float* from, SmemAddress to) const {
-    const int64_t row = static_cast<int64_t>(shape_.stride) * kLanes;
-    KVLAPSE_UNROLL_2
-    for (int h = 0; h < n_heads_; ++h) {
-      ask_head(from, to);
-      from += row, to += kLanes * 4;
-    }
-  }
-  KVLAPSE_DEVICE static void ask_head(const float* from, SmemAddress to) {
+  // A step's weights of one kv head and position, as bytes behind those of the task's first.
+  KVLAPSE_DEVICE static void ask_head(const char* row, uint32_t offset, SmemAddress to) {
     KVLAPSE_UNROLL
     for (int i = 0; i < kLanes / 4; ++i)
-      device::copy_async16(to + static_cast<uint32_t>(16 * i), from + 4 * i, true);
+      device::copy_async16(to + static_cast<uint32_t>(16 * i), row + offset + 16 * i, true);
   }
+  KVLAPSE_DEVICE uint32_t head_bytes() const { return static_cast<uint32_t>(shape_.stride) * kLanes * 4; }
   // Brings the row behind that of `step` nearer, where the slots are many enough to need most of it.
   KVLAPSE_DEVICE void prefetch_row(int step, int n) const {
     constexpr int kLine = 32;
@@ -236,8 +229,14 @@ class Decide {
   }
   KVLAPSE_DEVICE void ask(int step, int n) const {
     if constexpr (!kLarge) {
-      for (int j = thread_; j < n; j += a_.n_threads)
-        if (j != newest_own_) ask_slot(j, positions_[j], step);
+      const char* row = reinterpret_cast<const char*>(row_of(step, 0));
+      for (int j = thread_; j < n; j += a_.n_threads) {
+        if (j == newest_own_) continue;
+        uint32_t offset = static_cast<uint32_t>(positions_[j]) * kLanes * 4;
+        SmemAddress to = device::smem_address(weights_ + j * slot_floats_);
+        for (int h = 0; h < n_heads_; ++h, offset += head_bytes(), to += kLanes * 4)
+          ask_head(row, offset, to);
+      }
     }
     ask_newest(step);
   }
@@ -256,8 +255,9 @@ class Decide {
       device::mbarrier_arrive_expect(barriers_ + static_cast<uint32_t>(8 * told),
                                      static_cast<uint32_t>(floats * 4));
   }
+  // What was told lies in this block's own shared memory: nothing else need become visible.
   KVLAPSE_DEVICE void hear(int told, uint32_t times) const {
-    device::mbarrier_wait_cluster(barriers_ + static_cast<uint32_t>(8 * told), times & 1);
+    device::mbarrier_wait(barriers_ + static_cast<uint32_t>(8 * told), times & 1);
   }
 
   // Exponentials of the own slots and, in inverse_, one over their sum over all slots, for every query head.
@@ -288,39 +288,45 @@ class Decide {
       device::prefetch_l2(from + next);
     }
   }
-  // Sums every `apart`-th own slot from `first` on, in order.
+  // Sums every `apart`-th own slot from `first` on, in order: eight loads are under way, each with an address
+  // of its own, so that a step of the chain costs little more than its addition.
   template <class Sum>
   KVLAPSE_DEVICE Sum chain(const float* from, int first, int apart, int n) const {
     constexpr int kAhead = 8;
-    const int stride = apart * slot_floats_, end = (n - first + apart - 1) / apart;
-    from += first * slot_floats_;
+    const int stride = apart * slot_floats_;
+    int left = (n - first + apart - 1) / apart;
+    const float* at[kAhead];
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kAhead; ++i) at[i] = from + first * slot_floats_ + i * stride;
     Sum sum = {};
-    int k = 0;
-    if (kAhead <= end) {
+    if (left >= kAhead) {
       Sum ahead[kAhead];
       KVLAPSE_UNROLL
-      for (int i = 0; i < kAhead; ++i) ahead[i] = *reinterpret_cast<const Sum*>(from + i * stride);
+      for (int i = 0; i < kAhead; ++i) {
+        ahead[i] = *reinterpret_cast<const Sum*>(at[i]);
+        at[i] += kAhead * stride;
+      }
       KVLAPSE_NO_UNROLL
-      for (k = kAhead; k + kAhead <= end; k += kAhead) {
-        from += kAhead * stride;
+      for (left -= kAhead; left >= kAhead; left -= kAhead) {
         KVLAPSE_UNROLL
         for (int i = 0; i < kAhead; ++i) {
           sum += ahead[i];
-          ahead[i] = *reinterpret_cast<const Sum*>(from + i * stride);
+          ahead[i] = *reinterpret_cast<const Sum*>(at[i]);
+          at[i] += kAhead * stride;
         }
       }
-      from += kAhead * stride;
       KVLAPSE_UNROLL
       for (int i = 0; i < kAhead; ++i) sum += ahead[i];
     }
-    for (; k < end; ++k) {
-      sum += *reinterpret_cast<const Sum*>(from);
-      from += stride;
-    }
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kAhead - 1; ++i)
+      if (i < left) sum += *reinterpret_cast<const Sum*>(at[i]);
     return sum;
   }
   // Too little of the weight for the recording's exponentials: scores that are NaN end the run.
-  KVLAPSE_DEVICE static float inverse_of(float sum) {
+  // Of columns behind the group: zero, so that nobody needs to skip them.
+  KVLAPSE_DEVICE float inverse_of(float sum, int column) const {
+    if (column % kLanes >= group_) return 0;
     return sum >= kLeastSharedSum ? 1.0f / sum : device::bits_float(0x7fc00000u);
   }
 
@@ -333,7 +339,10 @@ class Decide {
       KVLAPSE_UNROLL
       for (int mask = kSumLanes / 2; mask > 0; mask /= 2)
         sum.x += shuffle_xor(sum.x, mask), sum.y += shuffle_xor(sum.y, mask);
-      if (lane == 0) inverse_[2 * pair] = inverse_of(sum.x), inverse_[2 * pair + 1] = inverse_of(sum.y);
+      if (lane == 0) {
+        inverse_[2 * pair] = inverse_of(sum.x, 2 * pair);
+        inverse_[2 * pair + 1] = inverse_of(sum.y, 2 * pair + 1);
+      }
     }
   }
   // Two buffers: a block may be a step ahead where nothing is evicted.
@@ -361,7 +370,7 @@ class Decide {
         KVLAPSE_UNROLL
         for (int l = 0; l < w; ++l) lanes[l] += lanes[l + w];
       }
-      inverse_[i] = inverse_of(lanes[0]);
+      inverse_[i] = inverse_of(lanes[0], i);
     }
   }
 
@@ -439,8 +448,8 @@ class Decide {
     const uint64_t draw = kRandom ? mix64(task_.seed ^ static_cast<uint64_t>(step)) : 0;
     const float share = task_.gqa == Reduce::mean ? 1.0f / static_cast<float>(group_) : 1.0f;
     const float scale = scale_of<kKind>();
-    const float* next = asks ? row_of(step + 1, 0) : a_.weights;
-    const int64_t row = static_cast<int64_t>(shape_.stride) * kLanes;
+    const char* next = reinterpret_cast<const char*>(asks ? row_of(step + 1, 0) : a_.weights);
+    const uint32_t head_bytes = this->head_bytes();
     Weights<kLanes> inverse{};
     if constexpr (kOneHead) inverse = Weights<kLanes>::load(inverse_);
     Candidate own;
@@ -453,7 +462,7 @@ class Decide {
         score = unit_float(mix64(draw ^ static_cast<uint64_t>(pos)));
       } else {
         float* weights = weights_ + j * slot_floats_;
-        const float* from = next + static_cast<int64_t>(pos) * kLanes;
+        uint32_t offset = static_cast<uint32_t>(pos) * kLanes * 4;
         float* sums = sums_ + j;
         const float* norms = norms_ + j;
         const float* inverses = inverse_;
@@ -461,7 +470,7 @@ class Decide {
         for (int h = 0; h < (kOneHead ? 1 : n_heads_); ++h) {
           Weights<kLanes> w = Weights<kLanes>::load(weights);
           if constexpr (!kLarge) {
-            if (asks) ask_head(from, device::smem_address(weights));
+            if (asks) ask_head(next, offset, device::smem_address(weights));
           }
           if constexpr (!kOneHead) inverse = Weights<kLanes>::load(inverses);
           const float norm = kNorms ? *norms : 0.0f;
@@ -469,7 +478,6 @@ class Decide {
           KVLAPSE_UNROLL
           for (int g = 0; g < kLanes; ++g) {
             const float p = w.v[g] * inverse.v[g];
-            if (g >= group_) continue;
             if constexpr (kPeaks)
               peak = p > peak ? p : peak;
             else if constexpr (kSummed)
@@ -492,7 +500,7 @@ class Decide {
               score += sum;
           }
           if constexpr (!kOneHead) {
-            weights += kLanes, from += row, sums += slots_, norms += slots_, inverses += kLanes;
+            weights += kLanes, offset += head_bytes, sums += slots_, norms += slots_, inverses += kLanes;
           }
         }
         if constexpr (kKind == Kind::contribution || kKind == Kind::weight || kKind == Kind::summed)
@@ -500,7 +508,7 @@ class Decide {
       }
       const bool counts = static_cast<uint32_t>(pos) - first_free < n_free;
       if (counts && score != score) any_nan = 1;
-      own.add(counts ? ordered(score + 0.0f) : Candidate::kNone, static_cast<uint32_t>(j), last_tie);
+      own.add(counts ? device::float_bits(score) + 1 : Candidate::kNone, static_cast<uint32_t>(j), last_tie);
     }
     const int slot = slot_of(static_cast<int>(own.slot));
     own.slot = static_cast<uint32_t>(last_tie != 0 ? ~slot : slot);
@@ -519,7 +527,7 @@ class Decide {
 
   KVLAPSE_DEVICE static bool near_tie(const Candidate& found) {
     if (found.next == Candidate::kNone) return false;
-    const float low = unordered(found.low), next = unordered(found.next);
+    const float low = device::bits_float(found.low - 1), next = device::bits_float(found.next - 1);
     if (next - low > 4e-6f * fmaxf(fabsf(low), fabsf(next))) return false;  // by far
     const double a = low, b = next;
     const double size = (a < 0 ? -a : a) > (b < 0 ? -b : b) ? (a < 0 ? -a : a) : (b < 0 ? -b : b);
