@@ -120,13 +120,15 @@ LayerMetrics DeviceReplayer::measure(const DeviceReplay& done, const RowSequence
   out.held_by_step.resize(n_tokens);
   const auto plane = static_cast<size_t>(g.n_q_heads) * kSeriesBins;
   out.series.assign(kSeriesKinds * plane, std::numeric_limits<float>::quiet_NaN());
-  std::vector<int> drops(n_tokens);
-  for (int h = out.scope.head_begin; h < out.scope.head_end; ++h) {
+  std::vector<std::vector<int32_t>> held_by_step(g.n_kv_heads);
+  parallel_for(out.scope.head_begin, out.scope.head_end, [&](int h) {
+    std::vector<int32_t>& own_held = held_by_step[h];
+    own_held.resize(n_tokens);
+    std::vector<int> drops(n_tokens);
     const size_t row = config * static_cast<size_t>(g.n_kv_heads) + static_cast<size_t>(h);
     const int32_t* last = done.last.data() + row * n_tokens;
     const int32_t* last_hot = done.last_hot.data() + static_cast<size_t>(h) * n_tokens;
     KvHeadMetrics& m = out.kv_heads[h];
-    std::fill(drops.begin(), drops.end(), 0);
     for (int pos = 0; pos < n_tokens; ++pos) {
       const int step = last[pos];
       if (step >= n_tokens) continue;
@@ -152,7 +154,7 @@ LayerMetrics DeviceReplayer::measure(const DeviceReplay& done, const RowSequence
         m.retained += share;
         m.held_sum += held;
         m.held_peak = std::max(m.held_peak, held);
-        out.held_by_step[t] += held;
+        own_held[t] = held;
         if (before >= 0) m.churn += 1.0 - static_cast<double>(before - drops[t - 1]) / (held + drops[t - 1]);
         const auto bin = static_cast<size_t>(t) * kSeriesBins / static_cast<size_t>(n_tokens);
         retained[bin] += share;
@@ -201,7 +203,9 @@ LayerMetrics DeviceReplayer::measure(const DeviceReplay& done, const RowSequence
         if (steps[b] > 0) at(SeriesKind::retained) = static_cast<float>(retained[b] / steps[b]);
       }
     }
-  }
+  });
+  for (const std::vector<int32_t>& own : held_by_step)
+    for (size_t t = 0; t < own.size(); ++t) out.held_by_step[t] += own[t];
   return out;
 }
 
@@ -217,8 +221,12 @@ std::vector<SequenceMetrics> DeviceReplayer::run(int sequence,
       const DeviceReplay done = run_layer(sequence, engine_.layer_begin() + i, configs, true);
       // Where every step of the horizon evicted.
       std::vector<double> older(done.last_hot.size());
-      for (size_t at = 0; at < older.size(); ++at)
-        for (int j = 0; j < kFutureHorizon; ++j) older[at] += done.older[at * kFutureHorizon + j];
+      parallel_for(0, (rows.n_tokens + kRowsAtOnce - 1) / kRowsAtOnce, [&](int block) {
+        const auto n_heads = static_cast<size_t>(source_.geometry().n_kv_heads);
+        const auto end = static_cast<size_t>(std::min((block + 1) * kRowsAtOnce, rows.n_tokens)) * n_heads;
+        for (size_t at = static_cast<size_t>(block) * kRowsAtOnce * n_heads; at < end; ++at)
+          for (int j = 0; j < kFutureHorizon; ++j) older[at] += done.older[at * kFutureHorizon + j];
+      });
       parallel_for(size_t{0}, configs.size(),
                    [&](size_t c) { results[c][i] = measure(done, rows, older, c); });
     });
