@@ -182,13 +182,23 @@ KVLAPSE_DEVICE void bulk_prefetch_l2(const void* from, uint32_t bytes) {
                : "memory");
 #endif
 }
-// 16 bytes, or zeros when !valid.
+// 4, 8 or 16 bytes, or zeros when !valid.
+KVLAPSE_DEVICE void copy_async4(SmemAddress to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+KVLAPSE_DEVICE void copy_async8(SmemAddress to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
 KVLAPSE_DEVICE void copy_async16(SmemAddress to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// Arrives on `bar` once this thread's earlier copy_async16 have landed.
+// Arrives on `bar` once this thread's earlier copies of these kinds have landed.
 KVLAPSE_DEVICE void copy_async_arrive(SmemAddress bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
 }

@@ -48,7 +48,7 @@ struct Shape {
 // weights[s][h][i][g] = factor * q[s][h * G + g] . k[i][h] for i <= t0 + s.
 struct LogitsArgs {
   static constexpr const char* kName = "replay_logits";
-  static constexpr int kThreads = 128, kRows = 64, kColumns = 64;
+  static constexpr int kThreads = 128, kRows = 64, kColumns = 32, kWalk = 512, kBuffers = 3;
   Shape shape;
   const float* q;  // [t1 - t0, Hq, D]
   const float* k;  // [T, H, D]
@@ -56,9 +56,9 @@ struct LogitsArgs {
   int32_t t0, t1;
   float factor;
   constexpr int row_tiles() const { return ((t1 - t0) * shape.group() + kRows - 1) / kRows; }
-  constexpr int column_tiles() const { return (t1 + kColumns - 1) / kColumns; }
-  constexpr int n_blocks() const { return row_tiles() * column_tiles() * shape.n_kv; }
-  constexpr int smem_bytes() const { return shape.dim * (kRows + kColumns) * 4; }
+  constexpr int walks() const { return (t1 + kWalk - 1) / kWalk; }
+  constexpr int n_blocks() const { return row_tiles() * walks() * shape.n_kv; }
+  constexpr int smem_bytes() const { return shape.dim * (kRows + kBuffers * kColumns) * 4 + kBuffers * 8; }
 };
 
 enum class Reduce : uint8_t { mean, max, sum };  // as GqaRule

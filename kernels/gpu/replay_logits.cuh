@@ -5,154 +5,174 @@
 
 namespace kvlapse::gpu_replay {
 
-// A block: kRows (step, query head of the group) by kColumns tokens; a thread four by eight of them.
-// kDim: 0 means any.
+// A block: kRows (step, query head of the group), whose queries stay in shared memory, by a walk over tiles
+// of kColumns tokens, whose keys come two tiles ahead. A warp has 16 rows of a tile. The 16 lanes of a sum
+// are dealt to four threads, lanes l % 4 each, which add up 8 rows by 8 columns; then each gets a quarter of
+// them from the others. kDim: 0 means any.
 template <int kDim>
 class Logits {
  public:
   static constexpr int kRows = LogitsArgs::kRows, kColumns = LogitsArgs::kColumns,
-                       kThreads = LogitsArgs::kThreads, kR = 4, kC = 8;
-  static_assert(kRows == 64 && kColumns == 64 && kThreads == 128);
+                       kThreads = LogitsArgs::kThreads, kBuffers = LogitsArgs::kBuffers,
+                       kWarps = kThreads / 32, kOwn = 8;
+  static_assert(kRows == kWarps * 16 && kColumns == 32 && kBuffers == 3);
 
   KVLAPSE_DEVICE Logits(const LogitsArgs& args, int block, unsigned char* memory)
       : a_(args),
         shape_(args.shape),
-        thread_(thread_index()),
+        warp_(thread_index() / 32),
+        lane_(thread_index() % 32),
         group_(args.shape.group()),
         dim_(kDim > 0 ? kDim : args.shape.dim) {
-    const int n_tiles = a_.row_tiles() * a_.column_tiles(), tile = block % n_tiles;
-    head_ = block / n_tiles;
-    first_row_ = tile / a_.column_tiles() * kRows;
-    first_ = tile % a_.column_tiles() * kColumns;
+    first_row_ = block % a_.row_tiles() * kRows;
+    head_ = block / a_.row_tiles() % shape_.n_kv;
+    first_ = block / a_.row_tiles() / shape_.n_kv * LogitsArgs::kWalk;
     n_rows_ = least(kRows, (a_.t1 - a_.t0) * group_ - first_row_);
     queries_ = reinterpret_cast<float*>(memory);
-    keys_ = queries_ + static_cast<int64_t>(dim_) * kRows;
+    keys_ = queries_ + dim_ * kRows;
+    barriers_ = device::smem_address(keys_ + kBuffers * dim_ * kColumns);
   }
 
   KVLAPSE_DEVICE void run() {
-    if (first_ > a_.t0 + (first_row_ + n_rows_ - 1) / group_) return;  // behind every step of the block
-    stage();
-    block_sync();
-    // Sums of lanes, combined as the tree of vector_math.h does: l + 8, then + 4, + 2, + 1. Four at a time
-    // are a subtree.
-    const int row0 = thread_ / 8 * kR, column0 = thread_ % 8 * 4;
-    float sum[kR][kC], two[kR][kC] = {}, one[kR][kC] = {};
-    KVLAPSE_NO_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int low = (i & 1) * 2 + i / 2;
-      float pair[kR][kC], other[kR][kC];
-      add_lane(low, 0, row0, column0, pair);
-      add_lane(low, 2, row0, column0, other);
-      add(pair, other);
-      add_lane(low, 1, row0, column0, sum);
-      add_lane(low, 3, row0, column0, other);
-      add(sum, other);
-      add_to(pair, sum);
-      if ((i & 1) == 0) {
-        copy(sum, two);
-      } else {
-        add_to(two, sum);
-        if (i == 1)
-          copy(sum, one);
-        else
-          add_to(one, sum);
-      }
+    // Up to the last step of the block.
+    const int end = least(first_ + LogitsArgs::kWalk, a_.t0 + (first_row_ + n_rows_ - 1) / group_ + 1),
+              n_tiles = (end - first_ + kColumns - 1) / kColumns;
+    if (n_tiles <= 0) return;
+    if (thread_index() == 0) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kBuffers; ++i) device::mbarrier_init(barriers_ + i * 8, kThreads);
     }
-    store(sum, row0, column0);
+    block_sync();
+    stage_queries();
+    stage_keys(0, 0);
+    if (n_tiles > 1) stage_keys(1, 1);
+    int buffer = 0, ahead = 2;
+    uint32_t parity = 0;
+    KVLAPSE_NO_UNROLL
+    for (int tile = 0; tile < n_tiles; ++tile) {
+      device::mbarrier_wait(barriers_ + buffer * 8, parity);
+      block_sync();  // the tile before is read
+      if (tile + 2 < n_tiles) stage_keys(tile + 2, ahead);
+      multiply(tile, buffer);
+      if (++buffer == kBuffers) buffer = 0, parity ^= 1;
+      if (++ahead == kBuffers) ahead = 0;
+    }
   }
 
  private:
-  // Component d of row r is at d * 64 + (r with bits 3 and 4 changed by bits 2 and 3 of d): so that both the
-  // transposed stores and reading four rows fall on different banks.
-  KVLAPSE_DEVICE static int place(int row, int d) { return d * 64 + (row ^ (d / 4 & 3) * 8); }
-  // A warp stages 8 rows by 16 components at a time, a lane four of them.
-  KVLAPSE_DEVICE void stage() {
-    const int warp = thread_ / 32, r = thread_ % 32 / 4, quad = thread_ % 4;
-    const bool whole = kDim > 0 || dim_ % 4 == 0;
+  // Shared memory has a row per component, of units of four (step, head) or tokens. Units of component d are
+  // moved by `shuffled(d)`, so that both eight components of a copy and those that a warp reads at a time
+  // fall on different banks.
+  KVLAPSE_DEVICE static int shuffled(int d) { return (d & 1) << 2 | (d & 2) | (d >> 2 & 1); }
+  // A warp copies eight components of four rows at a time, a lane always the same row of a unit.
+  KVLAPSE_DEVICE void copy(float* to, int width, int unit, const float* row, bool valid) const {
+    const int first = lane_ / 4;
+    const SmemAddress at =
+        device::smem_address(to) +
+        static_cast<uint32_t>((first * width + (unit ^ shuffled(first)) * 4 + lane_ % 4) * 4);
     KVLAPSE_UNROLL
-    for (int part = 0; part < 2; ++part) {
-      const int row = (warp + 4 * part) * 8 + r;
+    for (int d = 0; d < (kDim > 0 ? kDim : kMaxDim); d += 8)
+      if (kDim > 0 || d + first < dim_)
+        device::copy_async4(at + static_cast<uint32_t>(d * width * 4), row + d + first, valid);
+  }
+  KVLAPSE_DEVICE void stage_queries() const {
+    KVLAPSE_NO_UNROLL
+    for (int i = 0; i < kRows / 4 / kWarps; ++i) {
+      const int unit = warp_ * (kRows / 4 / kWarps) + i, row = unit * 4 + lane_ % 4;
+      const bool valid = row < n_rows_;
       const int step = (first_row_ + row) / group_, g = (first_row_ + row) % group_;
-      const float* query = row < n_rows_
-                               ? a_.q + (static_cast<int64_t>(step) * shape_.n_q + head_ * group_ + g) * dim_
-                               : nullptr;
-      const float* key = first_ + row < a_.t1
-                             ? a_.k + (static_cast<int64_t>(first_ + row) * shape_.n_kv + head_) * dim_
-                             : nullptr;
-      KVLAPSE_UNROLL_8
-      for (int d = quad * 4; d < dim_; d += 16) {
-        const Weights<4> x = part_of(query, d, whole), y = part_of(key, d, whole);
+      copy(queries_, kRows, unit,
+           valid ? a_.q + (static_cast<int64_t>(step) * shape_.n_q + head_ * group_ + g) * dim_ : a_.q,
+           valid);
+    }
+  }
+  // Columns of a tile are in an order that lets the eight threads of a step store neighbours.
+  KVLAPSE_DEVICE static int column_of(int unit, int i) { return i * 8 + unit % 2 * 4 + unit / 2; }
+  KVLAPSE_DEVICE void stage_keys(int tile, int buffer) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kColumns / 4 / kWarps; ++i) {
+      const int unit = warp_ * (kColumns / 4 / kWarps) + i,
+                pos = first_ + tile * kColumns + column_of(unit, lane_ % 4);
+      const bool valid = pos < a_.t1;
+      copy(keys_ + buffer * dim_ * kColumns, kColumns, unit,
+           a_.k + (valid ? (static_cast<int64_t>(pos) * shape_.n_kv + head_) * dim_ : 0), valid);
+    }
+    device::copy_async_arrive(barriers_ + buffer * 8);
+  }
+
+  // A thread's units of queries are 2 * of_row + {0, 1} and of keys 2 * of_column + {0, 1}; that which it
+  // keeps comes first.
+  KVLAPSE_DEVICE int of_row() const { return lane_ % 2; }
+  KVLAPSE_DEVICE int of_column() const { return lane_ / 2 % 4; }
+  KVLAPSE_DEVICE int own_lanes() const { return lane_ / 8; }
+  KVLAPSE_DEVICE int row_unit() const { return warp_ * 4 + of_row() * 2 + own_lanes() / 2; }
+  KVLAPSE_DEVICE int column_unit() const { return of_column() * 2 + own_lanes() % 2; }
+
+  KVLAPSE_DEVICE void multiply(int tile, int buffer) const {
+    const float* keys = keys_ + buffer * dim_ * kColumns;
+    // As the tree of vector_math.h: lanes l + 8, then + 4 of the thread's own; + 2, + 1 of others.
+    float sum[kOwn][kOwn], pair[kOwn][kOwn], other[kOwn][kOwn];
+    KVLAPSE_NO_UNROLL
+    for (int high = 0; high < 2; ++high) {
+      add_lane(keys, high, pair);
+      add_lane(keys, high + 2, other);
+      KVLAPSE_UNROLL
+      for (int r = 0; r < kOwn; ++r) {
         KVLAPSE_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          if (kDim == 0 && d + k >= dim_) continue;
-          queries_[place(row, d) + k * 64] = x.v[k];
-          keys_[place(row, d) + k * 64] = y.v[k];
+        for (int c = 0; c < kOwn; ++c) {
+          const float both = pair[r][c] + other[r][c];
+          sum[r][c] = high == 0 ? both : sum[r][c] + both;
         }
       }
     }
-  }
-  KVLAPSE_DEVICE Weights<4> part_of(const float* row, int d, bool whole) const {
-    if (row == nullptr) return {};
-    if (whole) return Weights<4>::load(row + d);
-    Weights<4> w = {};
+    float kept[kOwn / 2][kOwn / 2];
     KVLAPSE_UNROLL
-    for (int k = 0; k < 4; ++k)
-      if (d + k < dim_) w.v[k] = row[d + k];
-    return w;
-  }
-
-  // Of lane 4 * high + low.
-  KVLAPSE_DEVICE void add_lane(int low, int high, int row0, int column0, float (&sum)[kR][kC]) const {
-    KVLAPSE_UNROLL
-    for (int r = 0; r < kR; ++r) {
+    for (int r = 0; r < kOwn / 2; ++r) {
       KVLAPSE_UNROLL
-      for (int c = 0; c < kC; ++c) sum[r][c] = 0;
+      for (int c = 0; c < kOwn; ++c) sum[r][c] += shuffle_xor(sum[r + kOwn / 2][c], 16);
+      KVLAPSE_UNROLL
+      for (int c = 0; c < kOwn / 2; ++c) kept[r][c] = sum[r][c] + shuffle_xor(sum[r][c + kOwn / 2], 8);
     }
-    const float* query = queries_ + (4 * high + low) * 64 + (row0 ^ high * 8);
-    const float* key = keys_ + (4 * high + low) * 64 + (column0 ^ high * 8);
+    store(tile, kept);
+  }
+  // Of lane 4 * high + own_lanes().
+  KVLAPSE_DEVICE void add_lane(const float* keys, int high, float (&sum)[kOwn][kOwn]) const {
+    KVLAPSE_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      KVLAPSE_UNROLL
+      for (int c = 0; c < kOwn; ++c) sum[r][c] = 0;
+    }
+    const int d = 4 * high + own_lanes(), moved = shuffled(d);
+    const float *query0 = queries_ + d * kRows + (row_unit() ^ moved) * 4,
+                *query1 = queries_ + d * kRows + (row_unit() ^ 1 ^ moved) * 4,
+                *key0 = keys + d * kColumns + (column_unit() ^ moved) * 4,
+                *key1 = keys + d * kColumns + (column_unit() ^ 1 ^ moved) * 4;
     KVLAPSE_UNROLL_8
     for (int m = 0; m < (kDim > 0 ? kDim / 16 : (dim_ + 15) / 16); ++m) {
-      if (kDim == 0 && 16 * m + 4 * high + low >= dim_) break;
-      const Weights<4> x = Weights<4>::load(query + m * 16 * 64), y0 = Weights<4>::load(key + m * 16 * 64),
-                       y1 = Weights<4>::load(key + m * 16 * 64 + 32);
+      if (kDim == 0 && 16 * m + d >= dim_) break;
+      const Weights<4> x0 = Weights<4>::load(query0 + m * 16 * kRows),
+                       x1 = Weights<4>::load(query1 + m * 16 * kRows),
+                       y0 = Weights<4>::load(key0 + m * 16 * kColumns),
+                       y1 = Weights<4>::load(key1 + m * 16 * kColumns);
       KVLAPSE_UNROLL
-      for (int r = 0; r < kR; ++r) {
+      for (int r = 0; r < 4; ++r) {
         KVLAPSE_UNROLL
         for (int c = 0; c < 4; ++c) {
-          sum[r][c] = fmaf(x.v[r], y0.v[c], sum[r][c]);
-          sum[r][4 + c] = fmaf(x.v[r], y1.v[c], sum[r][4 + c]);
+          sum[r][c] = fmaf(x0.v[r], y0.v[c], sum[r][c]);
+          sum[r][4 + c] = fmaf(x0.v[r], y1.v[c], sum[r][4 + c]);
+          sum[4 + r][c] = fmaf(x1.v[r], y0.v[c], sum[4 + r][c]);
+          sum[4 + r][4 + c] = fmaf(x1.v[r], y1.v[c], sum[4 + r][4 + c]);
         }
       }
     }
   }
-  KVLAPSE_DEVICE static void add(float (&to)[kR][kC], const float (&b)[kR][kC]) {
-    KVLAPSE_UNROLL
-    for (int r = 0; r < kR; ++r) {
-      KVLAPSE_UNROLL
-      for (int c = 0; c < kC; ++c) to[r][c] = to[r][c] + b[r][c];
-    }
-  }
-  KVLAPSE_DEVICE static void add_to(const float (&a)[kR][kC], float (&to)[kR][kC]) {
-    KVLAPSE_UNROLL
-    for (int r = 0; r < kR; ++r) {
-      KVLAPSE_UNROLL
-      for (int c = 0; c < kC; ++c) to[r][c] = a[r][c] + to[r][c];
-    }
-  }
-  KVLAPSE_DEVICE static void copy(const float (&from)[kR][kC], float (&to)[kR][kC]) {
-    KVLAPSE_UNROLL
-    for (int r = 0; r < kR; ++r) {
-      KVLAPSE_UNROLL
-      for (int c = 0; c < kC; ++c) to[r][c] = from[r][c];
-    }
-  }
 
-  KVLAPSE_DEVICE void store(const float (&sum)[kR][kC], int row0, int column0) const {
-    const int lanes = shape_.lanes();
+  KVLAPSE_DEVICE void store(int tile, const float (&sum)[kOwn / 2][kOwn / 2]) const {
+    const int lanes = shape_.lanes(), row0 = row_unit() * 4;
     if (row0 >= n_rows_) return;
     KVLAPSE_UNROLL
-    for (int c = 0; c < kC; ++c) {
-      const int pos = first_ + (c / 4) * 32 + column0 + c % 4;
+    for (int c = 0; c < kOwn / 2; ++c) {
+      const int pos = first_ + tile * kColumns + column_of(column_unit(), c);
       if (group_ == 4) {
         float* to = a_.weights + shape_.row((first_row_ + row0) / 4, head_) + static_cast<int64_t>(pos) * 4;
         *reinterpret_cast<Float4*>(to) = Float4{sum[0][c] * a_.factor, sum[1][c] * a_.factor,
@@ -160,11 +180,12 @@ class Logits {
         continue;
       }
       KVLAPSE_UNROLL
-      for (int r = 0; r < kR; ++r) {
+      for (int r = 0; r < kOwn / 2; ++r) {
         if (row0 + r >= n_rows_) continue;
         const int step = (first_row_ + row0 + r) / group_, g = (first_row_ + row0 + r) % group_;
         float* to = a_.weights + shape_.row(step, head_) + static_cast<int64_t>(pos) * lanes;
         to[g] = sum[r][c] * a_.factor;
+        KVLAPSE_NO_UNROLL
         for (int pad = group_; g == group_ - 1 && pad < lanes; ++pad) to[pad] = 0;
       }
     }
@@ -172,9 +193,10 @@ class Logits {
 
   const LogitsArgs& a_;
   const Shape shape_;
-  const int thread_, group_, dim_;
+  const int warp_, lane_, group_, dim_;
   int head_, first_row_, first_, n_rows_;
   float *queries_, *keys_;
+  SmemAddress barriers_;
 };
 
 }  // namespace kvlapse::gpu_replay

@@ -295,15 +295,24 @@ void push_copy(std::function<void()> event) {
   if (self->copies.empty()) machine->copying.push_back(self);
   self->copies.push_back(std::move(event));
 }
-}  // namespace
-void copy_async16(SmemAddress to, const void* from, bool valid) {
-  pointer_in(to, 16);
+void copy_async(SmemAddress to, const void* from, int bytes, bool valid) {
+  pointer_in(to, bytes);
   push_copy([=] {
     if (valid)
-      std::memcpy(pointer_in(to, 16), from, 16);
+      std::memcpy(pointer_in(to, bytes), from, bytes);
     else
-      std::memset(pointer_in(to, 16), 0, 16);
+      std::memset(pointer_in(to, bytes), 0, bytes);
   });
+}
+}  // namespace
+void copy_async4(SmemAddress to, const void* from, bool valid) {
+  copy_async(to, from, 4, valid);
+}
+void copy_async8(SmemAddress to, const void* from, bool valid) {
+  copy_async(to, from, 8, valid);
+}
+void copy_async16(SmemAddress to, const void* from, bool valid) {
+  copy_async(to, from, 16, valid);
 }
 void copy_async_arrive(SmemAddress bar) {
   push_copy([=] { mbarrier_arrive(bar); });

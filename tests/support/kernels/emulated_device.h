@@ -91,6 +91,8 @@ void bulk_load(SmemAddress to, const void* from, uint32_t bytes, SmemAddress bar
 inline void prefetch_tensor_map(const TensorMap*) {}
 inline void prefetch_l2(const void*) {}
 inline void bulk_prefetch_l2(const void*, uint32_t) {}
+void copy_async4(SmemAddress to, const void* from, bool valid);
+void copy_async8(SmemAddress to, const void* from, bool valid);
 void copy_async16(SmemAddress to, const void* from, bool valid);
 void copy_async_arrive(SmemAddress bar);
 
