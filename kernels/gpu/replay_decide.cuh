@@ -288,39 +288,42 @@ class Decide {
       device::prefetch_l2(from + next);
     }
   }
-  // Sums every `apart`-th own slot from `first` on, in order: eight loads are under way, each with an address
-  // of its own, so that a step of the chain costs little more than its addition.
-  template <class Sum>
+  // Sums every `apart`-th own slot from `first` on, in order; eight are on their way while eight are added.
+  // kStride: floats between them, 0: any.
+  template <class Sum, int kStride = 0>
   KVLAPSE_DEVICE Sum chain(const float* from, int first, int apart, int n) const {
     constexpr int kAhead = 8;
-    const int stride = apart * slot_floats_;
+    const int stride = kStride > 0 ? kStride : apart * slot_floats_;
     int left = (n - first + apart - 1) / apart;
-    const float* at[kAhead];
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kAhead; ++i) at[i] = from + first * slot_floats_ + i * stride;
+    from += first * slot_floats_;
     Sum sum = {};
+    Sum one[kAhead], two[kAhead];
+    const auto load = [&](Sum(&to)[kAhead]) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kAhead; ++i) to[i] = *reinterpret_cast<const Sum*>(from + i * stride);
+      from += kAhead * stride;
+    };
+    const auto add = [&](const Sum(&values)[kAhead]) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kAhead; ++i) sum += values[i];
+    };
     if (left >= kAhead) {
-      Sum ahead[kAhead];
-      KVLAPSE_UNROLL
-      for (int i = 0; i < kAhead; ++i) {
-        ahead[i] = *reinterpret_cast<const Sum*>(at[i]);
-        at[i] += kAhead * stride;
-      }
+      load(one);
+      left -= kAhead;
       KVLAPSE_NO_UNROLL
-      for (left -= kAhead; left >= kAhead; left -= kAhead) {
-        KVLAPSE_UNROLL
-        for (int i = 0; i < kAhead; ++i) {
-          sum += ahead[i];
-          ahead[i] = *reinterpret_cast<const Sum*>(at[i]);
-          at[i] += kAhead * stride;
-        }
+      for (; left >= 2 * kAhead; left -= 2 * kAhead) {
+        load(two);
+        add(one);
+        load(one);
+        add(two);
       }
-      KVLAPSE_UNROLL
-      for (int i = 0; i < kAhead; ++i) sum += ahead[i];
+      add(one);
     }
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kAhead - 1; ++i)
-      if (i < left) sum += *reinterpret_cast<const Sum*>(at[i]);
+    KVLAPSE_NO_UNROLL
+    for (; left > 0; --left) {
+      sum += *reinterpret_cast<const Sum*>(from);
+      from += stride;
+    }
     return sum;
   }
   // Too little of the weight for the recording's exponentials: scores that are NaN end the run.
@@ -335,7 +338,8 @@ class Decide {
   KVLAPSE_DEVICE void sum_alone(int n) {
     for (int i = thread_; i < kSumLanes * width_ / 2; i += a_.n_threads) {
       const int lane = i % kSumLanes, pair = i / kSumLanes;
-      Float2 sum = chain<Float2>(weights_ + 2 * pair, lane, kSumLanes, n);
+      Float2 sum = n_heads_ == 1 ? chain<Float2, kSumLanes * kLanes>(weights_ + 2 * pair, lane, kSumLanes, n)
+                                 : chain<Float2>(weights_ + 2 * pair, lane, kSumLanes, n);
       KVLAPSE_UNROLL
       for (int mask = kSumLanes / 2; mask > 0; mask /= 2)
         sum.x += shuffle_xor(sum.x, mask), sum.y += shuffle_xor(sum.y, mask);
@@ -435,80 +439,125 @@ class Decide {
     return n_heads_ == 1 ? score_slots<kKind, true>(step, n, due, asks)
                          : score_slots<kKind, false>(step, n, due, asks);
   }
+  static constexpr bool by_norm(Kind k) {
+    return k == Kind::summed_by_norm || k == Kind::summed_peaks_by_norm;
+  }
+  static constexpr bool peaks(Kind k) { return k == Kind::summed_peaks || k == Kind::summed_peaks_by_norm; }
+  static constexpr bool summed(Kind k) { return peaks(k) || by_norm(k) || k == Kind::summed; }
+
+  // What a score needs of one (slot, kv head).
+  struct Operands {
+    Weights<kLanes> w;
+    float norm, sum;
+  };
+  template <Kind kKind>
+  KVLAPSE_DEVICE Operands operands(int j, int h) const {
+    return {Weights<kLanes>::load(weights_ + j * slot_floats_ + h * kLanes),
+            by_norm(kKind) || kKind == Kind::contribution ? norms_[h * slots_ + j] : 0.0f,
+            summed(kKind) ? sums_[h * slots_ + j] : 0.0f};
+  }
+  // The score with one more kv head; the slot's new sum in `x.sum`.
+  template <Kind kKind>
+  KVLAPSE_DEVICE float add_head(Operands& x, const Weights<kLanes>& inverse, float share, float score) const {
+    float peak = 0;
+    KVLAPSE_UNROLL
+    for (int g = 0; g < kLanes; ++g) {
+      const float p = x.w.v[g] * inverse.v[g];
+      if constexpr (peaks(kKind))
+        peak = p > peak ? p : peak;
+      else if constexpr (summed(kKind))
+        x.sum = fmaf(share, p, x.sum);
+      else if constexpr (kKind == Kind::contribution)
+        score = fmaf(p, x.norm, score);
+      else if constexpr (kKind == Kind::peak)
+        score = p > score ? p : score;
+      else
+        score += p;
+    }
+    if constexpr (peaks(kKind))
+      x.sum = group_ > 1 ? x.sum + peak : fmaf(share, x.w.v[0] * inverse.v[0], x.sum);
+    if constexpr (by_norm(kKind))
+      score = fmaf(x.sum, x.norm, score);
+    else if constexpr (peaks(kKind))
+      score = x.sum > score ? x.sum : score;
+    else if constexpr (summed(kKind))
+      score += x.sum;
+    return score;
+  }
+
+  // Two slots or two heads are loaded before either asks for its next weights: what asks cannot be moved
+  // past loads.
   template <Kind kKind, bool kOneHead>
   KVLAPSE_DEVICE Candidate score_slots(int step, int n, bool due, bool asks) {
-    constexpr bool kByNorm = kKind == Kind::summed_by_norm || kKind == Kind::summed_peaks_by_norm,
-                   kPeaks = kKind == Kind::summed_peaks || kKind == Kind::summed_peaks_by_norm,
-                   kSummed = kPeaks || kByNorm || kKind == Kind::summed, kRandom = kKind == Kind::random,
-                   kNorms = kByNorm || kKind == Kind::contribution;
+    constexpr int kAtOnce = kKind == Kind::random ? 1 : 2, kSlots = kOneHead ? kAtOnce : 1,
+                  kHeads = kOneHead ? 1 : kAtOnce;
+    constexpr bool kScales = kKind == Kind::contribution || kKind == Kind::weight || kKind == Kind::summed;
     const uint32_t first_free = static_cast<uint32_t>(task_.first_free),
                    n_free =
                        due ? static_cast<uint32_t>(most(0, step - task_.recent + 1 - task_.first_free)) : 0,
                    last_tie = task_.last_tie != 0 ? 1u : 0u;
-    const uint64_t draw = kRandom ? mix64(task_.seed ^ static_cast<uint64_t>(step)) : 0;
+    const uint64_t draw = kKind == Kind::random ? mix64(task_.seed ^ static_cast<uint64_t>(step)) : 0;
     const float share = task_.gqa == Reduce::mean ? 1.0f / static_cast<float>(group_) : 1.0f;
     const float scale = scale_of<kKind>();
     const char* next = reinterpret_cast<const char*>(asks ? row_of(step + 1, 0) : a_.weights);
     const uint32_t head_bytes = this->head_bytes();
-    Weights<kLanes> inverse{};
-    if constexpr (kOneHead) inverse = Weights<kLanes>::load(inverse_);
+    const int n_heads = kOneHead || kKind == Kind::random ? 1 : n_heads_;
     Candidate own;
     uint32_t any_nan = 0;
     KVLAPSE_NO_UNROLL
-    for (int j = thread_; j < n; j += a_.n_threads) {
-      const int pos = positions_[j];
-      float score = kKind == Kind::peak || kKind == Kind::summed_peaks ? -infinity() : 0.0f;
-      if constexpr (kRandom) {
-        score = unit_float(mix64(draw ^ static_cast<uint64_t>(pos)));
-      } else {
-        float* weights = weights_ + j * slot_floats_;
-        uint32_t offset = static_cast<uint32_t>(pos) * kLanes * 4;
-        float* sums = sums_ + j;
-        const float* norms = norms_ + j;
-        const float* inverses = inverse_;
-        KVLAPSE_UNROLL_2
-        for (int h = 0; h < (kOneHead ? 1 : n_heads_); ++h) {
-          Weights<kLanes> w = Weights<kLanes>::load(weights);
-          if constexpr (!kLarge) {
-            if (asks) ask_head(next, offset, device::smem_address(weights));
-          }
-          if constexpr (!kOneHead) inverse = Weights<kLanes>::load(inverses);
-          const float norm = kNorms ? *norms : 0.0f;
-          float sum = kSummed ? *sums : 0.0f, peak = 0;
+    for (int j = thread_; j < n; j += kSlots * a_.n_threads) {
+      int pos[kSlots];
+      float score[kSlots];
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kSlots; ++k) {
+        const int at = j + k * a_.n_threads;
+        pos[k] = positions_[at < n ? at : j];
+        score[k] = kKind == Kind::peak || peaks(kKind) ? -infinity() : 0.0f;
+      }
+      KVLAPSE_NO_UNROLL
+      for (int h = 0; h < n_heads; h += kHeads) {
+        if constexpr (kKind == Kind::random) {
+          score[0] = unit_float(mix64(draw ^ static_cast<uint64_t>(pos[0])));
+        } else {
+          Operands x[kAtOnce];
+          Weights<kLanes> inverse[kHeads];
           KVLAPSE_UNROLL
-          for (int g = 0; g < kLanes; ++g) {
-            const float p = w.v[g] * inverse.v[g];
-            if constexpr (kPeaks)
-              peak = p > peak ? p : peak;
-            else if constexpr (kSummed)
-              sum = fmaf(share, p, sum);
-            else if constexpr (kKind == Kind::contribution)
-              score = fmaf(p, norm, score);
-            else if constexpr (kKind == Kind::peak)
-              score = p > score ? p : score;
-            else
-              score += p;
+          for (int k = 0; k < kHeads; ++k)
+            inverse[k] = Weights<kLanes>::load(inverse_ + (h + k < n_heads ? h + k : h) * kLanes);
+          KVLAPSE_UNROLL
+          for (int k = 0; k < kAtOnce; ++k) {
+            const int at = j + (kOneHead ? k * a_.n_threads : 0), of = h + (kOneHead ? 0 : k);
+            x[k] = operands<kKind>(at < n ? at : j, of < n_heads ? of : h);
           }
-          if constexpr (kSummed) {
-            if constexpr (kPeaks) sum = group_ > 1 ? sum + peak : fmaf(share, w.v[0] * inverse.v[0], sum);
-            *sums = sum;
-            if constexpr (kByNorm)
-              score = fmaf(sum, norm, score);
-            else if constexpr (kPeaks)
-              score = sum > score ? sum : score;
-            else
-              score += sum;
+          KVLAPSE_UNROLL
+          for (int k = 0; k < kAtOnce; ++k) {
+            const int at = j + (kOneHead ? k * a_.n_threads : 0), of = h + (kOneHead ? 0 : k);
+            if (!kLarge && asks && at < n && of < n_heads)
+              ask_head(next,
+                       static_cast<uint32_t>(pos[kOneHead ? k : 0]) * kLanes * 4 +
+                           static_cast<uint32_t>(of) * head_bytes,
+                       device::smem_address(weights_ + at * slot_floats_ + of * kLanes));
           }
-          if constexpr (!kOneHead) {
-            weights += kLanes, offset += head_bytes, sums += slots_, norms += slots_, inverses += kLanes;
+          KVLAPSE_UNROLL
+          for (int k = 0; k < kAtOnce; ++k) {
+            const int at = j + (kOneHead ? k * a_.n_threads : 0), of = h + (kOneHead ? 0 : k);
+            if (at >= n || of >= n_heads) continue;
+            float& to = score[kOneHead ? k : 0];
+            to = add_head<kKind>(x[k], inverse[kOneHead ? 0 : k], share, to);
+            if constexpr (summed(kKind)) sums_[of * slots_ + at] = x[k].sum;
           }
         }
-        if constexpr (kKind == Kind::contribution || kKind == Kind::weight || kKind == Kind::summed)
-          score *= scale;
       }
-      const bool counts = static_cast<uint32_t>(pos) - first_free < n_free;
-      if (counts && score != score) any_nan = 1;
-      own.add(counts ? device::float_bits(score) + 1 : Candidate::kNone, static_cast<uint32_t>(j), last_tie);
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kSlots; ++k) {
+        const int at = j + k * a_.n_threads;
+        if (at >= n) continue;
+        const float of_slot = kScales ? score[k] * scale : score[k];
+        const bool counts = static_cast<uint32_t>(pos[k]) - first_free < n_free;
+        if (counts && of_slot != of_slot) any_nan = 1;
+        own.add(counts ? device::float_bits(of_slot) + 1 : Candidate::kNone, static_cast<uint32_t>(at),
+                last_tie);
+      }
     }
     const int slot = slot_of(static_cast<int>(own.slot));
     own.slot = static_cast<uint32_t>(last_tie != 0 ? ~slot : slot);
