@@ -77,15 +77,19 @@ void launch_replay(cudaStream_t stream, const gpu_replay::LogitsArgs& args) {
          args);
 }
 
-template <int kTiles>
-static __global__ void __launch_bounds__(gpu_replay::OutputsArgs::kThreads, 2)
+template <int kTiles, bool kFull>
+static __global__ void __launch_bounds__(gpu_replay::OutputsArgs::kThreads, 1)
     replay_outputs_kernel(const __grid_constant__ gpu_replay::OutputsArgs args) {
   extern __shared__ __align__(16) unsigned char shared[];
-  gpu_replay::Outputs<kTiles>(args, device::block_index(), shared).run();
+  gpu_replay::Outputs<kTiles, kFull>(args, device::block_index(), shared).run();
 }
 
 void launch_replay(cudaStream_t stream, const gpu_replay::OutputsArgs& args) {
-  launch(stream, args.column_tiles() == 16 ? replay_outputs_kernel<16> : replay_outputs_kernel<8>, args);
+  const bool wide = args.column_tiles() == 16;
+  launch(stream,
+         args.full ? (wide ? replay_outputs_kernel<16, true> : replay_outputs_kernel<8, true>)
+                   : (wide ? replay_outputs_kernel<16, false> : replay_outputs_kernel<8, false>),
+         args);
 }
 
 template <int kLanes, bool kLarge>

@@ -18,291 +18,410 @@ KVLAPSE_DEVICE void errors_of(float x2, float with, float o2, float& error, floa
   }
 }
 
-// A warp holds 8 steps x 4 query heads by all columns: its fragments of A come straight from memory, since a
-// lane's rows g, g + 8, g + 16, g + 24 are the query heads of one step; its four columns are four tokens
-// apart in the list, so that neighbouring lanes read neighbours. Values are staged for the block, 64 tokens
-// of the list at a time.
-template <int kTiles>
+// A block has a tile of steps x 4 query heads by 8 * kTiles columns, a warp a quarter of the rows by half of
+// the columns. Weights and values of the tokens that count come by chunks into shared memory, two chunks
+// ahead. Those that count at every step of the tile come first; chunks with others are masked there.
+template <int kTiles, bool kFull>
 class Outputs {
  public:
   static constexpr int kChunk = OutputsArgs::kChunk, kSegment = OutputsArgs::kSegment,
-                       kThreads = OutputsArgs::kThreads, kWarps = kThreads / 32, kHeads = 4,
-                       kRowBytes = kTiles * 16 + OutputsArgs::kPad;
+                       kThreads = OutputsArgs::kThreads, kBuffers = OutputsArgs::kBuffers,
+                       kUnit = OutputsArgs::kUnit, kWarps = kThreads / 32, kHeads = 4,
+                       kSteps = kFull ? OutputsArgs::kFullSteps : OutputsArgs::kSteps,
+                       kRows = kSteps * kHeads, kM = kRows / 64,  // tiles of 16 rows a warp
+      kN = kTiles / 2,                                            // tiles of 8 columns a warp
+      kWeightBytes = kSteps * 8 + OutputsArgs::kPad, kValueBytes = kTiles * 16 + OutputsArgs::kPad,
+                       kBufferBytes = kChunk * (kWeightBytes + kValueBytes),
+                       kShare = kSegment / kThreads;  // positions of a segment a lane looks at
+  static_assert(kWarps == 8 && kM % 2 == 0 && kN % 2 == 0 && kChunk % kWarps == 0 && kSteps % kUnit == 0);
   // Share of the weight that held tokens need.
   static constexpr float kLeastDifference = 1.0f / 64, kLeastHalf = 1.0f / 131072;
 
   KVLAPSE_DEVICE Outputs(const OutputsArgs& args, int block, unsigned char* memory)
       : a_(args), shape_(args.shape), thread_(thread_index()), warp_(thread_ / 32), lane_(thread_ % 32) {
-    const int configs = a_.full != 0 ? 1 : a_.n_configs;
+    const int configs = kFull ? 1 : a_.n_configs;
     config_ = block % configs;
     head_ = block / configs % shape_.n_kv;
     quad_ = block / configs / shape_.n_kv % a_.quads();
-    first_ = a_.t0 + block / configs / shape_.n_kv / a_.quads() * OutputsArgs::kSteps;
-    end_ = least(a_.t1, first_ + OutputsArgs::kSteps);
-    step_ = first_ + warp_ * 8 + lane_ / 4;
-    values_ = device::smem_address(memory);
-    list_pos_ = reinterpret_cast<int32_t*>(memory + 2 * kChunk * kRowBytes);
-    list_last_ = list_pos_ + kSegment;
-    counts_ = list_last_ + kSegment;
-    barriers_ = device::smem_address(counts_ + 16);
-    row_ = a_.weights + shape_.row(least(step_, a_.t1 - 1) - a_.t0, head_) + quad_ * kHeads;
-    sums_dropped_ = a_.full == 0 && end_ - a_.held[config_] <= a_.held[config_];
-    last_ = a_.full != 0 ? nullptr
-                         : a_.last + (static_cast<int64_t>(config_) * shape_.n_kv + head_) * shape_.n_tokens;
+    first_ = a_.t0 + block / configs / shape_.n_kv / a_.quads() * kSteps;
+    end_ = least(a_.t1, first_ + kSteps);
+    memory_ = memory;
+    buffers_ = device::smem_address(memory);
+    list_ = reinterpret_cast<uint16_t*>(memory + kBuffers * kBufferBytes);
+    counts_ = reinterpret_cast<uint32_t*>(list_ + kSegment);
+    barriers_ = device::smem_address(counts_ + kWarps);
+    sums_dropped_ = !kFull && end_ - a_.held[config_] <= a_.held[config_];
+    last_ =
+        kFull ? nullptr : a_.last + (static_cast<int64_t>(config_) * shape_.n_kv + head_) * shape_.n_tokens;
   }
 
   KVLAPSE_DEVICE void run() {
     if (end_ <= a_.begin) return;
     if (thread_ == 0) {
-      device::mbarrier_init(barriers_, kThreads);
-      device::mbarrier_init(barriers_ + 8, kThreads);
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kBuffers; ++i) device::mbarrier_init(barriers_ + i * 8, kThreads);
     }
     block_sync();
     const int n_passes = (shape_.dim_padded() / 8 + kTiles - 1) / kTiles;
-    float xx[kHeads] = {}, ox[kHeads] = {}, oo[kHeads] = {};
+    float errors[3] = {};
+    KVLAPSE_NO_UNROLL
     for (int pass = 0; pass < n_passes; ++pass) {
       KVLAPSE_UNROLL
-      for (int m = 0; m < 2; ++m) {
+      for (int m = 0; m < kM; ++m) {
         KVLAPSE_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          mass_[m][j] = 0;
+        for (int n = 0; n < kN; ++n) {
           KVLAPSE_UNROLL
-          for (int n = 0; n < kTiles; ++n) sum_[m][n][j] = 0;
+          for (int j = 0; j < 4; ++j) sum_[m][n][j] = 0;
         }
       }
-      for (int segment = 0; segment < end_; segment += kSegment) add_segment(segment, pass);
-      if (a_.full != 0)
+      KVLAPSE_UNROLL
+      for (int m = 0; m < kM / 2; ++m) {
+        KVLAPSE_UNROLL
+        for (int j = 0; j < 4; ++j) mass_[m][j] = 0;
+      }
+      look_ahead(0);
+      KVLAPSE_NO_UNROLL
+      for (segment_ = 0; segment_ < end_; segment_ += kSegment) add_segment(pass, pass + 1 == n_passes);
+      if constexpr (kFull)
         store_full(pass);
       else
-        compare(pass, xx, ox, oo);
+        compare(pass, errors);
     }
-    if (a_.full == 0) close(xx, ox, oo);
+    if constexpr (!kFull) close(errors, masses()[own_row()]);
   }
 
  private:
-  KVLAPSE_DEVICE bool listed(int pos, int last) const {
-    return pos < end_ && (sums_dropped_ ? last < end_ - 1 : last >= first_);
-  }
-  KVLAPSE_DEVICE int last_of(int pos) const {
-    return last_ == nullptr ? kHeld : pos < shape_.n_tokens ? last_[pos] : -1;
-  }
-  // The tokens of a segment that count at some step, in order; padded to whole chunks with such as never do.
-  KVLAPSE_DEVICE int build(int segment) {
-    constexpr int kShare = kSegment / kWarps, kAtOnce = 8;
-    static_assert(kShare % (32 * kAtOnce) == 0);
-    const int from = segment + warp_ * kShare + lane_;
-    int last[kAtOnce];
-    int own = 0;
-    KVLAPSE_NO_UNROLL
-    for (int i = 0; i < kShare; i += 32 * kAtOnce) {
+  // ---- the list of a segment ----
+  KVLAPSE_DEVICE void look_ahead(int segment) {
+    if constexpr (!kFull) {
       KVLAPSE_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) last[k] = last_of(from + i + 32 * k);
-      KVLAPSE_UNROLL
-      for (int k = 0; k < kAtOnce; ++k)
-        own += device::bits_below(warp_ballot(listed(from + i + 32 * k, last[k])), 32);
+      for (int k = 0; k < kShare; ++k) {
+        const int pos = segment + warp_ * kShare * 32 + k * 32 + lane_;
+        ahead_[k] = pos < end_ ? last_[pos] : sums_dropped_ ? kHeld : -1;
+      }
     }
-    block_sync();  // the list before is read
+  }
+  // Counts at some step of the tile, at every one.
+  KVLAPSE_DEVICE bool listed(int last) const { return sums_dropped_ ? last < end_ - 1 : last >= first_; }
+  KVLAPSE_DEVICE bool always(int pos, int last) const {
+    return sums_dropped_ ? last < first_ : last >= end_ - 1 && pos <= first_;
+  }
+  // In order: those that always count, then the others.
+  KVLAPSE_DEVICE void build() {
+    if constexpr (kFull) {
+      n_listed_ = least(kSegment, end_ - segment_);
+      n_always_ = most(0, least(n_listed_, first_ + 1 - segment_));
+    } else {
+      build_list();
+    }
+  }
+  KVLAPSE_DEVICE void build_list() {
+    const int from = segment_ + warp_ * kShare * 32 + lane_;
+    uint32_t own = 0;  // and those that always count, above
+    KVLAPSE_UNROLL
+    for (int k = 0; k < kShare; ++k) {
+      own += static_cast<uint32_t>(device::bits_below(warp_ballot(listed(ahead_[k])), 32)) +
+             (static_cast<uint32_t>(device::bits_below(warp_ballot(always(from + 32 * k, ahead_[k])), 32))
+              << 16);
+    }
     if (lane_ == 0) counts_[warp_] = own;
     block_sync();
-    int at = 0, n = 0;
+    uint32_t before = 0, all = 0;
     KVLAPSE_UNROLL
     for (int w = 0; w < kWarps; ++w) {
-      if (w < warp_) at += counts_[w];
-      n += counts_[w];
+      if (w < warp_) before += counts_[w];
+      all += counts_[w];
     }
-    KVLAPSE_NO_UNROLL
-    for (int i = 0; i < kShare; i += 32 * kAtOnce) {
-      KVLAPSE_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) last[k] = last_of(from + i + 32 * k);
-      KVLAPSE_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int pos = from + i + 32 * k;
-        const uint32_t bits = warp_ballot(listed(pos, last[k]));
-        if ((bits >> lane_ & 1u) != 0) {
-          const int place = at + device::bits_below(bits, lane_);
-          list_pos_[place] = pos, list_last_[place] = last[k];
-        }
-        at += device::bits_below(bits, 32);
-      }
+    n_listed_ = static_cast<int>(all & 0xffffu), n_always_ = static_cast<int>(all >> 16);
+    int first_always = static_cast<int>(before >> 16),
+        first_other = n_always_ + static_cast<int>(before & 0xffffu) - first_always;
+    KVLAPSE_UNROLL
+    for (int k = 0; k < kShare; ++k) {
+      const bool in = listed(ahead_[k]), constant = always(from + 32 * k, ahead_[k]);
+      const uint32_t bits = warp_ballot(constant), others = warp_ballot(in && !constant);
+      if (in)
+        list_[constant ? first_always + device::bits_below(bits, lane_)
+                       : first_other + device::bits_below(others, lane_)] =
+            static_cast<uint16_t>(from + 32 * k - segment_);
+      first_always += device::bits_below(bits, 32);
+      first_other += device::bits_below(others, 32);
     }
-    const int padded = (n + kChunk - 1) / kChunk * kChunk;
-    for (int i = n + thread_; i < padded; i += kThreads)
-      list_pos_[i] = 0, list_last_[i] = sums_dropped_ ? kHeld : -1;
+    const int padded = (n_listed_ + kChunk - 1) / kChunk * kChunk;
+    if (n_listed_ + thread_ < padded) list_[n_listed_ + thread_] = 0;
     block_sync();
-    return padded / kChunk;
   }
-  // Row of a chunk's value in shared memory: the token of A's column there.
-  KVLAPSE_DEVICE static int place_of(int entry) {
-    const int in = entry % 16;
-    return entry / 16 * 16 + in % 4 * 2 + in / 4 % 2 + in / 8 * 8;
-  }
-  KVLAPSE_DEVICE void stage(int chunk, int pass) {
-    const SmemAddress to = values_ + static_cast<uint32_t>((loads_ & 1) * kChunk * kRowBytes);
-    for (int i = thread_; i < kChunk * kTiles; i += kThreads) {
-      const int entry = i / kTiles, piece = i % kTiles, column = (pass * kTiles + piece) * 8;
-      const int pos = list_pos_[chunk * kChunk + entry];
-      const bool inside = column < shape_.dim_padded();
-      const uint16_t* from = a_.values +
-                             (static_cast<int64_t>(head_) * shape_.n_tokens + pos) * shape_.dim_padded() +
-                             (inside ? column : 0);
-      device::copy_async16(to + static_cast<uint32_t>(place_of(entry) * kRowBytes + piece * 16), from,
-                           inside);
-    }
-    device::copy_async_arrive(barriers_ + (loads_ & 1) * 8);
-    ++loads_;
-  }
-  KVLAPSE_DEVICE void fetch(int entry, uint64_t (&to)[4]) const {
-    KVLAPSE_UNROLL
-    for (int e = 0; e < 4; ++e)
-      to[e] = *reinterpret_cast<const uint64_t*>(
-          row_ + static_cast<int64_t>(list_pos_[entry + 4 * e + lane_ % 4]) * shape_.lanes());
-  }
+  KVLAPSE_DEVICE int pos_of(int entry) const { return segment_ + (kFull ? entry : list_[entry]); }
 
-  KVLAPSE_DEVICE void add_segment(int segment, int pass) {
-    constexpr int kSlices = kChunk / 16;
-    const int n_chunks = build(segment);
-    if (n_chunks == 0) return;
-    uint64_t ahead[kSlices][4];
-    stage(0, pass);
-    if (n_chunks > 1) stage(1, pass);
-    KVLAPSE_UNROLL
-    for (int s = 0; s < kSlices; ++s) fetch(s * 16, ahead[s]);
-    for (int chunk = 0; chunk < n_chunks; ++chunk) {
-      const int buffer = used_ & 1;
-      device::mbarrier_wait(barriers_ + buffer * 8, used_ >> 1 & 1);
-      ++used_;
-      const SmemAddress rows = values_ + static_cast<uint32_t>(buffer * kChunk * kRowBytes);
+  // ---- chunks ----
+  // Of the weights of a step of the block, or in a unit's row of a token from its first step on.
+  KVLAPSE_DEVICE uint16_t* weights_at(int row, int pos) const {
+    return a_.weights + shape_.row(row, head_) + static_cast<int64_t>(pos) * shape_.lanes() + quad_ * kHeads;
+  }
+  KVLAPSE_DEVICE uint16_t* steps_of(int pos, int unit) const {
+    return weights_at(first_ - a_.t0 + unit * kUnit + pos % kUnit, pos / kUnit * kUnit);
+  }
+  KVLAPSE_DEVICE void stage(int chunk, int pass, int buffer) const {
+    const SmemAddress weights = buffers_ + static_cast<uint32_t>(buffer * kBufferBytes),
+                      values = weights + kChunk * kWeightBytes;
+    constexpr int kOwn = kChunk / kWarps;
+    const int entry0 = chunk * kChunk + warp_ * kOwn;
+    if constexpr (kFull) {
+      const int token = warp_ * kOwn + lane_ % 8, pos = pos_of(chunk * kChunk + token);
       KVLAPSE_UNROLL
-      for (int s = 0; s < kSlices; ++s) {
-        const SmemAddress row =
-            rows +
-            static_cast<uint32_t>((s * 16 + (lane_ / 8 & 1) * 8 + lane_ % 8) * kRowBytes + lane_ / 16 * 16);
-        uint32_t a[2][4], b[2][4];  // the next values on their way
-        device::load_matrix4_transposed(b[0], row);
-        select(chunk * kChunk + s * 16, ahead[s], a);
-        if (chunk + 1 < n_chunks) fetch((chunk + 1) * kChunk + s * 16, ahead[s]);
-        KVLAPSE_UNROLL
-        for (int n = 0; n < kTiles; n += 2) {
-          const uint32_t(&now)[4] = b[n / 2 % 2];
-          if (n + 2 < kTiles)
-            device::load_matrix4_transposed(b[(n / 2 + 1) % 2], row + static_cast<uint32_t>((n + 2) * 16));
-          KVLAPSE_UNROLL
-          for (int m = 0; m < 2; ++m) {
-            device::multiply_add_16x8x16<device::F16>(sum_[m][n], a[m], now[0], now[1]);
-            device::multiply_add_16x8x16<device::F16>(sum_[m][n + 1], a[m], now[2], now[3]);
-          }
-        }
-        KVLAPSE_UNROLL
-        for (int m = 0; m < 2; ++m)
-          device::multiply_add_16x8x16<device::F16>(mass_[m], a[m], 0x3c003c00u, 0x3c003c00u);
+      for (int step = lane_ / 8; step < kSteps; step += 4) {
+        const bool valid = first_ + step < a_.t1;
+        device::copy_async8(weights + static_cast<uint32_t>(token * kWeightBytes + step * 8),
+                            weights_at(valid ? first_ - a_.t0 + step : 0, pos), valid);
       }
-      block_sync();
-      if (chunk + 2 < n_chunks) stage(chunk + 2, pass);
+    } else if (shape_.lanes() == 4) {
+      const int unit = lane_ / 16;
+      const bool valid = first_ + unit * kUnit < a_.t1;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kOwn; ++i)
+        device::copy_async16(weights + static_cast<uint32_t>((warp_ * kOwn + i) * kWeightBytes + lane_ * 16),
+                             steps_of(pos_of(entry0 + i), valid ? unit : 0) + lane_ % 16 * 8, valid);
+    } else {
+      KVLAPSE_UNROLL_2
+      for (int i = 0; i < kOwn; ++i) {
+        const int pos = pos_of(entry0 + i);
+        KVLAPSE_UNROLL
+        for (int unit = 0; unit < kSteps / kUnit; ++unit) {
+          const bool valid = first_ + unit * kUnit < a_.t1;
+          device::copy_async8(weights + static_cast<uint32_t>((warp_ * kOwn + i) * kWeightBytes +
+                                                              unit * kUnit * 8 + lane_ * 8),
+                              steps_of(pos, valid ? unit : 0) + lane_ * shape_.lanes(), valid);
+        }
+      }
+    }
+    constexpr int kAtOnce = 32 / kTiles;  // tokens a warp copies at a time
+    const int piece = lane_ % kTiles, column = (pass * kTiles + piece) * 8;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kOwn; i += kAtOnce) {
+      const int token = i + lane_ / kTiles, pos = pos_of(entry0 + token);
+      const bool valid = column < shape_.dim_padded() && pos < end_;
+      device::copy_async16(
+          values + static_cast<uint32_t>((warp_ * kOwn + token) * kValueBytes + piece * 16),
+          a_.values +
+              (valid ? (static_cast<int64_t>(head_) * shape_.n_tokens + pos) * shape_.dim_padded() + column
+                     : 0),
+          valid);
+    }
+    device::copy_async_arrive(barriers_ + static_cast<uint32_t>(buffer * 8));
+  }
+  // Clears weights of the steps at which a token does not count.
+  KVLAPSE_DEVICE void mask(int chunk, int buffer) const {
+    constexpr int kParts = kThreads / kChunk, kOwn = kSteps / kParts;
+    const int token = thread_ % kChunk, entry = chunk * kChunk + token, pos = pos_of(entry);
+    const int last = entry >= n_listed_ ? sums_dropped_ ? kHeld : -1 : kFull ? kHeld : last_[pos];
+    const SmemAddress at = buffers_ + static_cast<uint32_t>(buffer * kBufferBytes + token * kWeightBytes);
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      const int own = thread_ / kChunk * kOwn + i, step = first_ + own;
+      const bool counts = sums_dropped_ ? last < step : last >= step && pos <= step;
+      if (!counts) device::smem_store_u64(at + static_cast<uint32_t>(own * 8), 0);
     }
   }
-  // Weights of the tokens that count at this step, as two fragments of A.
-  KVLAPSE_DEVICE void select(int entry, const uint64_t (&weights)[4], uint32_t (&a)[2][4]) const {
-    uint32_t low[4], high[4];
-    KVLAPSE_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const int at = entry + 4 * e + lane_ % 4, last = list_last_[at];
-      const bool counts = sums_dropped_ ? last < step_ : last >= step_ && list_pos_[at] <= step_;
-      low[e] = counts ? static_cast<uint32_t>(weights[e]) : 0;
-      high[e] = counts ? static_cast<uint32_t>(weights[e] >> 32) : 0;
-    }
-    KVLAPSE_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      const uint32_t* w = m == 0 ? low : high;
-      a[m][0] = (w[0] & 0xffffu) | w[1] << 16;
-      a[m][1] = w[0] >> 16 | (w[1] & 0xffff0000u);
-      a[m][2] = (w[2] & 0xffffu) | w[3] << 16;
-      a[m][3] = w[2] >> 16 | (w[3] & 0xffff0000u);
+  // The chunk's weights back to memory, by token.
+  KVLAPSE_DEVICE void turn(int chunk, int buffer) const {
+    constexpr int kOwn = kChunk / kWarps;
+    const unsigned char* weights = memory_ + buffer * kBufferBytes;
+    const int token0 = warp_ * kOwn, pos0 = segment_ + chunk * kChunk + token0;
+    if (shape_.lanes() == 4) {
+      KVLAPSE_UNROLL
+      for (int i = lane_ / 16; i < kOwn; i += 2)
+        *reinterpret_cast<Float4*>(steps_of(pos0 + i, 0) + lane_ % 16 * 8) =
+            *reinterpret_cast<const Float4*>(weights + (token0 + i) * kWeightBytes + lane_ % 16 * 16);
+    } else {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kOwn; ++i)
+        *reinterpret_cast<uint64_t*>(steps_of(pos0 + i, 0) + lane_ * shape_.lanes()) =
+            *reinterpret_cast<const uint64_t*>(weights + (token0 + i) * kWeightBytes + lane_ * 8);
     }
   }
 
-  KVLAPSE_DEVICE int64_t row_of(int g) const {
-    return static_cast<int64_t>(step_ - a_.t0) * shape_.n_q + head_ * shape_.group() + quad_ * kHeads + g;
+  KVLAPSE_DEVICE void add_segment(int pass, bool last_pass) {
+    build();
+    look_ahead(segment_ + kSegment);
+    const int n_chunks = (n_listed_ + kChunk - 1) / kChunk;
+    if (n_chunks == 0) return;
+    int ahead = buffer_;
+    stage(0, pass, ahead);
+    if (++ahead == kBuffers) ahead = 0;
+    if (n_chunks > 1) stage(1, pass, ahead);
+    if (++ahead == kBuffers) ahead = 0;
+    KVLAPSE_NO_UNROLL
+    for (int chunk = 0; chunk < n_chunks; ++chunk) {
+      device::mbarrier_wait(barriers_ + static_cast<uint32_t>(buffer_ * 8), parity_);
+      block_sync();  // the chunk before is read
+      if (chunk + 2 < n_chunks) stage(chunk + 2, pass, ahead);
+      if ((chunk + 1) * kChunk > n_always_) {
+        mask(chunk, buffer_);
+        block_sync();
+      }
+      multiply(buffer_);
+      if (kFull && last_pass) turn(chunk, buffer_);
+      if (++buffer_ == kBuffers) buffer_ = 0, parity_ ^= 1;
+      if (++ahead == kBuffers) ahead = 0;
+    }
   }
-  KVLAPSE_DEVICE bool has(int g) const {
-    return step_ < end_ && step_ >= a_.begin && quad_ * kHeads + g < shape_.group();
+  // A warp's tiles of rows: those whose weights it sums come first.
+  KVLAPSE_DEVICE int side() const { return warp_ % 2; }
+  KVLAPSE_DEVICE int first_row(int m) const { return warp_ / 2 * (kM * 16) + (m ^ side() * (kM / 2)) * 16; }
+  KVLAPSE_DEVICE void multiply(int buffer) {
+    const SmemAddress weights = buffers_ + static_cast<uint32_t>(buffer * kBufferBytes),
+                      values = weights + kChunk * kWeightBytes;
+    const int token = lane_ / 16 * 8 + lane_ % 8, other = (lane_ / 8 & 1) * 8 + lane_ % 8;
+    SmemAddress rows[kM];
+    KVLAPSE_UNROLL
+    for (int m = 0; m < kM; ++m)
+      rows[m] =
+          weights + static_cast<uint32_t>(token * kWeightBytes + (first_row(m) + (lane_ / 8 & 1) * 8) * 2);
+    const SmemAddress columns =
+        values + static_cast<uint32_t>(other * kValueBytes + side() * kN * 16 + lane_ / 16 * 16);
+    KVLAPSE_UNROLL
+    for (int s = 0; s < kChunk / 16; ++s) {
+      uint32_t a[kM][4], b[2][4];  // the next values on their way
+      const SmemAddress column = columns + static_cast<uint32_t>(s * 16 * kValueBytes);
+      device::load_matrix4_transposed(b[0], column);
+      KVLAPSE_UNROLL
+      for (int m = 0; m < kM; ++m)
+        device::load_matrix4_transposed(a[m], rows[m] + static_cast<uint32_t>(s * 16 * kWeightBytes));
+      KVLAPSE_UNROLL
+      for (int n = 0; n < kN; n += 2) {
+        const uint32_t(&now)[4] = b[n / 2 % 2];
+        if (n + 2 < kN)
+          device::load_matrix4_transposed(b[(n / 2 + 1) % 2], column + static_cast<uint32_t>((n + 2) * 16));
+        KVLAPSE_UNROLL
+        for (int m = 0; m < kM; ++m) {
+          device::multiply_add_16x8x16<device::F16>(sum_[m][n], a[m], now[0], now[1]);
+          device::multiply_add_16x8x16<device::F16>(sum_[m][n + 1], a[m], now[2], now[3]);
+        }
+      }
+      KVLAPSE_UNROLL
+      for (int m = 0; m < kM / 2; ++m)
+        device::multiply_add_16x8x16<device::F16>(mass_[m], a[m], 0x3c003c00u, 0x3c003c00u);
+    }
+  }
+
+  // ---- results ----
+  // From here on a lane has a row, of a warp's 32: step by step, the heads of one side by side.
+  static constexpr int kRowFloats = kTiles * 8 + 8, kOwnRows = kRows / kWarps;
+  KVLAPSE_DEVICE float* sums() const { return reinterpret_cast<float*>(memory_); }  // [rows][kRowFloats]
+  KVLAPSE_DEVICE float* masses() const { return reinterpret_cast<float*>(list_); }  // [rows]
+  KVLAPSE_DEVICE int own_row() const { return warp_ * kOwnRows + lane_ % kOwnRows; }
+  KVLAPSE_DEVICE bool has(int row) const {
+    const int step = first_ + row / kHeads;
+    return step < end_ && step >= a_.begin && quad_ * kHeads + row % kHeads < shape_.group();
+  }
+  KVLAPSE_DEVICE int64_t query_of(int row) const {
+    return static_cast<int64_t>(first_ - a_.t0 + row / kHeads) * shape_.n_q + head_ * shape_.group() +
+           quad_ * kHeads + row % kHeads;
+  }
+  // Sums and masses into shared memory, where chunks and the list were.
+  KVLAPSE_DEVICE void share() const {
+    static_assert(kRows * kRowFloats * 4 <= kBuffers * kBufferBytes && kRows * 4 <= kSegment * 2);
+    block_sync();
+    KVLAPSE_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const int row = first_row(m) + 8 * j + lane_ / 4;
+        const SmemAddress to =
+            buffers_ + static_cast<uint32_t>((row * kRowFloats + side() * kN * 8 + lane_ % 4 * 2) * 4);
+        KVLAPSE_UNROLL
+        for (int n = 0; n < kN; ++n)
+          device::smem_store_u64(to + static_cast<uint32_t>(n * 32),
+                                 static_cast<uint64_t>(device::float_bits(sum_[m][n][2 * j + 1])) << 32 |
+                                     device::float_bits(sum_[m][n][2 * j]));
+        if (m < kM / 2 && lane_ % 4 == 0) masses()[row] = mass_[m][2 * j];
+      }
+    }
+    block_sync();
   }
   KVLAPSE_DEVICE void store_full(int pass) const {
-    KVLAPSE_UNROLL
-    for (int g = 0; g < kHeads; ++g) {
-      if (!has(g)) continue;
-      const float total = mass_[g / 2][g % 2 * 2], inverse = 1.0f / total;
-      float* to = a_.outputs + row_of(g) * shape_.dim_padded();
+    share();
+    const float total = masses()[own_row()], inverse = 1.0f / total;
+    if (lane_ < kOwnRows && has(own_row())) a_.totals[query_of(own_row())] = total;
+    KVLAPSE_NO_UNROLL
+    for (int i = 0; i < kOwnRows; ++i) {
+      const int row = warp_ * kOwnRows + i;
+      const float scale = shuffle_from(inverse, i);
+      const int column = pass * kTiles * 8 + lane_ * 4;
+      if (!has(row) || lane_ * 4 >= kTiles * 8 || column >= shape_.dim_padded()) continue;
+      Weights<4> w = Weights<4>::load(sums() + row * kRowFloats + lane_ * 4);
       KVLAPSE_UNROLL
-      for (int n = 0; n < kTiles; ++n) {
-        const int column = (pass * kTiles + n) * 8 + lane_ % 4 * 2;
-        if (column >= shape_.dim_padded()) continue;
-        to[column] = sum_[g / 2][n][g % 2 * 2] * inverse;
-        to[column + 1] = sum_[g / 2][n][g % 2 * 2 + 1] * inverse;
-      }
-      if (lane_ % 4 == 0 && pass == 0) a_.totals[row_of(g)] = total;
+      for (int k = 0; k < 4; ++k) w.v[k] *= scale;
+      w.store(a_.outputs + query_of(row) * shape_.dim_padded() + column);
     }
+    block_sync();  // chunks and lists to come
   }
-  // x = o~ - o: |x|^2, o.x and |o|^2 over this lane's columns.
-  KVLAPSE_DEVICE void compare(int pass, float (&xx)[kHeads], float (&ox)[kHeads], float (&oo)[kHeads]) const {
-    KVLAPSE_UNROLL
-    for (int g = 0; g < kHeads; ++g) {
-      if (!has(g)) continue;
-      const float mass = mass_[g / 2][g % 2 * 2], total = a_.totals[row_of(g)];
-      const float kept = sums_dropped_ ? total - mass : mass, inverse = kept > 0 ? 1.0f / kept : 0.0f;
-      const float of_full = sums_dropped_ ? mass * inverse : -1.0f,
-                  of_sum = sums_dropped_ ? -inverse : inverse;
-      const float* full = a_.outputs + row_of(g) * shape_.dim_padded();
+  // Of x = o~ - o adds |x|^2, o.x and |o|^2 of these columns.
+  KVLAPSE_DEVICE void compare(int pass, float (&errors)[3]) const {
+    share();
+    const bool own = has(own_row());
+    const float mass = masses()[own_row()], total = own ? a_.totals[query_of(own_row())] : 1.0f;
+    const float kept = sums_dropped_ ? total - mass : mass, inverse = own && kept > 0 ? 1.0f / kept : 0.0f;
+    const float of_full = sums_dropped_ ? mass * inverse : -1.0f, of_sum = sums_dropped_ ? -inverse : inverse;
+    const int column = pass * kTiles * 8 + lane_ * 4;
+    const bool inside = lane_ * 4 < kTiles * 8 && column < shape_.dim_padded();
+    KVLAPSE_UNROLL_8
+    for (int i = 0; i < kOwnRows; ++i) {
+      const int row = warp_ * kOwnRows + i;
+      const float full_share = shuffle_from(of_full, i), sum_share = shuffle_from(of_sum, i);
+      Weights<4> o = {}, w = {};
+      if (inside && has(row)) {
+        o = Weights<4>::load(a_.outputs + query_of(row) * shape_.dim_padded() + column);
+        w = Weights<4>::load(sums() + row * kRowFloats + lane_ * 4);
+      }
+      float of_row[3] = {};
       KVLAPSE_UNROLL
-      for (int n = 0; n < kTiles; ++n) {
-        const int column = (pass * kTiles + n) * 8 + lane_ % 4 * 2;
-        if (column >= shape_.dim_padded()) continue;
-        KVLAPSE_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const float o = full[column + j], x = fmaf(o, of_full, of_sum * sum_[g / 2][n][g % 2 * 2 + j]);
-          xx[g] = fmaf(x, x, xx[g]);
-          ox[g] = fmaf(o, x, ox[g]);
-          oo[g] = fmaf(o, o, oo[g]);
-        }
+      for (int k = 0; k < 4; ++k) {
+        const float x = fmaf(o.v[k], full_share, sum_share * w.v[k]);
+        of_row[0] = fmaf(x, x, of_row[0]);
+        of_row[1] = fmaf(o.v[k], x, of_row[1]);
+        of_row[2] = fmaf(o.v[k], o.v[k], of_row[2]);
       }
-    }
-  }
-  KVLAPSE_DEVICE void close(const float (&xx)[kHeads], const float (&ox)[kHeads],
-                            const float (&oo)[kHeads]) const {
-    const int64_t plane = static_cast<int64_t>(a_.n_configs) * shape_.n_q * shape_.n_tokens;
-    KVLAPSE_UNROLL
-    for (int g = 0; g < kHeads; ++g) {
-      float sums[3] = {xx[g], ox[g], oo[g]};
       KVLAPSE_UNROLL
       for (int k = 0; k < 3; ++k) {
-        sums[k] += shuffle_xor(sums[k], 1);
-        sums[k] += shuffle_xor(sums[k], 2);
+        KVLAPSE_UNROLL
+        for (int mask = 16; mask > 0; mask /= 2) of_row[k] += shuffle_xor(of_row[k], mask);
+        if (lane_ == i) errors[k] += of_row[k];
       }
-      if (lane_ % 4 != 0 || !has(g)) continue;
-      const int row = config_ * shape_.n_q + head_ * shape_.group() + quad_ * kHeads + g;
-      const float mass = mass_[g / 2][g % 2 * 2], total = a_.totals[row_of(g)];
-      if (sums_dropped_ ? total - mass < kLeastDifference * total : mass < kLeastHalf * total) {
-        a_.repairs[device::global_append(a_.n_repairs)] = {row, step_};
-        continue;
-      }
-      float error, cosine_error;
-      errors_of(sums[0], sums[1], sums[2], error, cosine_error);
-      float* to = a_.metrics + static_cast<int64_t>(row) * shape_.n_tokens + step_;
-      to[kError * plane] = error;
-      to[kCosine * plane] = cosine_error;
     }
+    block_sync();  // chunks and lists to come
+  }
+  KVLAPSE_DEVICE void close(const float (&errors)[3], float mass) const {
+    const int row = own_row(), step = first_ + row / kHeads;
+    if (!has(row)) return;
+    const int64_t plane = static_cast<int64_t>(a_.n_configs) * shape_.n_q * shape_.n_tokens;
+    const int q = config_ * shape_.n_q + head_ * shape_.group() + quad_ * kHeads + row % kHeads;
+    const float total = a_.totals[query_of(row)];
+    if (sums_dropped_ ? total - mass < kLeastDifference * total : mass < kLeastHalf * total) {
+      a_.repairs[device::global_append(a_.n_repairs)] = {q, step};
+      return;
+    }
+    float error, cosine_error;
+    errors_of(errors[0], errors[1], errors[2], error, cosine_error);
+    float* to = a_.metrics + static_cast<int64_t>(q) * shape_.n_tokens + step;
+    to[kError * plane] = error;
+    to[kCosine * plane] = cosine_error;
   }
 
   const OutputsArgs& a_;
   const Shape shape_;
   const int thread_, warp_, lane_;
-  int config_, head_, quad_, first_, end_, step_;
-  SmemAddress values_, barriers_;
-  int32_t *list_pos_, *list_last_, *counts_;
-  const uint16_t* row_;
+  int config_, head_, quad_, first_, end_;
+  unsigned char* memory_;
+  SmemAddress buffers_, barriers_;
+  uint16_t* list_;
+  uint32_t* counts_;
   const int32_t* last_;
   bool sums_dropped_;
-  int loads_ = 0, used_ = 0;
-  float sum_[2][kTiles][4], mass_[2][4];
+  int segment_ = 0, n_listed_ = 0, n_always_ = 0;
+  int buffer_ = 0;  // the next to be read
+  uint32_t parity_ = 0;
+  int ahead_[kShare] = {};  // last steps of the next segment
+  float sum_[kM][kN][4], mass_[kM / 2][4];
 };
 
 // A warp takes every eighth run of 32 tokens; a lane the components lane, lane + 32, ...

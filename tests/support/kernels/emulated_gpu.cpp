@@ -135,8 +135,12 @@ class EmulatedGpu final : public DeviceApi {
   void launch(const gpu_replay::OutputsArgs& a) override {
     later([this, a] {
       blocks(a, [&](int block, unsigned char* shared) {
-        a.column_tiles() == 16 ? gpu_replay::Outputs<16>(a, block, shared).run()
-                               : gpu_replay::Outputs<8>(a, block, shared).run();
+        if (a.column_tiles() == 16)
+          a.full ? gpu_replay::Outputs<16, true>(a, block, shared).run()
+                 : gpu_replay::Outputs<16, false>(a, block, shared).run();
+        else
+          a.full ? gpu_replay::Outputs<8, true>(a, block, shared).run()
+                 : gpu_replay::Outputs<8, false>(a, block, shared).run();
       });
     });
   }
