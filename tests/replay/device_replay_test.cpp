@@ -64,6 +64,19 @@ TEST(DeviceReplay, MetricsOfOtherShapes) {
   EXPECT_EQ(check_device_metrics(*device, {1, 1, 6, 70, 1, 5, 0.5f}, specs, {20}), "");
 }
 
+// The sizes that have kernels of their own.
+TEST(DeviceReplay, VictimsOfCommonSizes) {
+  const auto device = emulated();
+  for (int dim : {64, 128})
+    EXPECT_EQ(check_device_victims(*device, {8, 2, dim, 90, 10, 9}, {"h2o", "longflow"}, {48}), "") << dim;
+}
+// More tokens than a list or a walk takes at a time; steps from the middle of a tile on.
+TEST(DeviceReplay, MetricsOfManyTokens) {
+  const auto device = emulated();
+  EXPECT_EQ(check_device_metrics(*device, {4, 1, 8, 4300, 4230, 10}, {"random"}, {3000, 900}, 4250, 4290),
+            "");
+}
+
 // Nearly all weight on what was dropped.
 TEST(DeviceReplay, MetricsOfRowsWithLittleHeld) {
   EmulatedGpuCounts counts;
