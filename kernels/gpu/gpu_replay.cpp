@@ -303,9 +303,11 @@ struct GpuReplay::Run {
     api.upload(device_tasks, tasks.data(), tasks.size() * sizeof(gr::DecideTask));
   }
 
-  // As many as score the largest task's slots in equal shares.
+  // As many as score the largest task's slots in equal shares; twice as many where a block has a
+  // multiprocessor for itself.
   int decide_threads(const Group& g) const {
-    const int turns = (g.slots + limits.decide_threads - 1) / limits.decide_threads;
+    const int most = (!g.large && g.smem > limits.shared_bytes / 2 ? 2 : 1) * limits.decide_threads;
+    const int turns = (g.slots + most - 1) / most;
     return ((g.slots + turns - 1) / turns + 31) / 32 * 32;
   }
   // Accumulating scores have seen the prompt; its cut takes their sums along.

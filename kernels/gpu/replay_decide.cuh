@@ -32,10 +32,6 @@ struct Candidate {
   }
 };
 static_assert(sizeof(Candidate) == 16);
-struct alignas(8) Float2 {
-  float x, y;
-  KVLAPSE_DEVICE void operator+=(const Float2& o) { x += o.x, y += o.y; }
-};
 
 // A task on `cluster` blocks. Slot s belongs to the block that has its lane s % 16, so that each block sums
 // whole lanes; they exchange sums of lanes and candidates, each arriving on a barrier of its own: none is
@@ -290,20 +286,20 @@ class Decide {
   }
   // Sums every `apart`-th own slot from `first` on, in order; eight are on their way while eight are added.
   // kStride: floats between them, 0: any.
-  template <class Sum, int kStride = 0>
-  KVLAPSE_DEVICE Sum chain(const float* from, int first, int apart, int n) const {
+  template <int kStride>
+  KVLAPSE_DEVICE float chain(const float* from, int first, int apart, int n) const {
     constexpr int kAhead = 8;
     const int stride = kStride > 0 ? kStride : apart * slot_floats_;
     int left = (n - first + apart - 1) / apart;
     from += first * slot_floats_;
-    Sum sum = {};
-    Sum one[kAhead], two[kAhead];
-    const auto load = [&](Sum(&to)[kAhead]) {
+    float sum = 0;
+    float one[kAhead], two[kAhead];
+    const auto load = [&](float(&to)[kAhead]) {
       KVLAPSE_UNROLL
-      for (int i = 0; i < kAhead; ++i) to[i] = *reinterpret_cast<const Sum*>(from + i * stride);
+      for (int i = 0; i < kAhead; ++i) to[i] = from[i * stride];
       from += kAhead * stride;
     };
-    const auto add = [&](const Sum(&values)[kAhead]) {
+    const auto add = [&](const float(&values)[kAhead]) {
       KVLAPSE_UNROLL
       for (int i = 0; i < kAhead; ++i) sum += values[i];
     };
@@ -320,10 +316,7 @@ class Decide {
       add(one);
     }
     KVLAPSE_NO_UNROLL
-    for (; left > 0; --left) {
-      sum += *reinterpret_cast<const Sum*>(from);
-      from += stride;
-    }
+    for (; left > 0; --left, from += stride) sum += *from;
     return sum;
   }
   // Too little of the weight for the recording's exponentials: scores that are NaN end the run.
@@ -333,20 +326,16 @@ class Decide {
     return sum >= kLeastSharedSum ? 1.0f / sum : device::bits_float(0x7fc00000u);
   }
 
-  // A thread sums one lane of two query heads; sixteen neighbours hold the lanes and add them as
-  // vector_math.h does: l + 8, then + 4, + 2, + 1.
+  // A thread sums one lane of a query head; sixteen neighbours hold the lanes and add them as vector_math.h
+  // does: l + 8, then + 4, + 2, + 1.
   KVLAPSE_DEVICE void sum_alone(int n) {
-    for (int i = thread_; i < kSumLanes * width_ / 2; i += a_.n_threads) {
-      const int lane = i % kSumLanes, pair = i / kSumLanes;
-      Float2 sum = n_heads_ == 1 ? chain<Float2, kSumLanes * kLanes>(weights_ + 2 * pair, lane, kSumLanes, n)
-                                 : chain<Float2>(weights_ + 2 * pair, lane, kSumLanes, n);
+    for (int i = thread_; i < kSumLanes * width_; i += a_.n_threads) {
+      const int lane = i % kSumLanes, column = i / kSumLanes;
+      float sum = n_heads_ == 1 ? chain<kSumLanes * kLanes>(weights_ + column, lane, kSumLanes, n)
+                                : chain<0>(weights_ + column, lane, kSumLanes, n);
       KVLAPSE_UNROLL
-      for (int mask = kSumLanes / 2; mask > 0; mask /= 2)
-        sum.x += shuffle_xor(sum.x, mask), sum.y += shuffle_xor(sum.y, mask);
-      if (lane == 0) {
-        inverse_[2 * pair] = inverse_of(sum.x, 2 * pair);
-        inverse_[2 * pair + 1] = inverse_of(sum.y, 2 * pair + 1);
-      }
+      for (int mask = kSumLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+      if (lane == 0) inverse_[column] = inverse_of(sum, column);
     }
   }
   // Two buffers: a block may be a step ahead where nothing is evicted.
@@ -357,7 +346,7 @@ class Decide {
     for (int i = thread_; i < (chains + 31) / 32 * 32; i += a_.n_threads) {
       const int own = least(i, chains - 1) / width_, column = least(i, chains - 1) % width_,
                 lane = (rank_ << own_shift_) + own;
-      const float sum = chain<float>(weights_ + column, own, own_lanes_, n);
+      const float sum = chain<0>(weights_ + column, own, own_lanes_, n);
       const int first = thread_ % 32 / 4 * 4;
       const Float4 quad = {shuffle_from(sum, first), shuffle_from(sum, first + 1),
                            shuffle_from(sum, first + 2), shuffle_from(sum, first + 3)};
