@@ -78,7 +78,7 @@ void launch_replay(cudaStream_t stream, const gpu_replay::LogitsArgs& args) {
 }
 
 template <int kTiles, bool kFull>
-static __global__ void __launch_bounds__(gpu_replay::OutputsArgs::kThreads, 1)
+static __global__ void __launch_bounds__(gpu_replay::OutputsArgs::kThreads, kFull ? 1 : 2)
     replay_outputs_kernel(const __grid_constant__ gpu_replay::OutputsArgs args) {
   extern __shared__ __align__(16) unsigned char shared[];
   gpu_replay::Outputs<kTiles, kFull>(args, device::block_index(), shared).run();

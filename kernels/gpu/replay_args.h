@@ -219,12 +219,12 @@ struct Repair {
 // Output and cosine error. The smaller side, dropped or held tokens, is summed: its weights and values in
 // half precision, fp32 sums, the sum of the weights among them, so that both sides are of one distribution.
 // The full cache's output comes first, as the `full` launch, from all tokens. That launch also turns the
-// weights, where they are, into tiles of kUnit steps by kUnit tokens with the steps of a token next to one
+// weights, where they are, into tiles of kSteps steps by as many tokens with the steps of a token next to one
 // another, so that those of any list of tokens are read in runs.
 struct OutputsArgs {
   static constexpr const char* kName = "replay_outputs";
-  static constexpr int kThreads = 256, kSteps = 64, kFullSteps = 32, kUnit = 32, kChunk = 64, kBuffers = 3,
-                       kSegment = 4096, kPad = 16;
+  static constexpr int kThreads = 256, kSteps = 32, kChunk = 32, kBuffers = 4, kFullChunk = 64,
+                       kFullBuffers = 3, kSegment = 4096, kPad = 16;
   Shape shape;
   uint16_t* weights;       // half
   const uint16_t* values;  // [H, T, dim_padded()]
@@ -237,14 +237,15 @@ struct OutputsArgs {
   uint32_t* n_repairs;
   int32_t n_configs, t0, t1, begin;
   int32_t full;
-  constexpr int steps() const { return full ? kFullSteps : kSteps; }
-  constexpr int step_tiles() const { return (t1 - t0 + steps() - 1) / steps(); }
+  constexpr int step_tiles() const { return (t1 - t0 + kSteps - 1) / kSteps; }
   constexpr int quads() const { return shape.lanes() / 4; }
   constexpr int n_blocks() const { return step_tiles() * shape.n_kv * quads() * (full ? 1 : n_configs); }
   constexpr int column_tiles() const { return shape.dim_padded() > 64 ? 16 : 8; }  // of 8, at a time
-  // A chunk's weights and values, the list, counts of warps, barriers.
+  // A chunk's weights and values, the list, counts of warps, barriers, sums of errors.
   constexpr int smem_bytes() const {
-    return kBuffers * kChunk * (steps() * 8 + column_tiles() * 16 + 2 * kPad) + kSegment * 2 + 128;
+    return (full ? kFullBuffers * kFullChunk : kBuffers * kChunk) *
+               (kSteps * 8 + column_tiles() * 16 + 2 * kPad) +
+           kSegment * 2 + 128 + 3 * kSteps * 4 * 4;
   }
 };
 

@@ -19,21 +19,22 @@ KVLAPSE_DEVICE void errors_of(float x2, float with, float o2, float& error, floa
 }
 
 // A block has a tile of steps x 4 query heads by 8 * kTiles columns, a warp a quarter of the rows by half of
-// the columns. Weights and values of the tokens that count come by chunks into shared memory, two chunks
-// ahead. Those that count at every step of the tile come first; chunks with others are masked there.
+// the columns. Weights and values of the tokens that count come by chunks into shared memory, some ahead.
+// Those that count at every step of the tile come first; chunks with others are masked there.
 template <int kTiles, bool kFull>
 class Outputs {
  public:
-  static constexpr int kChunk = OutputsArgs::kChunk, kSegment = OutputsArgs::kSegment,
-                       kThreads = OutputsArgs::kThreads, kBuffers = OutputsArgs::kBuffers,
-                       kUnit = OutputsArgs::kUnit, kWarps = kThreads / 32, kHeads = 4,
-                       kSteps = kFull ? OutputsArgs::kFullSteps : OutputsArgs::kSteps,
+  static constexpr int kChunk = kFull ? OutputsArgs::kFullChunk : OutputsArgs::kChunk,
+                       kBuffers = kFull ? OutputsArgs::kFullBuffers : OutputsArgs::kBuffers,
+                       kSegment = OutputsArgs::kSegment, kThreads = OutputsArgs::kThreads,
+                       kWarps = kThreads / 32, kHeads = 4, kSteps = OutputsArgs::kSteps,
                        kRows = kSteps * kHeads, kM = kRows / 64,  // tiles of 16 rows a warp
       kN = kTiles / 2,                                            // tiles of 8 columns a warp
       kWeightBytes = kSteps * 8 + OutputsArgs::kPad, kValueBytes = kTiles * 16 + OutputsArgs::kPad,
                        kBufferBytes = kChunk * (kWeightBytes + kValueBytes),
                        kShare = kSegment / kThreads;  // positions of a segment a lane looks at
-  static_assert(kWarps == 8 && kM % 2 == 0 && kN % 2 == 0 && kChunk % kWarps == 0 && kSteps % kUnit == 0);
+  static_assert(kWarps == 8 && kShare == 16 && kM % 2 == 0 && kN % 2 == 0 && kChunk % kWarps == 0 &&
+                kSteps == 32);
   // Share of the weight that held tokens need.
   static constexpr float kLeastDifference = 1.0f / 64, kLeastHalf = 1.0f / 131072;
 
@@ -50,7 +51,11 @@ class Outputs {
     list_ = reinterpret_cast<uint16_t*>(memory + kBuffers * kBufferBytes);
     counts_ = reinterpret_cast<uint32_t*>(list_ + kSegment);
     barriers_ = device::smem_address(counts_ + kWarps);
+    errors_ = reinterpret_cast<float*>(counts_ + 32);
     sums_dropped_ = !kFull && end_ - a_.held[config_] <= a_.held[config_];
+    units_ = static_cast<uint32_t>(shape_.n_kv) * shape_.stride * a_.quads();
+    weights_ = a_.weights + shape_.row(first_ - a_.t0, head_) + quad_ * kHeads;
+    values_ = a_.values + static_cast<int64_t>(head_) * shape_.n_tokens * shape_.dim_padded();
     last_ =
         kFull ? nullptr : a_.last + (static_cast<int64_t>(config_) * shape_.n_kv + head_) * shape_.n_tokens;
   }
@@ -63,7 +68,6 @@ class Outputs {
     }
     block_sync();
     const int n_passes = (shape_.dim_padded() / 8 + kTiles - 1) / kTiles;
-    float errors[3] = {};
     KVLAPSE_NO_UNROLL
     for (int pass = 0; pass < n_passes; ++pass) {
       KVLAPSE_UNROLL
@@ -79,28 +83,18 @@ class Outputs {
         KVLAPSE_UNROLL
         for (int j = 0; j < 4; ++j) mass_[m][j] = 0;
       }
-      look_ahead(0);
       KVLAPSE_NO_UNROLL
       for (segment_ = 0; segment_ < end_; segment_ += kSegment) add_segment(pass, pass + 1 == n_passes);
       if constexpr (kFull)
         store_full(pass);
       else
-        compare(pass, errors);
+        compare(pass);
     }
-    if constexpr (!kFull) close(errors, masses()[own_row()]);
+    if constexpr (!kFull) close();
   }
 
  private:
   // ---- the list of a segment ----
-  KVLAPSE_DEVICE void look_ahead(int segment) {
-    if constexpr (!kFull) {
-      KVLAPSE_UNROLL
-      for (int k = 0; k < kShare; ++k) {
-        const int pos = segment + warp_ * kShare * 32 + k * 32 + lane_;
-        ahead_[k] = pos < end_ ? last_[pos] : sums_dropped_ ? kHeld : -1;
-      }
-    }
-  }
   // Counts at some step of the tile, at every one.
   KVLAPSE_DEVICE bool listed(int last) const { return sums_dropped_ ? last < end_ - 1 : last >= first_; }
   KVLAPSE_DEVICE bool always(int pos, int last) const {
@@ -117,12 +111,20 @@ class Outputs {
   }
   KVLAPSE_DEVICE void build_list() {
     const int from = segment_ + warp_ * kShare * 32 + lane_;
-    uint32_t own = 0;  // and those that always count, above
+    int last[kShare];
     KVLAPSE_UNROLL
+    for (int k = 0; k < kShare; ++k)
+      last[k] = from + 32 * k < end_ ? last_[from + 32 * k] : sums_dropped_ ? kHeld : -1;
+    uint32_t own = 0;    // and those that always count, above
+    uint32_t kinds = 0;  // two bits a position: counts; always counts
+    KVLAPSE_UNROLL
+    for (int k = 0; k < kShare; ++k)
+      kinds |= (listed(last[k]) ? 1u : 0u) << 2 * k | (always(from + 32 * k, last[k]) ? 2u : 0u) << 2 * k;
+    KVLAPSE_NO_UNROLL
     for (int k = 0; k < kShare; ++k) {
-      own += static_cast<uint32_t>(device::bits_below(warp_ballot(listed(ahead_[k])), 32)) +
-             (static_cast<uint32_t>(device::bits_below(warp_ballot(always(from + 32 * k, ahead_[k])), 32))
-              << 16);
+      const uint32_t kind = kinds >> 2 * k;
+      own += static_cast<uint32_t>(device::bits_below(warp_ballot((kind & 1) != 0), 32)) +
+             (static_cast<uint32_t>(device::bits_below(warp_ballot((kind & 2) != 0), 32)) << 16);
     }
     if (lane_ == 0) counts_[warp_] = own;
     block_sync();
@@ -135,9 +137,9 @@ class Outputs {
     n_listed_ = static_cast<int>(all & 0xffffu), n_always_ = static_cast<int>(all >> 16);
     int first_always = static_cast<int>(before >> 16),
         first_other = n_always_ + static_cast<int>(before & 0xffffu) - first_always;
-    KVLAPSE_UNROLL
+    KVLAPSE_NO_UNROLL
     for (int k = 0; k < kShare; ++k) {
-      const bool in = listed(ahead_[k]), constant = always(from + 32 * k, ahead_[k]);
+      const bool in = (kinds >> 2 * k & 1) != 0, constant = (kinds >> 2 * k & 2) != 0;
       const uint32_t bits = warp_ballot(constant), others = warp_ballot(in && !constant);
       if (in)
         list_[constant ? first_always + device::bits_below(bits, lane_)
@@ -153,58 +155,58 @@ class Outputs {
   KVLAPSE_DEVICE int pos_of(int entry) const { return segment_ + (kFull ? entry : list_[entry]); }
 
   // ---- chunks ----
-  // Of the weights of a step of the block, or in a unit's row of a token from its first step on.
-  KVLAPSE_DEVICE uint16_t* weights_at(int row, int pos) const {
-    return a_.weights + shape_.row(row, head_) + static_cast<int64_t>(pos) * shape_.lanes() + quad_ * kHeads;
-  }
-  KVLAPSE_DEVICE uint16_t* steps_of(int pos, int unit) const {
-    return weights_at(first_ - a_.t0 + unit * kUnit + pos % kUnit, pos / kUnit * kUnit);
+  // A token's weights at the tile's steps, turned: in quads of numbers.
+  KVLAPSE_DEVICE uint64_t* steps_of(int pos) const {
+    return reinterpret_cast<uint64_t*>(weights_) + static_cast<uint32_t>(pos) % kSteps * units_ +
+           static_cast<uint32_t>(pos) / kSteps * kSteps * static_cast<uint32_t>(a_.quads());
   }
   KVLAPSE_DEVICE void stage(int chunk, int pass, int buffer) const {
     const SmemAddress weights = buffers_ + static_cast<uint32_t>(buffer * kBufferBytes),
                       values = weights + kChunk * kWeightBytes;
-    constexpr int kOwn = kChunk / kWarps;
-    const int entry0 = chunk * kChunk + warp_ * kOwn;
+    constexpr int kOwn = kChunk / kWarps, kHalf = kOwn / 2,
+                  kAtOnce = 32 / kTiles;  // tokens whose values a warp copies at a time
+    const int own0 = warp_ * kOwn, entry0 = chunk * kChunk + own0;
+    const int piece = lane_ % kTiles, column = (pass * kTiles + piece) * 8;
+    const bool inside = column < shape_.dim_padded();
+    const uint16_t* const from = values_ + (inside ? column : 0);
+    const auto put_values = [&](int token, int pos) {
+      const bool valid = inside && (!kFull || pos < end_);
+      device::copy_async16(
+          values + static_cast<uint32_t>((own0 + token) * kValueBytes + piece * 16),
+          from + static_cast<uint64_t>(static_cast<uint32_t>(valid ? pos : 0)) * shape_.dim_padded(), valid);
+    };
     if constexpr (kFull) {
-      const int token = warp_ * kOwn + lane_ % 8, pos = pos_of(chunk * kChunk + token);
+      const int token = own0 + lane_ % kOwn, pos = pos_of(chunk * kChunk + token);
       KVLAPSE_UNROLL
-      for (int step = lane_ / 8; step < kSteps; step += 4) {
+      for (int step = lane_ / kOwn; step < kSteps; step += 32 / kOwn) {
         const bool valid = first_ + step < a_.t1;
         device::copy_async8(weights + static_cast<uint32_t>(token * kWeightBytes + step * 8),
-                            weights_at(valid ? first_ - a_.t0 + step : 0, pos), valid);
+                            reinterpret_cast<const uint64_t*>(weights_) +
+                                static_cast<uint32_t>(valid ? step : 0) * units_ +
+                                static_cast<uint32_t>(pos * a_.quads()),
+                            valid);
       }
-    } else if (shape_.lanes() == 4) {
-      const int unit = lane_ / 16;
-      const bool valid = first_ + unit * kUnit < a_.t1;
+    } else if (a_.quads() == 1) {
+      int pos[kHalf];
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kHalf; ++i) pos[i] = pos_of(entry0 + 2 * i + lane_ / 16);
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kHalf; ++i) {
+        const int token = 2 * i + lane_ / 16;
+        device::copy_async16(weights + static_cast<uint32_t>((own0 + token) * kWeightBytes + lane_ % 16 * 16),
+                             steps_of(pos[i]) + lane_ % 16 * 2, true);
+        if (kAtOnce == 2) put_values(token, pos[i]);
+      }
+    } else {
       KVLAPSE_UNROLL
       for (int i = 0; i < kOwn; ++i)
-        device::copy_async16(weights + static_cast<uint32_t>((warp_ * kOwn + i) * kWeightBytes + lane_ * 16),
-                             steps_of(pos_of(entry0 + i), valid ? unit : 0) + lane_ % 16 * 8, valid);
-    } else {
-      KVLAPSE_UNROLL_2
-      for (int i = 0; i < kOwn; ++i) {
-        const int pos = pos_of(entry0 + i);
-        KVLAPSE_UNROLL
-        for (int unit = 0; unit < kSteps / kUnit; ++unit) {
-          const bool valid = first_ + unit * kUnit < a_.t1;
-          device::copy_async8(weights + static_cast<uint32_t>((warp_ * kOwn + i) * kWeightBytes +
-                                                              unit * kUnit * 8 + lane_ * 8),
-                              steps_of(pos, valid ? unit : 0) + lane_ * shape_.lanes(), valid);
-        }
-      }
+        device::copy_async8(weights + static_cast<uint32_t>((own0 + i) * kWeightBytes + lane_ * 8),
+                            steps_of(pos_of(entry0 + i)) + lane_ * a_.quads(), true);
     }
-    constexpr int kAtOnce = 32 / kTiles;  // tokens a warp copies at a time
-    const int piece = lane_ % kTiles, column = (pass * kTiles + piece) * 8;
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kOwn; i += kAtOnce) {
-      const int token = i + lane_ / kTiles, pos = pos_of(entry0 + token);
-      const bool valid = column < shape_.dim_padded() && pos < end_;
-      device::copy_async16(
-          values + static_cast<uint32_t>((warp_ * kOwn + token) * kValueBytes + piece * 16),
-          a_.values +
-              (valid ? (static_cast<int64_t>(head_) * shape_.n_tokens + pos) * shape_.dim_padded() + column
-                     : 0),
-          valid);
+    if (kFull || kAtOnce != 2 || a_.quads() != 1) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kOwn; i += kAtOnce)
+        put_values(i + lane_ / kTiles, pos_of(entry0 + i + lane_ / kTiles));
     }
     device::copy_async_arrive(barriers_ + static_cast<uint32_t>(buffer * 8));
   }
@@ -226,34 +228,34 @@ class Outputs {
     constexpr int kOwn = kChunk / kWarps;
     const unsigned char* weights = memory_ + buffer * kBufferBytes;
     const int token0 = warp_ * kOwn, pos0 = segment_ + chunk * kChunk + token0;
-    if (shape_.lanes() == 4) {
+    if (a_.quads() == 1) {
       KVLAPSE_UNROLL
       for (int i = lane_ / 16; i < kOwn; i += 2)
-        *reinterpret_cast<Float4*>(steps_of(pos0 + i, 0) + lane_ % 16 * 8) =
+        *reinterpret_cast<Float4*>(steps_of(pos0 + i) + lane_ % 16 * 2) =
             *reinterpret_cast<const Float4*>(weights + (token0 + i) * kWeightBytes + lane_ % 16 * 16);
     } else {
       KVLAPSE_UNROLL
       for (int i = 0; i < kOwn; ++i)
-        *reinterpret_cast<uint64_t*>(steps_of(pos0 + i, 0) + lane_ * shape_.lanes()) =
+        steps_of(pos0 + i)[lane_ * a_.quads()] =
             *reinterpret_cast<const uint64_t*>(weights + (token0 + i) * kWeightBytes + lane_ * 8);
     }
   }
 
   KVLAPSE_DEVICE void add_segment(int pass, bool last_pass) {
     build();
-    look_ahead(segment_ + kSegment);
     const int n_chunks = (n_listed_ + kChunk - 1) / kChunk;
     if (n_chunks == 0) return;
     int ahead = buffer_;
-    stage(0, pass, ahead);
-    if (++ahead == kBuffers) ahead = 0;
-    if (n_chunks > 1) stage(1, pass, ahead);
-    if (++ahead == kBuffers) ahead = 0;
+    KVLAPSE_NO_UNROLL
+    for (int i = 0; i < kBuffers - 1; ++i) {
+      if (i < n_chunks) stage(i, pass, ahead);
+      if (++ahead == kBuffers) ahead = 0;
+    }
     KVLAPSE_NO_UNROLL
     for (int chunk = 0; chunk < n_chunks; ++chunk) {
       device::mbarrier_wait(barriers_ + static_cast<uint32_t>(buffer_ * 8), parity_);
       block_sync();  // the chunk before is read
-      if (chunk + 2 < n_chunks) stage(chunk + 2, pass, ahead);
+      if (chunk + kBuffers - 1 < n_chunks) stage(chunk + kBuffers - 1, pass, ahead);
       if ((chunk + 1) * kChunk > n_always_) {
         mask(chunk, buffer_);
         block_sync();
@@ -356,43 +358,59 @@ class Outputs {
     block_sync();  // chunks and lists to come
   }
   // Of x = o~ - o adds |x|^2, o.x and |o|^2 of these columns.
-  KVLAPSE_DEVICE void compare(int pass, float (&errors)[3]) const {
+  KVLAPSE_DEVICE void compare(int pass) const {
     share();
     const bool own = has(own_row());
     const float mass = masses()[own_row()], total = own ? a_.totals[query_of(own_row())] : 1.0f;
     const float kept = sums_dropped_ ? total - mass : mass, inverse = own && kept > 0 ? 1.0f / kept : 0.0f;
     const float of_full = sums_dropped_ ? mass * inverse : -1.0f, of_sum = sums_dropped_ ? -inverse : inverse;
-    const int column = pass * kTiles * 8 + lane_ * 4;
-    const bool inside = lane_ * 4 < kTiles * 8 && column < shape_.dim_padded();
-    KVLAPSE_UNROLL_8
-    for (int i = 0; i < kOwnRows; ++i) {
-      const int row = warp_ * kOwnRows + i;
-      const float full_share = shuffle_from(of_full, i), sum_share = shuffle_from(of_sum, i);
-      Weights<4> o = {}, w = {};
-      if (inside && has(row)) {
-        o = Weights<4>::load(a_.outputs + query_of(row) * shape_.dim_padded() + column);
-        w = Weights<4>::load(sums() + row * kRowFloats + lane_ * 4);
-      }
+    float errors[3] = {};
+    // Four rows at a time, eight lanes a row.
+    KVLAPSE_NO_UNROLL
+    for (int i = 0; i < kOwnRows; i += 4) {
+      const int own_i = i + lane_ / 8, row = warp_ * kOwnRows + own_i;
+      const float full_share = shuffle_from(of_full, own_i), sum_share = shuffle_from(of_sum, own_i);
       float of_row[3] = {};
+      Weights<4> o[kTiles / 4];
       KVLAPSE_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        const float x = fmaf(o.v[k], full_share, sum_share * w.v[k]);
-        of_row[0] = fmaf(x, x, of_row[0]);
-        of_row[1] = fmaf(o.v[k], x, of_row[1]);
-        of_row[2] = fmaf(o.v[k], o.v[k], of_row[2]);
+      for (int j = 0; j < kTiles / 4; ++j) {
+        const int column = pass * kTiles * 8 + j * 32 + lane_ % 8 * 4;
+        o[j] = {};
+        if (column < shape_.dim_padded() && has(row))
+          o[j] = Weights<4>::load(a_.outputs + query_of(row) * shape_.dim_padded() + column);
+      }
+      KVLAPSE_UNROLL
+      for (int j = 0; j < kTiles / 4; ++j) {
+        const Weights<4> w = Weights<4>::load(sums() + row * kRowFloats + j * 32 + lane_ % 8 * 4);
+        KVLAPSE_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const float x = fmaf(o[j].v[k], full_share, sum_share * w.v[k]);
+          of_row[0] = fmaf(x, x, of_row[0]);
+          of_row[1] = fmaf(o[j].v[k], x, of_row[1]);
+          of_row[2] = fmaf(o[j].v[k], o[j].v[k], of_row[2]);
+        }
       }
       KVLAPSE_UNROLL
       for (int k = 0; k < 3; ++k) {
         KVLAPSE_UNROLL
-        for (int mask = 16; mask > 0; mask /= 2) of_row[k] += shuffle_xor(of_row[k], mask);
-        if (lane_ == i) errors[k] += of_row[k];
+        for (int mask = 4; mask > 0; mask /= 2) of_row[k] += shuffle_xor(of_row[k], mask);
+        const float own_row = shuffle_from(of_row[k], lane_ % 4 * 8);
+        if (lane_ / 4 * 4 == i) errors[k] += own_row;
+      }
+    }
+    if (lane_ < kOwnRows) {
+      KVLAPSE_UNROLL
+      for (int k = 0; k < 3; ++k) {
+        float& sum = errors_[k * kRows + own_row()];
+        sum = (pass > 0 ? sum : 0.0f) + errors[k];
       }
     }
     block_sync();  // chunks and lists to come
   }
-  KVLAPSE_DEVICE void close(const float (&errors)[3], float mass) const {
+  KVLAPSE_DEVICE void close() const {
     const int row = own_row(), step = first_ + row / kHeads;
-    if (!has(row)) return;
+    if (lane_ >= kOwnRows || !has(row)) return;
+    const float mass = masses()[row];
     const int64_t plane = static_cast<int64_t>(a_.n_configs) * shape_.n_q * shape_.n_tokens;
     const int q = config_ * shape_.n_q + head_ * shape_.group() + quad_ * kHeads + row % kHeads;
     const float total = a_.totals[query_of(row)];
@@ -401,7 +419,7 @@ class Outputs {
       return;
     }
     float error, cosine_error;
-    errors_of(errors[0], errors[1], errors[2], error, cosine_error);
+    errors_of(errors_[row], errors_[kRows + row], errors_[2 * kRows + row], error, cosine_error);
     float* to = a_.metrics + static_cast<int64_t>(q) * shape_.n_tokens + step;
     to[kError * plane] = error;
     to[kCosine * plane] = cosine_error;
@@ -411,16 +429,19 @@ class Outputs {
   const Shape shape_;
   const int thread_, warp_, lane_;
   int config_, head_, quad_, first_, end_;
+  uint32_t units_;     // quads of numbers of a step
+  uint16_t* weights_;  // of the tile's first step
+  const uint16_t* values_;
   unsigned char* memory_;
   SmemAddress buffers_, barriers_;
   uint16_t* list_;
   uint32_t* counts_;
+  float* errors_;  // [3][rows]
   const int32_t* last_;
   bool sums_dropped_;
   int segment_ = 0, n_listed_ = 0, n_always_ = 0;
   int buffer_ = 0;  // the next to be read
   uint32_t parity_ = 0;
-  int ahead_[kShare] = {};  // last steps of the next segment
   float sum_[kM][kN][4], mass_[kM / 2][4];
 };
 
