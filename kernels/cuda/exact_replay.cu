@@ -93,7 +93,7 @@ void launch_replay(cudaStream_t stream, const gpu_replay::OutputsArgs& args) {
 }
 
 template <int kLanes, bool kLarge>
-static __global__ void __launch_bounds__((kLarge ? 1 : 2) * kReplayDecideThreads, 1)
+static __global__ void __launch_bounds__(kReplayDecideThreads, kLarge ? 1 : 2)
     replay_decide_kernel(const __grid_constant__ gpu_replay::DecideArgs args) {
   extern __shared__ __align__(16) unsigned char shared[];
   gpu_replay::Decide<kLanes, kLarge>(args, device::block_index(), shared).run();

@@ -64,7 +64,7 @@ class DeviceApi {
   struct Limits {
     int shared_bytes = 0;    // of a block
     bool clusters = false;   // blocks that exchange through shared memory
-    int decide_threads = 0;  // of a block that takes decisions: half of what a multiprocessor holds
+    int decide_threads = 0;  // most of a block that takes decisions
   };
   virtual Limits limits() const = 0;
   // Launches until join() may run beside one another, each behind what was launched before fork().

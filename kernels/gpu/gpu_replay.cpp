@@ -303,11 +303,9 @@ struct GpuReplay::Run {
     api.upload(device_tasks, tasks.data(), tasks.size() * sizeof(gr::DecideTask));
   }
 
-  // As many as score the largest task's slots in equal shares; twice as many where a block has a
-  // multiprocessor for itself.
+  // As many as score the largest task's slots in equal shares.
   int decide_threads(const Group& g) const {
-    const int most = (!g.large && g.smem > limits.shared_bytes / 2 ? 2 : 1) * limits.decide_threads;
-    const int turns = (g.slots + most - 1) / most;
+    const int turns = (g.slots + limits.decide_threads - 1) / limits.decide_threads;
     return ((g.slots + turns - 1) / turns + 31) / 32 * 32;
   }
   // Accumulating scores have seen the prompt; its cut takes their sums along.

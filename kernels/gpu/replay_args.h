@@ -48,7 +48,7 @@ struct Shape {
 // weights[s][h][i][g] = factor * q[s][h * G + g] . k[i][h] for i <= t0 + s.
 struct LogitsArgs {
   static constexpr const char* kName = "replay_logits";
-  static constexpr int kThreads = 128, kRows = 64, kColumns = 32, kWalk = 512, kBuffers = 3;
+  static constexpr int kThreads = 128, kRows = 64, kColumns = 32, kWalk = 512, kBuffers = 2;
   Shape shape;
   const float* q;  // [t1 - t0, Hq, D]
   const float* k;  // [T, H, D]

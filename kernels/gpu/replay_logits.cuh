@@ -6,16 +6,16 @@
 namespace kvlapse::gpu_replay {
 
 // A block: kRows (step, query head of the group), whose queries stay in shared memory, by a walk over tiles
-// of kColumns tokens, whose keys come two tiles ahead. A warp has 16 rows of a tile. The 16 lanes of a sum
-// are dealt to four threads, lanes l % 4 each, which add up 8 rows by 8 columns; then each gets a quarter of
-// them from the others. kDim: 0 means any.
+// of kColumns tokens, the next of which comes while one is multiplied. A warp has 16 rows of a tile. The 16
+// lanes of a sum are dealt to four threads, lanes l % 4 each, which add up 8 rows by 8 columns; then each
+// gets a quarter of them from the others. kDim: 0 means any.
 template <int kDim>
 class Logits {
  public:
   static constexpr int kRows = LogitsArgs::kRows, kColumns = LogitsArgs::kColumns,
                        kThreads = LogitsArgs::kThreads, kBuffers = LogitsArgs::kBuffers,
                        kWarps = kThreads / 32, kOwn = 8;
-  static_assert(kRows == kWarps * 16 && kColumns == 32 && kBuffers == 3);
+  static_assert(kRows == kWarps * 16 && kColumns == 32 && kBuffers == 2);
 
   KVLAPSE_DEVICE Logits(const LogitsArgs& args, int block, unsigned char* memory)
       : a_(args),
@@ -46,16 +46,13 @@ class Logits {
     stage_queries();
     stage_keys(0, 0);
     if (n_tiles > 1) stage_keys(1, 1);
-    int buffer = 0, ahead = 2;
-    uint32_t parity = 0;
-    KVLAPSE_NO_UNROLL
     for (int tile = 0; tile < n_tiles; ++tile) {
-      device::mbarrier_wait(barriers_ + buffer * 8, parity);
-      block_sync();  // the tile before is read
-      if (tile + 2 < n_tiles) stage_keys(tile + 2, ahead);
+      const int buffer = tile % kBuffers;
+      device::mbarrier_wait(barriers_ + buffer * 8, static_cast<uint32_t>(tile / kBuffers & 1));
       multiply(tile, buffer);
-      if (++buffer == kBuffers) buffer = 0, parity ^= 1;
-      if (++ahead == kBuffers) ahead = 0;
+      if (tile + kBuffers >= n_tiles) continue;
+      block_sync();  // the tile is read
+      stage_keys(tile + kBuffers, buffer);
     }
   }
 
