@@ -165,9 +165,12 @@ struct RowsArgs {
 // Per (configuration, query head, step) from t_begin on: what later kernels close. [kind][config][Hq][T].
 enum MetricKind { kMissing, kMissingRest, kTopHeld, kError, kCosine, kMetricKinds };
 
+// Products of weights, in two parts of half precision each, and of ones for tokens that are gone.
 struct MassesArgs {
   static constexpr const char* kName = "replay_masses";
-  static constexpr int kThreads = 256, kSteps = 8, kTokens = 64, kConfigs = 32;
+  static constexpr int kThreads = 256, kSteps = 16, kTokens = 128, kConfigs = 32;
+  // Shared memory: bytes of a token's weights, of a configuration's ones; both are padded.
+  static constexpr int kWeightBytes = kSteps * 16 + 16, kOneBytes = kTokens * 2 + 16;
   Shape shape;
   const float* weights;  // exponentials
   const RowFacts* facts;
@@ -176,9 +179,11 @@ struct MassesArgs {
   int32_t n_configs, t0, t1, begin;  // steps [max(t0, begin), t1) are measured
   constexpr int step_tiles() const { return (t1 - t0 + kSteps - 1) / kSteps; }
   constexpr int config_tiles() const { return (n_configs + kConfigs - 1) / kConfigs; }
-  constexpr int n_blocks() const { return step_tiles() * config_tiles() * shape.n_kv; }
+  constexpr int quads() const { return shape.lanes() / 4; }
+  constexpr int n_blocks() const { return step_tiles() * config_tiles() * quads() * shape.n_kv; }
+  // And what is gone at some steps of a tile alone.
   constexpr int smem_bytes() const {
-    return kSteps * kTokens * shape.lanes() * 4 + kTokens * (kConfigs + 1) * 4;
+    return kTokens * kWeightBytes + kConfigs * kOneBytes + kConfigs * kSteps * 16;
   }
 };
 
