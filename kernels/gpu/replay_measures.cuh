@@ -23,8 +23,7 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
   const int s = block / shape.n_kv, h = block % shape.n_kv, t = a.t0 + s, n = t + 1;
   const bool measured = a.facts != nullptr && t >= a.begin;
   float* row = a.weights + shape.row(s, h);
-  float* peaks = reinterpret_cast<float*>(memory);  // [lanes][threads]
-  float* totals = peaks + kLanes * kThreads;
+  float* totals = reinterpret_cast<float*>(memory);  // [lanes][threads]
   float* products = totals + kLanes * kThreads;
   float* outsides = products + kLanes * kThreads;
   float* list = outsides + kLanes * kThreads;  // [group][kList]
@@ -33,30 +32,35 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
   float* bases = reinterpret_cast<float*>(listed + kMaxGroup);  // [3][group]: base, threshold, total
   float *thresholds = bases + kMaxGroup, *sums = thresholds + kMaxGroup;
 
-  float peak[kLanes];
-  KVLAPSE_UNROLL
-  for (int g = 0; g < kLanes; ++g) peak[g] = -infinity();
-  KVLAPSE_UNROLL_8
-  for (int i = thread; i < n; i += kThreads) {
-    const Weights<kLanes> x = Weights<kLanes>::load(row + static_cast<int64_t>(i) * kLanes);
-    KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; ++g) peak[g] = fmaxf(peak[g], x.v[g]);
-  }
-  KVLAPSE_UNROLL
-  for (int g = 0; g < kLanes; ++g) peaks[g * kThreads + thread] = peak[g];
   if (thread < kMaxGroup) listed[thread] = 0;
-  block_sync();
+  Weights<kLanes> next[2] = {};  // on their way
+  KVLAPSE_UNROLL
+  for (int k = 0; k < 2; ++k)
+    if (thread + k * kThreads < n)
+      next[k] = Weights<kLanes>::load(row + static_cast<int64_t>(thread + k * kThreads) * kLanes);
   if (warp < group) {
+    // The largest logits of runs, dealt to kThreads places.
+    const float* peaks = a.peaks + shape.row(s, h) / kRun + warp;
+    float highest_own[kShare];
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kShare; ++i) highest_own[i] = -infinity();
+    for (int first = 0; first < n; first += kThreads * kRun) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kShare; ++i) {
+        const int run = first / kRun + lane + 32 * i;
+        if (run * kRun < n) highest_own[i] = fmaxf(highest_own[i], peaks[static_cast<int64_t>(run) * kLanes]);
+      }
+    }
     uint32_t own[kShare];
     uint32_t best = 0;
     KVLAPSE_UNROLL
     for (int i = 0; i < kShare; ++i) {
-      own[i] = ordered(peaks[warp * kThreads + lane + 32 * i] + 0.0f);
+      own[i] = ordered(highest_own[i] + 0.0f);
       best = own[i] > best ? own[i] : best;
     }
     const float highest = unordered(warp_largest(best));
     const float base = row_base(highest);
-    // The tenth of the threads' maxima is exceeded by ten tokens at least.
+    // The tenth of the places' maxima is exceeded by ten tokens at least.
     uint32_t threshold = 0;
     KVLAPSE_NO_UNROLL
     for (int k = 0; measured && k < kTop; ++k) {
@@ -84,19 +88,22 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
 
   // Sums of exponentials e, of e times the logit less the base's, and of e behind the sinks.
   float total[kLanes] = {}, product[kLanes] = {}, outside[kLanes] = {}, base[kLanes] = {},
-        threshold[kLanes] = {};
+        threshold[kLanes] = {}, peak[kLanes] = {};
   KVLAPSE_UNROLL
   for (int g = 0; g < kLanes; ++g)
     if (g < group) base[g] = bases[g], threshold[g] = thresholds[g];
   KVLAPSE_UNROLL_2
   for (int i = thread; i < n; i += kThreads) {
     float* at = row + static_cast<int64_t>(i) * kLanes;
-    Weights<kLanes> x = Weights<kLanes>::load(at);
+    Weights<kLanes> x = next[0];
+    next[0] = next[1];
+    if (i + 2 * kThreads < n) next[1] = Weights<kLanes>::load(at + 2 * kThreads * kLanes);
     KVLAPSE_UNROLL
     for (int g = 0; g < kLanes; ++g) {
       if (g >= group) continue;
       const float e = device::exp_over(x.v[g], base[g]);
       total[g] += e;
+      peak[g] = fmaxf(peak[g], e);
       product[g] = fmaf(e, fmaf(base[g] + kRowHeadBits, -kLog2, x.v[g]), product[g]);
       outside[g] += i >= kSinks ? e : 0.0f;
       if (measured && e >= threshold[g]) {
@@ -137,7 +144,7 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
   bool any_hot = false;
   KVLAPSE_UNROLL
   for (int g = 0; g < kLanes; ++g)
-    if (g < group) any_hot |= device::exp_over(peak[g], base[g]) > kHot * sums[g];
+    if (g < group) any_hot |= peak[g] > kHot * sums[g];
   for (int i = thread; any_hot && i < n; i += kThreads) {
     const Weights<kLanes> e = Weights<kLanes>::load(row + static_cast<int64_t>(i) * kLanes);
     bool hot = false;
