@@ -51,16 +51,13 @@ KVLAPSE_REPLAY_LAUNCH(replay_future, FutureArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_sum_future, SumFutureArgs)
 KVLAPSE_REPLAY_LAUNCH(replay_close, CloseArgs)
 
-template <int kLanes>
-static __global__ void __launch_bounds__(gpu_replay::MassesArgs::kThreads, kLanes == 4 ? 3 : 2)
+static __global__ void __launch_bounds__(gpu_replay::MassesArgs::kThreads, 2)
     replay_masses_kernel(const __grid_constant__ gpu_replay::MassesArgs args) {
   extern __shared__ __align__(16) unsigned char shared[];
-  gpu_replay::run<kLanes>(args, device::block_index(), shared);
+  gpu_replay::run(args, device::block_index(), shared);
 }
 
-void launch_replay(cudaStream_t stream, const gpu_replay::MassesArgs& args) {
-  launch(stream, args.shape.lanes() == 4 ? replay_masses_kernel<4> : replay_masses_kernel<8>, args);
-}
+KVLAPSE_REPLAY_LAUNCH(replay_masses, MassesArgs)
 
 template <int kDim>
 static __global__ void __launch_bounds__(gpu_replay::LogitsArgs::kThreads, 2)

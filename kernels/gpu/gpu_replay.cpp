@@ -38,7 +38,8 @@ struct GpuReplay::Run {
   int n_blocks = 0;
   int n_configs, begin, end, block_steps;  // steps [begin, end) are measured, or decide when nothing is
   size_t row_floats;                       // weights of a step
-  float *q_host, *k_host, *v_host, *q[3], *k, *v, *weights[2], *l1, *metrics = nullptr, *future = nullptr;
+  float *q_host, *k_host, *v_host, *q[3], *k, *v, *weights[2], *peaks, *l1, *metrics = nullptr,
+                                                                            *future = nullptr;
   uint16_t *half, *half_weights[2] = {};
   float *outputs = nullptr, *totals = nullptr;
   gr::Repair* repairs = nullptr;
@@ -120,6 +121,7 @@ struct GpuReplay::Run {
     for (int i = 0; i < 2; ++i)
       weights[i] =
           on_device<float>(i ? "weights 1" : "weights 0", static_cast<size_t>(block_steps) * row_floats);
+    peaks = on_device<float>("peaks", static_cast<size_t>(block_steps) * row_floats / gr::kRun);
     k = on_device<float>("k", n_tokens * kv_width);
     v = on_device<float>("v", n_tokens * kv_width);
     half = on_device<uint16_t>("half", n_tokens * shape.n_kv * shape.dim_padded());
@@ -142,9 +144,9 @@ struct GpuReplay::Run {
     repairs = on_device<gr::Repair>("repairs", q_heads * block_steps);
     n_repairs = on_device<uint32_t>("n_repairs", 1);
     most_held = on_device<int32_t>("held", n_configs);
-    std::vector<int32_t> peaks;
-    for (const DeviceReplayConfig& c : r.configs) peaks.push_back(c.rule.peak_slots(c.budget));
-    api.upload(most_held, peaks.data(), peaks.size() * 4);
+    std::vector<int32_t> most_slots;
+    for (const DeviceReplayConfig& c : r.configs) most_slots.push_back(c.rule.peak_slots(c.budget));
+    api.upload(most_held, most_slots.data(), most_slots.size() * 4);
     older = on_device<float>("older", n_tokens * shape.n_kv * gr::kHorizon);
     entropy = on_device<float>("entropy", n_tokens * shape.n_q);
     cosine = on_device<float>("cosine", n_tokens * shape.n_q);
@@ -398,11 +400,11 @@ struct GpuReplay::Run {
     api.wait(kLoaded + number % 3);
     api.wait(kDecided + side);  // weights of the block before the last
     api.launch(gr::ValuesArgs{shape, v, l1, half, failed + 1, t0, t1});
-    api.launch(
-        gr::LogitsArgs{shape, q[number % 3] + q_width, k, weights[side], t0, t1, attention_scale(shape.dim)});
+    api.launch(gr::LogitsArgs{shape, q[number % 3] + q_width, k, weights[side], peaks, t0, t1,
+                              attention_scale(shape.dim)});
     stage("logits");
     const float* const own_q = q[number % 3];
-    api.launch(gr::RowsArgs{shape, weights[side], half_weights[side], own_q + q_width,
+    api.launch(gr::RowsArgs{shape, weights[side], peaks, half_weights[side], own_q + q_width,
                             t0 > 0 ? own_q : nullptr, facts[side], older, last_hot, entropy, cosine, failed,
                             t0, t1, begin});
     api.mark(kWeighed + side);

@@ -24,6 +24,7 @@ inline constexpr int kMaxGroup = 8;  // query heads per kv head
 inline constexpr int kMaxDim = 256;
 inline constexpr int kMaxCluster = 8;  // blocks that share a task whose victims the layer shares
 inline constexpr int kSumLanes = 16;   // of vector_math.h
+inline constexpr int kRun = 32;        // positions whose largest logit is known
 inline constexpr int kHorizon = 32, kTop = 10, kSinks = 4;
 inline constexpr float kHot = 0.01f;
 inline constexpr float kLargestHalf = 65504.0f;
@@ -45,7 +46,8 @@ struct Shape {
   }
 };
 
-// weights[s][h][i][g] = factor * q[s][h * G + g] . k[i][h] for i <= t0 + s.
+// weights[s][h][i][g] = factor * q[s][h * G + g] . k[i][h] for i <= t0 + s; and the largest of every kRun
+// positions.
 struct LogitsArgs {
   static constexpr const char* kName = "replay_logits";
   static constexpr int kThreads = 128, kRows = 64, kColumns = 32, kWalk = 512, kBuffers = 2;
@@ -53,6 +55,7 @@ struct LogitsArgs {
   const float* q;  // [t1 - t0, Hq, D]
   const float* k;  // [T, H, D]
   float* weights;
+  float* peaks;  // [t1 - t0][H][stride / kRun][lanes]
   int32_t t0, t1;
   float factor;
   constexpr int row_tiles() const { return ((t1 - t0) * shape.group() + kRows - 1) / kRows; }
@@ -148,6 +151,7 @@ struct RowsArgs {
   static constexpr int kThreads = 256, kList = 128;
   Shape shape;
   float* weights;         // logits in, exponentials out
+  const float* peaks;     // of the logits
   uint16_t* half;         // the same layout: kHalfScale / 2^kRowHeadBits times these in half precision
   const float* q;         // [t1 - t0, Hq, D]
   const float* before;    // [Hq, D] of step t0 - 1; null: there is none
@@ -159,15 +163,18 @@ struct RowsArgs {
   int32_t* failed;        // step + 1 of a row that is not finite
   int32_t t0, t1, begin;  // steps from `begin` on are measured
   constexpr int n_blocks() const { return (t1 - t0) * shape.n_kv; }
-  constexpr int smem_bytes() const { return kThreads * 4 * 4 * shape.lanes() + kMaxGroup * (kList * 8 + 16); }
+  constexpr int smem_bytes() const { return kThreads * 3 * 4 * shape.lanes() + kMaxGroup * (kList * 8 + 16); }
 };
 
 // Per (configuration, query head, step) from t_begin on: what later kernels close. [kind][config][Hq][T].
 enum MetricKind { kMissing, kMissingRest, kTopHeld, kError, kCosine, kMetricKinds };
 
+// Products of weights, in two parts of half precision each, and of ones for tokens that are gone.
 struct MassesArgs {
   static constexpr const char* kName = "replay_masses";
-  static constexpr int kThreads = 256, kSteps = 8, kTokens = 64, kConfigs = 32;
+  static constexpr int kThreads = 256, kSteps = 16, kTokens = 128, kConfigs = 32;
+  // Shared memory: bytes of a token's weights, of a configuration's ones; both are padded.
+  static constexpr int kWeightBytes = kSteps * 16 + 16, kOneBytes = kTokens * 2 + 16;
   Shape shape;
   const float* weights;  // exponentials
   const RowFacts* facts;
@@ -176,9 +183,11 @@ struct MassesArgs {
   int32_t n_configs, t0, t1, begin;  // steps [max(t0, begin), t1) are measured
   constexpr int step_tiles() const { return (t1 - t0 + kSteps - 1) / kSteps; }
   constexpr int config_tiles() const { return (n_configs + kConfigs - 1) / kConfigs; }
-  constexpr int n_blocks() const { return step_tiles() * config_tiles() * shape.n_kv; }
+  constexpr int quads() const { return shape.lanes() / 4; }
+  constexpr int n_blocks() const { return step_tiles() * config_tiles() * quads() * shape.n_kv; }
+  // And what is gone at some steps of a tile alone.
   constexpr int smem_bytes() const {
-    return kSteps * kTokens * shape.lanes() * 4 + kTokens * (kConfigs + 1) * 4;
+    return kTokens * kWeightBytes + kConfigs * kOneBytes + kConfigs * kSteps * 16;
   }
 };
 

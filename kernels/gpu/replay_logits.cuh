@@ -131,6 +131,7 @@ class Logits {
       for (int c = 0; c < kOwn / 2; ++c) kept[r][c] = sum[r][c] + shuffle_xor(sum[r][c + kOwn / 2], 8);
     }
     store(tile, kept);
+    store_peaks(tile, kept);
   }
   // Of lane 4 * high + own_lanes().
   KVLAPSE_DEVICE void add_lane(const float* keys, int high, float (&sum)[kOwn][kOwn]) const {
@@ -186,6 +187,34 @@ class Logits {
         for (int pad = group_; g == group_ - 1 && pad < lanes; ++pad) to[pad] = 0;
       }
     }
+  }
+
+  // The largest of the tile up to a row's step, among eight threads whose rows are the same.
+  KVLAPSE_DEVICE void store_peaks(int tile, const float (&sum)[kOwn / 2][kOwn / 2]) const {
+    static_assert(kColumns == kRun && kOwn == 8);
+    const int row0 = row_unit() * 4, first = first_ + tile * kColumns;
+    float best[4];
+    KVLAPSE_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int step = a_.t0 + (first_row_ + row0 + (group_ == 4 ? 0 : r)) / (group_ == 4 ? 4 : group_);
+      best[r] = -infinity();
+      KVLAPSE_UNROLL
+      for (int c = 0; c < 4; ++c)
+        best[r] =
+            first + column_of(column_unit(), c) <= step ? fmaxf(best[r], sum[r][c] * a_.factor) : best[r];
+    }
+    // Every thread is left with one row.
+    const bool upper = (lane_ & 2) != 0, odd = (lane_ & 4) != 0;
+    float pair[2];
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 2; ++i)
+      pair[i] = fmaxf(upper ? best[2 + i] : best[i], shuffle_xor(upper ? best[i] : best[2 + i], 2));
+    float peak = fmaxf(odd ? pair[1] : pair[0], shuffle_xor(odd ? pair[0] : pair[1], 4));
+    peak = fmaxf(peak, shuffle_xor(peak, 8));
+    const int row = row0 + (upper ? 2 : 0) + (odd ? 1 : 0);
+    if ((lane_ & 8) != 0 || row >= n_rows_) return;
+    const int step = (first_row_ + row) / group_, g = (first_row_ + row) % group_;
+    a_.peaks[shape_.row(step, head_) / kRun + first / kRun * shape_.lanes() + g] = peak;
   }
 
   const LogitsArgs& a_;

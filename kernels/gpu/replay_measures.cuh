@@ -23,8 +23,7 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
   const int s = block / shape.n_kv, h = block % shape.n_kv, t = a.t0 + s, n = t + 1;
   const bool measured = a.facts != nullptr && t >= a.begin;
   float* row = a.weights + shape.row(s, h);
-  float* peaks = reinterpret_cast<float*>(memory);  // [lanes][threads]
-  float* totals = peaks + kLanes * kThreads;
+  float* totals = reinterpret_cast<float*>(memory);  // [lanes][threads]
   float* products = totals + kLanes * kThreads;
   float* outsides = products + kLanes * kThreads;
   float* list = outsides + kLanes * kThreads;  // [group][kList]
@@ -33,30 +32,35 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
   float* bases = reinterpret_cast<float*>(listed + kMaxGroup);  // [3][group]: base, threshold, total
   float *thresholds = bases + kMaxGroup, *sums = thresholds + kMaxGroup;
 
-  float peak[kLanes];
-  KVLAPSE_UNROLL
-  for (int g = 0; g < kLanes; ++g) peak[g] = -infinity();
-  KVLAPSE_UNROLL_8
-  for (int i = thread; i < n; i += kThreads) {
-    const Weights<kLanes> x = Weights<kLanes>::load(row + static_cast<int64_t>(i) * kLanes);
-    KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; ++g) peak[g] = fmaxf(peak[g], x.v[g]);
-  }
-  KVLAPSE_UNROLL
-  for (int g = 0; g < kLanes; ++g) peaks[g * kThreads + thread] = peak[g];
   if (thread < kMaxGroup) listed[thread] = 0;
-  block_sync();
+  Weights<kLanes> next[2] = {};  // on their way
+  KVLAPSE_UNROLL
+  for (int k = 0; k < 2; ++k)
+    if (thread + k * kThreads < n)
+      next[k] = Weights<kLanes>::load(row + static_cast<int64_t>(thread + k * kThreads) * kLanes);
   if (warp < group) {
+    // The largest logits of runs, dealt to kThreads places.
+    const float* peaks = a.peaks + shape.row(s, h) / kRun + warp;
+    float highest_own[kShare];
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kShare; ++i) highest_own[i] = -infinity();
+    for (int first = 0; first < n; first += kThreads * kRun) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kShare; ++i) {
+        const int run = first / kRun + lane + 32 * i;
+        if (run * kRun < n) highest_own[i] = fmaxf(highest_own[i], peaks[static_cast<int64_t>(run) * kLanes]);
+      }
+    }
     uint32_t own[kShare];
     uint32_t best = 0;
     KVLAPSE_UNROLL
     for (int i = 0; i < kShare; ++i) {
-      own[i] = ordered(peaks[warp * kThreads + lane + 32 * i] + 0.0f);
+      own[i] = ordered(highest_own[i] + 0.0f);
       best = own[i] > best ? own[i] : best;
     }
     const float highest = unordered(warp_largest(best));
     const float base = row_base(highest);
-    // The tenth of the threads' maxima is exceeded by ten tokens at least.
+    // The tenth of the places' maxima is exceeded by ten tokens at least.
     uint32_t threshold = 0;
     KVLAPSE_NO_UNROLL
     for (int k = 0; measured && k < kTop; ++k) {
@@ -84,19 +88,22 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
 
   // Sums of exponentials e, of e times the logit less the base's, and of e behind the sinks.
   float total[kLanes] = {}, product[kLanes] = {}, outside[kLanes] = {}, base[kLanes] = {},
-        threshold[kLanes] = {};
+        threshold[kLanes] = {}, peak[kLanes] = {};
   KVLAPSE_UNROLL
   for (int g = 0; g < kLanes; ++g)
     if (g < group) base[g] = bases[g], threshold[g] = thresholds[g];
   KVLAPSE_UNROLL_2
   for (int i = thread; i < n; i += kThreads) {
     float* at = row + static_cast<int64_t>(i) * kLanes;
-    Weights<kLanes> x = Weights<kLanes>::load(at);
+    Weights<kLanes> x = next[0];
+    next[0] = next[1];
+    if (i + 2 * kThreads < n) next[1] = Weights<kLanes>::load(at + 2 * kThreads * kLanes);
     KVLAPSE_UNROLL
     for (int g = 0; g < kLanes; ++g) {
       if (g >= group) continue;
       const float e = device::exp_over(x.v[g], base[g]);
       total[g] += e;
+      peak[g] = fmaxf(peak[g], e);
       product[g] = fmaf(e, fmaf(base[g] + kRowHeadBits, -kLog2, x.v[g]), product[g]);
       outside[g] += i >= kSinks ? e : 0.0f;
       if (measured && e >= threshold[g]) {
@@ -137,7 +144,7 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
   bool any_hot = false;
   KVLAPSE_UNROLL
   for (int g = 0; g < kLanes; ++g)
-    if (g < group) any_hot |= device::exp_over(peak[g], base[g]) > kHot * sums[g];
+    if (g < group) any_hot |= peak[g] > kHot * sums[g];
   for (int i = thread; any_hot && i < n; i += kThreads) {
     const Weights<kLanes> e = Weights<kLanes>::load(row + static_cast<int64_t>(i) * kLanes);
     bool hot = false;
@@ -221,106 +228,232 @@ KVLAPSE_DEVICE void run(const RowsArgs& a, int block, unsigned char* memory) {
 }
 
 // ---- masses ----
-// A lane is a configuration, a warp one step. The next tile is on its way in registers while one is summed.
-template <int kLanes>
-KVLAPSE_DEVICE void run(const MassesArgs& a, int block, unsigned char* memory) {
-  constexpr int kSteps = MassesArgs::kSteps, kTokens = MassesArgs::kTokens, kConfigs = MassesArgs::kConfigs,
-                kThreads = MassesArgs::kThreads, kOwnWeights = kSteps * kTokens / kThreads,
-                kOwnLast = kConfigs * kTokens / kThreads;
-  static_assert(kConfigs == 32 && kSteps == kThreads / 32 && kTokens % 32 == 0);
-  const Shape& shape = a.shape;
-  const int group = shape.group(), thread = thread_index(), warp = thread / 32, lane = thread % 32;
-  const int h = block % shape.n_kv, config_tile = block / shape.n_kv % a.config_tiles(),
-            step_tile = block / shape.n_kv / a.config_tiles();
-  const int first = a.t0 + step_tile * kSteps, end = least(a.t1, first + kSteps), t = first + warp;
-  if (end <= a.begin) return;
-  float* weights = reinterpret_cast<float*>(memory);                             // [steps][tokens][lanes]
-  auto* last = reinterpret_cast<int32_t*>(weights + kSteps * kTokens * kLanes);  // [tokens][configs + 1]
-  const int config = config_tile * kConfigs + lane;
-  Weights<kLanes> next[kOwnWeights];
-  int next_last[kOwnLast];
-  // A thread's share: one token of every kApart-th step, and of every kApart-th configuration.
-  constexpr int kApart = kThreads / kTokens;
-  const int own_token = thread % kTokens, own = thread / kTokens;
-  const float* from = a.weights + shape.row(first + own - a.t0, h) + static_cast<int64_t>(own_token) * kLanes;
-  const int64_t step_floats = kApart * shape.row(1, 0),
-                config_tokens = static_cast<int64_t>(kApart) * shape.n_kv * shape.n_tokens;
-  const int n_own = most(0, (a.n_configs - config_tile * kConfigs - own + kApart - 1) / kApart);
-  const int32_t* from_last =
-      a.last + (static_cast<int64_t>(config_tile * kConfigs + own) * shape.n_kv + h) * shape.n_tokens +
-      own_token;
-  const auto fetch = [&](int token) {
-    const int pos = token + own_token;
+// A block has a tile of steps x 4 query heads by 32 configurations, a warp two of the steps. Tokens that are
+// gone at every step of the tile are summed as products; a warp adds the few that go within it, of four
+// configurations, a lane a step. The next chunk of tokens is on its way in registers.
+class Masses {
+ public:
+  static constexpr int kSteps = MassesArgs::kSteps, kTokens = MassesArgs::kTokens,
+                       kConfigs = MassesArgs::kConfigs, kThreads = MassesArgs::kThreads,
+                       kWarps = kThreads / 32, kOwnWeights = kSteps * kTokens / kThreads,
+                       kOwnConfigs = kConfigs / kWarps, kRuns = kTokens / 32,
+                       kApart = kThreads / kTokens;  // steps between those that a thread loads
+  static constexpr uint32_t kWeightBytes = MassesArgs::kWeightBytes, kOneBytes = MassesArgs::kOneBytes;
+  static constexpr float kScale = kHalfScale / kRowHead;
+  static_assert(kSteps == 2 * kWarps && kSteps == 16 && kConfigs == 32 && kTokens % 32 == 0);
+
+  KVLAPSE_DEVICE Masses(const MassesArgs& args, int block, unsigned char* memory)
+      : a_(args), shape_(args.shape), warp_(thread_index() / 32), lane_(thread_index() % 32) {
+    head_ = block % shape_.n_kv;
+    quad_ = block / shape_.n_kv % a_.quads();
+    first_config_ = block / shape_.n_kv / a_.quads() % a_.config_tiles() * kConfigs;
+    first_ = a_.t0 + block / shape_.n_kv / a_.quads() / a_.config_tiles() * kSteps;
+    end_ = least(a_.t1, first_ + kSteps);
+    weights_ = device::smem_address(memory);  // [tokens][steps][upper 4, lower 4]
+    memory_ = memory;
+    from_ = a_.weights + shape_.row(first_ - a_.t0 + thread_index() / kTokens, head_) + quad_ * 4 +
+            static_cast<int64_t>(thread_index() % kTokens) * shape_.lanes();
+    own_last_ = last_of(first_config_ + warp_ * kOwnConfigs) + lane_;
+  }
+
+  KVLAPSE_DEVICE void run() {
+    if (end_ <= a_.begin) return;
+    for (int i = thread_index(); i < kConfigs * kSteps * 4; i += kThreads) extra(0, 0)[i] = 0;
+    fetch(0);
+    KVLAPSE_NO_UNROLL
+    for (int token = 0; token < end_; token += kTokens) {
+      block_sync();
+      const uint32_t passing = put(token);
+      block_sync();
+      if (warp_ballot(passing != 0) != 0) add_passing(passing);
+      if (token + kTokens < end_) fetch(token + kTokens);
+      multiply();
+    }
+    share();
+    block_sync();
+    close();
+  }
+
+ private:
+  KVLAPSE_DEVICE const int32_t* last_of(int config) const {
+    return a_.last + (static_cast<int64_t>(config) * shape_.n_kv + head_) * shape_.n_tokens;
+  }
+  KVLAPSE_DEVICE void fetch(int token) {
+    const int64_t apart = kApart * shape_.row(1, 0),
+                  of_config = static_cast<int64_t>(shape_.n_kv) * shape_.n_tokens;
+    const int pos = token + thread_index() % kTokens;
+    const float* from = from_ + static_cast<int64_t>(token) * shape_.lanes();
     KVLAPSE_UNROLL
     for (int k = 0; k < kOwnWeights; ++k) {
-      const int at = first + own + k * kApart;
-      next[k] = {};
-      if (pos <= at && at < end)
-        next[k] = Weights<kLanes>::load(from + k * step_floats + static_cast<int64_t>(token) * kLanes);
+      const int step = first_ + thread_index() / kTokens + k * kApart;
+      next_[k] = {};
+      if (pos <= step && step < end_) next_[k] = Weights<4>::load(from + k * apart);
     }
     KVLAPSE_UNROLL
-    for (int k = 0; k < kOwnLast; ++k)
-      next_last[k] = k < n_own && pos < shape.n_tokens ? from_last[k * config_tokens + token] : kHeld;
-  };
-  float rest[kLanes] = {}, sinks[kLanes] = {};
-  fetch(0);
-  for (int token = 0; token < end; token += kTokens) {
-    block_sync();
-    KVLAPSE_UNROLL
-    for (int k = 0; k < kOwnWeights; ++k) next[k].store(weights + (thread + k * kThreads) * kLanes);
-    KVLAPSE_UNROLL
-    for (int k = 0; k < kOwnLast; ++k) {
-      const int i = thread + k * kThreads;
-      last[i % kTokens * (kConfigs + 1) + i / kTokens] = next_last[k];
-    }
-    block_sync();
-    if (token + kTokens < end) fetch(token + kTokens);
-    float part[kLanes] = {};
-    KVLAPSE_UNROLL_8
-    for (int i = 0; i < kTokens; ++i) {
-      const Weights<kLanes> w = Weights<kLanes>::load(weights + (warp * kTokens + i) * kLanes);
-      const bool gone = last[i * (kConfigs + 1) + lane] < t;
+    for (int c = 0; c < kOwnConfigs; ++c) {
       KVLAPSE_UNROLL
-      for (int g = 0; g < kLanes; ++g) part[g] += gone ? w.v[g] : 0.0f;
+      for (int k = 0; k < kRuns; ++k)
+        next_last_[c * kRuns + k] =
+            first_config_ + warp_ * kOwnConfigs + c < a_.n_configs && token + 32 * k + lane_ < shape_.n_tokens
+                ? own_last_[c * of_config + token + 32 * k]
+                : kHeld;
     }
-    if (token == 0) {
+  }
+  // What has come into shared memory; a bit for each that goes within the tile. Sinks are left to the end.
+  KVLAPSE_DEVICE uint32_t put(int token) {
+    const int thread = thread_index();
+    KVLAPSE_UNROLL
+    for (int k = 0; k < kOwnWeights; ++k) {
+      const float* w = next_[k].v;
+      uint32_t upper[2], lower[2];
       KVLAPSE_UNROLL
-      for (int g = 0; g < kLanes; ++g) part[g] = 0;
-      KVLAPSE_NO_UNROLL
-      for (int i = 0; i < kTokens; ++i) {
-        const bool gone = last[i * (kConfigs + 1) + lane] < t;
-        const float* w = weights + (warp * kTokens + i) * kLanes;
+      for (int j = 0; j < 2; ++j) {
+        const float low = w[2 * j] * kScale, high = w[2 * j + 1] * kScale;
+        upper[j] = device::pack2<device::F16>(low, high);
+        float low_part, high_part;
+        device::unpack2<device::F16>(upper[j], low_part, high_part);
+        lower[j] = device::pack2<device::F16>(low - low_part, high - high_part);
+      }
+      *reinterpret_cast<Float4*>(memory_ + thread % kTokens * kWeightBytes +
+                                 (thread / kTokens + k * kApart) * 16) =
+          Float4{device::bits_float(upper[0]), device::bits_float(upper[1]), device::bits_float(lower[0]),
+                 device::bits_float(lower[1])};
+    }
+    unsigned char* const ones =
+        memory_ + kTokens * kWeightBytes + warp_ * kOwnConfigs * kOneBytes + lane_ * 2;
+    uint32_t passing = 0;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kOwnConfigs * kRuns; ++i) {
+      const int last = next_last_[i];
+      const bool sink = token + i % kRuns * 32 + lane_ < kSinks;
+      *reinterpret_cast<uint16_t*>(ones + i / kRuns * kOneBytes + i % kRuns * 64) =
+          last < first_ && !sink ? 0x3c00 : 0;
+      if (last >= first_ && last < end_ - 1 && !sink) passing |= 1u << i;
+    }
+    return passing;
+  }
+  KVLAPSE_DEVICE void multiply() {
+    float part[kConfigs / 8][4] = {};
+    const SmemAddress rows = weights_ + (lane_ / 16 * 8 + lane_ % 8) * kWeightBytes +
+                             static_cast<uint32_t>(warp_ * 32 + (lane_ / 8 & 1) * 16);
+    const SmemAddress columns = weights_ + kTokens * kWeightBytes + (lane_ / 16 * 8 + lane_ % 8) * kOneBytes +
+                                static_cast<uint32_t>((lane_ / 8 & 1) * 16);
+    KVLAPSE_UNROLL
+    for (int s = 0; s < kTokens / 16; ++s) {
+      uint32_t a[4], b[2][4];
+      device::load_matrix4_transposed(a, rows + static_cast<uint32_t>(s) * 16 * kWeightBytes);
+      KVLAPSE_UNROLL
+      for (int n = 0; n < 2; ++n)
+        device::load_matrix4(b[n], columns + static_cast<uint32_t>(n) * 16 * kOneBytes + s * 32);
+      KVLAPSE_UNROLL
+      for (int n = 0; n < 4; ++n)
+        device::multiply_add_16x8x16<device::F16>(part[n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+    }
+    // In fp32: the products' own sums are rounded towards zero.
+    KVLAPSE_UNROLL
+    for (int n = 0; n < kConfigs / 8; ++n) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 4; ++j) sum_[n][j] += part[n][j];
+    }
+  }
+  KVLAPSE_DEVICE float* extra(int config, int step) const {  // of four heads
+    return reinterpret_cast<float*>(memory_ + kTokens * kWeightBytes + kConfigs * kOneBytes) +
+           (config * kSteps + step) * 4;
+  }
+  // To the steps behind their last ones.
+  KVLAPSE_DEVICE void add_passing(uint32_t passing) {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kOwnConfigs * kRuns; ++i) {
+      uint32_t bits = warp_ballot((passing >> i & 1) != 0);
+      while (bits != 0) {
+        const int from = device::lowest_bit(bits), last = shuffle_from(next_last_[i], from);
+        bits &= bits - 1;
+        if (lane_ >= kSteps || first_ + lane_ <= last) continue;
+        const Float4 w =
+            *reinterpret_cast<const Float4*>(memory_ + (i % kRuns * 32 + from) * kWeightBytes + lane_ * 16);
+        float upper[4], lower[4];
+        device::unpack2<device::F16>(device::float_bits(w.x), upper[0], upper[1]);
+        device::unpack2<device::F16>(device::float_bits(w.y), upper[2], upper[3]);
+        device::unpack2<device::F16>(device::float_bits(w.z), lower[0], lower[1]);
+        device::unpack2<device::F16>(device::float_bits(w.w), lower[2], lower[3]);
+        float* to = extra(warp_ * kOwnConfigs + i / kRuns, lane_);
+        Weights<4> sum = Weights<4>::load(to);
         KVLAPSE_UNROLL
-        for (int g = 0; g < kLanes; ++g) {
-          const float dropped = gone ? w[g] : 0.0f;
-          if (i < kSinks)
-            sinks[g] += dropped;
-          else
-            part[g] += dropped;
-        }
+        for (int g = 0; g < 4; ++g) sum.v[g] += upper[g] + lower[g];
+        sum.store(to);
       }
     }
+  }
+  // Adds the products to them: a lane has a part, upper or lower, of both steps, and sums up one.
+  KVLAPSE_DEVICE void share() {
+    block_sync();
+    const int part = lane_ / 16;
     KVLAPSE_UNROLL
-    for (int g = 0; g < kLanes; ++g) rest[g] += part[g];
+    for (int n = 0; n < kConfigs / 8; ++n) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float own = part == 0 ? sum_[n][j] : sum_[n][2 + j],
+                    other = shuffle_xor(part == 0 ? sum_[n][2 + j] : sum_[n][j], 16);
+        extra(n * 8 + lane_ % 4 * 2 + j, warp_ * 2 + part)[lane_ / 4 % 4] += own + other;
+      }
+    }
   }
-  if (config >= a.n_configs || t >= end || t < a.begin) return;
-  const int32_t* own_last = a.last + (static_cast<int64_t>(config) * shape.n_kv + h) * shape.n_tokens;
-  const int64_t plane = static_cast<int64_t>(a.n_configs) * shape.n_q * shape.n_tokens;
-  KVLAPSE_UNROLL
-  for (int g = 0; g < kLanes; ++g) {
-    if (g >= group) continue;
-    const RowFacts& facts = a.facts[static_cast<int64_t>(t - a.t0) * shape.n_q + h * group + g];
-    const float other = rest[g] * facts.inverse, missing = other + sinks[g] * facts.inverse,
-                outside = facts.outside;
-    const float share = outside > 1e-6f ? other / outside : 0.0f;
-    int held = 0;
+  // From here on a thread has a step and a head.
+  KVLAPSE_DEVICE void close() const {
+    constexpr int kApartConfigs = kThreads / kSteps / 4;
+    const int thread = thread_index(), step = thread % kSteps, head = thread / kSteps % 4, t = first_ + step,
+              g = quad_ * 4 + head;
+    if (g >= shape_.group() || t >= end_ || t < a_.begin) return;
+    const RowFacts& facts =
+        a_.facts[static_cast<int64_t>(t - a_.t0) * shape_.n_q + head_ * shape_.group() + g];
+    const float inverse = facts.inverse, scale = inverse * (kRowHead / kHalfScale), outside = facts.outside;
+    const int n_top = facts.n_top;
+    int top[kTop];
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kTop; ++i) top[i] = i < n_top ? facts.top[i] : 0;
+    float sink[kSinks];
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kSinks; ++i)
+      sink[i] = i <= t
+                    ? a_.weights[shape_.row(t - a_.t0, head_) + static_cast<int64_t>(i) * shape_.lanes() + g]
+                    : 0.0f;
+    const int64_t plane = static_cast<int64_t>(a_.n_configs) * shape_.n_q * shape_.n_tokens;
     KVLAPSE_NO_UNROLL
-    for (int i = 0; i < facts.n_top; ++i) held += own_last[facts.top[i]] >= t;
-    float* to = a.metrics + (static_cast<int64_t>(config) * shape.n_q + h * group + g) * shape.n_tokens + t;
-    to[kMissing * plane] = missing < 1.0f ? missing : 1.0f;
-    to[kMissingRest * plane] = share < 1.0f ? share : 1.0f;
-    to[kTopHeld * plane] = static_cast<float>(held) / static_cast<float>(facts.n_top);
+    for (int i = thread / kSteps / 4; i < kConfigs && first_config_ + i < a_.n_configs; i += kApartConfigs) {
+      const int config = first_config_ + i;
+      const int32_t* last = last_of(config);
+      float sinks = 0;
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kSinks; ++k) sinks += k <= t && last[k] < t ? sink[k] : 0.0f;
+      int held = 0;
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kTop; ++k) held += k < n_top && last[top[k]] >= t;
+      const float other = extra(i, step)[head] * scale, missing = other + sinks * inverse;
+      const float share = outside > 1e-6f ? other / outside : 0.0f;
+      float* to = a_.metrics +
+                  (static_cast<int64_t>(config) * shape_.n_q + head_ * shape_.group() + g) * shape_.n_tokens +
+                  t;
+      to[kMissing * plane] = missing < 1.0f ? missing : 1.0f;
+      to[kMissingRest * plane] = share < 1.0f ? share : 1.0f;
+      to[kTopHeld * plane] = static_cast<float>(held) / static_cast<float>(n_top);
+    }
   }
+
+  const MassesArgs& a_;
+  const Shape& shape_;
+  const int warp_, lane_;
+  int head_, quad_, first_config_, first_, end_;
+  SmemAddress weights_;  // [tokens][steps][upper 4, lower 4], ones [configs][tokens], extras
+  unsigned char* memory_;
+  const float* from_;        // of the thread's token in the chunk
+  const int32_t* own_last_;  // of the warp's first configuration
+  Weights<4> next_[kOwnWeights];
+  int next_last_[kOwnConfigs * kRuns];
+  float sum_[kConfigs / 8][4] = {};
+};
+
+KVLAPSE_DEVICE void run(const MassesArgs& a, int block, unsigned char* memory) {
+  Masses(a, block, memory).run();
 }
 
 // ---- values ----

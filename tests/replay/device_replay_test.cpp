@@ -77,6 +77,14 @@ TEST(DeviceReplay, MetricsOfManyTokens) {
             "");
 }
 
+// More configurations than a block of masses takes.
+TEST(DeviceReplay, MetricsOfManyConfigurations) {
+  const auto device = emulated();
+  std::vector<int> budgets;
+  for (int budget = 10; budget < 43; ++budget) budgets.push_back(budget);
+  EXPECT_EQ(check_device_metrics(*device, {2, 1, 8, 50, 5, 11}, {"random"}, budgets), "");
+}
+
 // Nearly all weight on what was dropped.
 TEST(DeviceReplay, MetricsOfRowsWithLittleHeld) {
   EmulatedGpuCounts counts;

@@ -126,11 +126,7 @@ class EmulatedGpu final : public DeviceApi {
     });
   }
   void launch(const gpu_replay::MassesArgs& a) override {
-    later([this, a] {
-      blocks(a, [&](int block, unsigned char* shared) {
-        a.shape.lanes() == 4 ? gpu_replay::run<4>(a, block, shared) : gpu_replay::run<8>(a, block, shared);
-      });
-    });
+    later([this, a] { replay(a); });
   }
   void launch(const gpu_replay::OutputsArgs& a) override {
     later([this, a] {
