@@ -33,6 +33,28 @@ TEST(RkvKernels, EveryTypeAsDefinedAndRepeatable) {
   }
 }
 
+// Bit for bit, whatever shared memory holds.
+TEST(RkvKernels, AnyNumberOfBlocksAlike) {
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    RkvShape shape{2, 4, 2, 64, 330, dtype, 250};
+    const RkvProblem before = make_rkv_problem(shape, {330, 251}, 5);
+    RkvProblem one = before;
+    one.shape.blocks = 1;
+    run_rkv_emulated(one, 1);
+    EXPECT_EQ(check_rkv(before, one, true).failure, "");
+    for (int blocks : {2, 3, 8}) {
+      RkvProblem many = before;
+      many.shape.blocks = blocks;
+      run_rkv_emulated(many, static_cast<uint64_t>(blocks));
+      EXPECT_EQ(one.order, many.order) << blocks;
+      EXPECT_EQ(one.scores, many.scores) << blocks;
+      EXPECT_EQ(one.evicted, many.evicted) << blocks;
+      EXPECT_EQ(one.k, many.k) << blocks;
+      EXPECT_EQ(one.v, many.v) << blocks;
+    }
+  }
+}
+
 // Sorts that leave a warp, several rows of a lane, and a search over all tiles.
 TEST(RkvKernels, ManySlots) {
   for (auto [n_slots, budget] : {std::pair{1200, 1050}, {2100, 2000}}) {

@@ -175,6 +175,20 @@ inline uint32_t shared_append(uint32_t* count) {
 inline void shared_add(uint64_t* to, uint64_t v) {
   *to += v;
 }
+inline void shared_add(int32_t* to, int32_t v) {
+  *to += v;
+}
+inline int32_t shared_add_before(int32_t* to, int32_t v) {
+  *to += v;
+  return *to - v;
+}
+inline float larger(float a, float b) {
+  return std::fmax(a, b);
+}
+inline int32_t round_to_int(float v) {
+  return static_cast<int32_t>(std::lrint(v));
+}
+void check_index(int i, int n);  // 0 <= i < n
 template <class T>
 T shuffle_xor(T v, int mask) {
   return warp_exchange("shuffle", v)[lane_index() ^ mask];
@@ -188,6 +202,12 @@ inline uint32_t warp_largest(uint32_t v) {
   for (int i = 0; i < 32; ++i) v = all[i] > v ? all[i] : v;
   return v;
 }
+inline int32_t warp_sum(int32_t v) {
+  const int32_t* all = warp_exchange("sum", v);
+  v = 0;
+  for (int i = 0; i < 32; ++i) v += all[i];
+  return v;
+}
 inline void warp_sync() {
   warp_exchange("sync", 0);
 }
@@ -198,6 +218,7 @@ void cluster_arrive();
 void cluster_wait();
 SmemAddress remote_address(SmemAddress local, int rank);
 void remote_store(SmemAddress to, uint32_t v);
+void remote_add(SmemAddress to, int32_t v);
 void remote_store4(SmemAddress to, Float4 v, SmemAddress bar);
 
 uint32_t count_arrival(uint32_t* counter, uint32_t last);

@@ -1,0 +1,33 @@
+// Operations that the R-KV kernel uses beside device_ops.cuh.
+#pragma once
+
+#include "kernels/cuda/device_ops.cuh"
+
+namespace kvlapse::device {
+
+KVLAPSE_DEVICE void shared_add(int32_t* to, int32_t v) {
+  atomicAdd(to, v);
+}
+// The value before.
+KVLAPSE_DEVICE int32_t shared_add_before(int32_t* to, int32_t v) {
+  return atomicAdd(to, v);
+}
+// Seen by the other CTA behind the next cluster barrier, as a remote store.
+KVLAPSE_DEVICE void remote_add(SmemAddress to, int32_t v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.cluster.shared::cluster.add.s32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+#endif
+}
+KVLAPSE_DEVICE int32_t warp_sum(int32_t v) {
+  return __reduce_add_sync(0xffffffffu, v);
+}
+KVLAPSE_DEVICE float larger(float a, float b) {
+  return fmaxf(a, b);
+}
+KVLAPSE_DEVICE int32_t round_to_int(float v) {
+  return __float2int_rn(v);
+}
+// Indices are checked by the emulator only.
+KVLAPSE_DEVICE void check_index(int, int) {}
+
+}  // namespace kvlapse::device
