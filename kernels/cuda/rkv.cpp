@@ -44,7 +44,7 @@ RkvCompaction::RkvCompaction(const RkvShape& shape) : shape_(shape) {
            shape.n_items() * scalars_.blocks * 2 <= resident * n_multiprocessors)
       scalars_.blocks *= 2;
   }
-  smem_bytes_ = rkv_layout(scalars_, shape.head_dim, element).bytes;
+  scalars_.layout = rkv_layout(scalars_, shape.head_dim, element);
   const auto allow = [&](cudaFuncAttribute which, int value) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel_), which, value);
     if (error != cudaSuccess)
@@ -67,7 +67,7 @@ void RkvCompaction::launch(cudaStream_t stream, const RkvArgs& args, LaunchLog* 
   LaunchShape shape;
   shape.n_blocks = args.n_items * args.blocks;
   shape.n_threads = kRkvThreads;
-  shape.smem_bytes = smem_bytes_;
+  shape.smem_bytes = args.layout.bytes;
   shape.cluster = args.blocks;
   shape.dependent = overlaps_;
   launch_kernel(stream, {"rkv", rkv_bytes(shape_, shape_.n_slots), log}, shape, kernel_, args);

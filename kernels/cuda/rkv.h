@@ -28,7 +28,6 @@ class RkvCompaction {
   RkvArgs scalars_{};
   DeviceBuffer<float> softmax_;
   RkvKernel kernel_ = nullptr;
-  int smem_bytes_ = 0;
   bool overlaps_ = false;  // it may be launched before the kernel in front of it ends
 };
 

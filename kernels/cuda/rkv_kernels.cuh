@@ -300,18 +300,11 @@ class RkvBlock {
 
   KVLAPSE_DEVICE RkvBlock(const RkvArgs& args, unsigned char* shared)
       : args_(args),
-        layout_(rkv_layout(args, kHeadDim, kElementBytes)),
         shared_(shared),
         item_(block_index() / args.blocks),
-        block_(block_index() % args.blocks),
-        thread_(thread_index()),
-        warp_(thread_ / 32),
-        lane_(thread_ % 32),
-        importance_(shared + layout_.importance, args.n_slots),
-        projection_(shared + layout_.projection, args.n_slots),
-        forgiven_(shared + layout_.forgiven, args.n_slots),
-        slot_of_(shared + layout_.slot_of, args.n_slots),
-        rank_of_(shared + layout_.rank_of, rkv_padded(args.n_slots)) {}
+        block_(block_index() % args.blocks) {
+    know_thread();
+  }
 
  protected:
   KVLAPSE_DEVICE int64_t at(int slot) const {
@@ -319,6 +312,31 @@ class RkvBlock {
     return static_cast<int64_t>(item_) * args_.n_slots + slot;
   }
   KVLAPSE_DEVICE int prefix() const { return held_ - args_.window; }
+  template <class T>
+  KVLAPSE_DEVICE RkvArray<T> array(int offset, int n) const {
+    return {shared_ + offset, n};
+  }
+  KVLAPSE_DEVICE RkvArray<float> importances() const {
+    return array<float>(args_.layout.importance, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<float> projections() const {
+    return array<float>(args_.layout.projection, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<int32_t> forgiven() const {
+    return array<int32_t>(args_.layout.forgiven, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint16_t> slot_of() const {
+    return array<uint16_t>(args_.layout.slot_of, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint16_t> rank_of() const {
+    return array<uint16_t>(args_.layout.rank_of, rkv_padded(args_.n_slots));
+  }
+  // Asks anew what is cheaper to ask for than to keep beside rows in registers.
+  KVLAPSE_DEVICE void know_thread() {
+    thread_ = thread_index_again();
+    warp_ = thread_ / 32, lane_ = thread_ % 32;
+    g_ = lane_ / 4, t_ = lane_ % 4;
+  }
   template <bool kMax>
   KVLAPSE_DEVICE static float warp_reduce(float v) {
     for (int mask = 16; mask > 0; mask >>= 1) {
@@ -329,14 +347,11 @@ class RkvBlock {
   }
 
   const RkvArgs& args_;
-  const RkvLayout layout_;
   unsigned char* const shared_;
-  const int item_, block_, thread_, warp_, lane_;
+  const int item_, block_;
+  int thread_, warp_, lane_, g_, t_;
   int held_ = 0;
   float fixed_ = 0;  // sums of at most held_ numbers up to one are int32 multiples of 1 / fixed_
-  const RkvArray<float> importance_, projection_;
-  const RkvArray<int32_t> forgiven_;
-  const RkvArray<uint16_t> slot_of_, rank_of_;
 };
 
 // The block that selects. Its arrays lie where others did.
@@ -347,11 +362,14 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
   KVLAPSE_DEVICE RkvSelect(const RkvArgs& args, unsigned char* shared) : Block(args, shared) {}
 
  protected:
-  using Block::args_, Block::layout_, Block::shared_, Block::item_, Block::thread_, Block::warp_,
-      Block::lane_, Block::held_, Block::fixed_, Block::importance_, Block::projection_, Block::forgiven_,
-      Block::slot_of_, Block::rank_of_, Block::kWarps, Block::kRowChunks, Block::at, Block::prefix;
+  using Block::args_, Block::shared_, Block::item_, Block::thread_, Block::warp_, Block::lane_,
+      Block::know_thread, Block::held_, Block::fixed_, Block::importances, Block::projections,
+      Block::forgiven, Block::slot_of, Block::rank_of, Block::kWarps, Block::kRowChunks, Block::at,
+      Block::prefix;
 
   KVLAPSE_DEVICE void select() {
+    know_thread();
+    prefetch_tail();
     score();
     sort();
     rearrange();
@@ -359,11 +377,12 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
   }
 
  private:
-  static constexpr int kDigits = 256;
-  static_assert(kDigits == kRkvThreads);
+  static constexpr int kParts = 64, kBuckets = 32 * kParts;  // of the sort
+  static constexpr uint32_t kSign = 0x80000000u;
+  static_assert(kBuckets == kRkvBuckets && kBuckets % (4 * kRkvThreads) == 0);
 
   KVLAPSE_DEVICE float block_reduce(float v, bool max) const {
-    const RkvArray<float> values(shared_ + layout_.small, kWarps);
+    const RkvArray<float> values(shared_ + args_.layout.small, kWarps);
     v = max ? Block::template warp_reduce<true>(v) : Block::template warp_reduce<false>(v);
     if (lane_ == 0) values[warp_] = v;
     block_sync();
@@ -373,98 +392,154 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
     return v;
   }
 
-  // Keys that rise: the highest score first, the lowest rank first among equals (the sort is stable).
+  // Keys that rise: the highest score first.
   KVLAPSE_DEVICE void score() const {
+    for (int i = thread_; i < kBuckets; i += kRkvThreads) bucket_ends()[i] = 0;
     const float scale = 1.0f / static_cast<float>(held_), unit = 1.0f / fixed_;
     float most = -3.0e38f;
     for (int i = thread_; i < held_; i += kRkvThreads) {
-      const float mean = (projection_[i] - static_cast<float>(forgiven_[i]) * unit) * scale;
-      projection_[i] = mean;
+      const float mean = (projections()[i] - static_cast<float>(forgiven()[i]) * unit) * scale;
+      projections()[i] = mean;
       most = larger(most, mean);
     }
     most = block_reduce(most, true);
     float sum = 0;
     for (int i = thread_; i < held_; i += kRkvThreads) {
-      const float weight = exponential(projection_[i] - most);
-      projection_[i] = weight;
+      const float weight = exponential(projections()[i] - most);
+      projections()[i] = weight;
       sum += weight;
     }
     const float redundancy = (1.0f - args_.lambda) / block_reduce(sum, false);
     const int n = prefix(), half = args_.kernel / 2;
-    const RkvArray<uint32_t> keys = keys_of(0);
-    const RkvArray<uint16_t> ranks = ranks_of(0);
     for (int i = thread_; i < n; i += kRkvThreads) {
-      float most_important = importance_[i];
+      float most_important = importances()[i];
       const int first = i - half > 0 ? i - half : 0, end = i + half < n ? i + half + 1 : n;
-      for (int j = first; j < end; ++j) most_important = larger(most_important, importance_[j]);
-      const float z = most_important * args_.lambda - projection_[i] * redundancy;
+      for (int j = first; j < end; ++j) most_important = larger(most_important, importances()[j]);
+      const float z = most_important * args_.lambda - projections()[i] * redundancy;
       if (args_.scores != nullptr) args_.scores[at(i)] = z;
-      const uint32_t bits = float_bits(z);
-      keys[i] = (bits & 0x80000000u) != 0 ? bits : ~(bits | 0x80000000u);
-      ranks[i] = static_cast<uint16_t>(i);
+      keys_by_rank()[i] = key_of(z);
     }
     block_sync();
   }
-
-  // In the place of what was forgiven, and of the projections.
-  KVLAPSE_DEVICE RkvArray<uint32_t> keys_of(int side) const {
-    return {shared_ + (side == 0 ? layout_.forgiven : layout_.projection), args_.n_slots};
+  KVLAPSE_DEVICE static uint32_t key_of(float z) {
+    const uint32_t bits = float_bits(z);
+    return (bits & kSign) != 0 ? bits : ~(bits | kSign);
   }
-  KVLAPSE_DEVICE RkvArray<uint16_t> ranks_of(int side) const {
-    return {shared_ + layout_.inverse + side * rkv_padded(args_.n_slots) * 2, args_.n_slots};
+  KVLAPSE_DEVICE static float score_of(uint32_t key) {
+    return bits_float((key & kSign) != 0 ? key : ~(key | kSign));
   }
 
-  // By digits of eight bits, the lowest first; a warp has a run of the keys.
+  KVLAPSE_DEVICE RkvArray<uint32_t> bucket_ends() const {
+    return this->template array<uint32_t>(0, kBuckets);
+  }
+  // What was forgiven becomes keys, then ranks in their new order; projections become keys by bucket.
+  KVLAPSE_DEVICE RkvArray<uint32_t> keys_by_rank() const {
+    return this->template array<uint32_t>(args_.layout.forgiven, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint16_t> sorted_ranks() const {
+    return this->template array<uint16_t>(args_.layout.forgiven, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint32_t> bucket_keys() const {
+    return this->template array<uint32_t>(args_.layout.projection, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint16_t> buckets() const {  // by rank
+    return this->template array<uint16_t>(args_.layout.inverse, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint16_t> bucket_ranks() const {  // later: slots by new rank
+    return this->template array<uint16_t>(args_.layout.inverse + rkv_padded(args_.n_slots) * 2,
+                                          args_.n_slots);
+  }
+
+  // Into buckets, whose order is that of the keys, then each key behind those of its bucket that are lower
+  // (among equals: of a lower rank). How a bucket was filled does not matter.
   KVLAPSE_DEVICE void sort() const {
-    const RkvArray<uint32_t> counts(shared_, kWarps * kDigits);  // [warp][digit]
-    const int n = prefix(), run = (n + kRkvThreads - 1) / kRkvThreads * 32;
-    const int begin = warp_ * run, end = begin + run < n ? begin + run : n;
-    KVLAPSE_NO_UNROLL
-    for (int pass = 0; pass < 4; ++pass) {
-      const RkvArray<uint32_t> keys = keys_of(pass % 2), to_keys = keys_of(pass % 2 ^ 1);
-      const RkvArray<uint16_t> ranks = ranks_of(pass % 2), to_ranks = ranks_of(pass % 2 ^ 1);
-      const int shift = pass * 8;
-      KVLAPSE_UNROLL
-      for (int i = 0; i < kDigits / 32; ++i) counts[warp_ * kDigits + i * 32 + lane_] = 0;
-      warp_sync();
-      for (int i = begin + lane_; i < end; i += 32)
-        shared_increment(&counts[warp_ * kDigits + static_cast<int>(keys[i] >> shift & 255u)]);
-      block_sync();
-      place_digits(counts);
-      for (int first = begin; first < end; first += 32) {
-        const int i = first + lane_;
-        const bool counts_in = i < end;
-        const uint32_t key = counts_in ? keys[i] : 0;
-        const uint16_t rank = counts_in ? ranks[i] : static_cast<uint16_t>(0);
-        const uint32_t digit = key >> shift & 255u;
-        uint32_t alike = warp_ballot(counts_in);
-        KVLAPSE_UNROLL
-        for (int bit = 0; bit < 8; ++bit) {
-          const bool set = (digit >> bit & 1u) != 0;
-          const uint32_t others = warp_ballot(set);
-          alike &= set ? others : ~others;
-        }
-        const int count = warp_ * kDigits + static_cast<int>(digit), before = bits_below(alike, lane_);
-        const uint32_t place = counts[count];
-        warp_sync();
-        if (counts_in && before == 0) counts[count] = place + static_cast<uint32_t>(bits_below(alike, 32));
-        warp_sync();
-        if (!counts_in) continue;
-        to_keys[static_cast<int>(place) + before] = key;
-        to_ranks[static_cast<int>(place) + before] = rank;
+    const int n = prefix();
+    fill_buckets(n);
+    block_sync();
+    end_buckets();
+    for (int i = thread_; i < n; i += kRkvThreads) {
+      const auto place = static_cast<int>(shared_append(&bucket_ends()[buckets()[i]]));
+      bucket_keys()[place] = keys_by_rank()[i];
+      bucket_ranks()[place] = static_cast<uint16_t>(i);
+    }
+    block_sync();
+    for (int i = thread_; i < n; i += kRkvThreads) {
+      const uint32_t key = bucket_keys()[i];
+      const uint16_t rank = bucket_ranks()[i];
+      const int bucket = buckets()[rank];
+      const int begin = bucket == 0 ? 0 : static_cast<int>(bucket_ends()[bucket - 1]),
+                end = static_cast<int>(bucket_ends()[bucket]);
+      int place = begin;
+      for (int j = begin; j < end; ++j) {
+        const uint32_t other = bucket_keys()[j];
+        place += other < key || (other == key && bucket_ranks()[j] < rank) ? 1 : 0;
       }
-      block_sync();
+      sorted_ranks()[place] = rank;
+    }
+    block_sync();
+  }
+  // A bucket is one of equal parts between two neighbours of a sample that every warp sorts: whatever
+  // scores look like, few share one.
+  KVLAPSE_DEVICE void fill_buckets(int n) const {
+    constexpr int kAtOnce = 5, kMiddle = 16;
+    uint32_t sample = keys_by_rank()[lane_ * n / 32];
+    KVLAPSE_UNROLL
+    for (int size = 2; size <= 32; size *= 2) {
+      KVLAPSE_UNROLL
+      for (int step = size / 2; step > 0; step /= 2) {
+        const uint32_t other = shuffle_xor(sample, step);
+        const bool takes_lower = ((lane_ & step) == 0) == ((lane_ & size) == 0 || size == 32);
+        sample = (other < sample) == takes_lower ? other : sample;
+      }
+    }
+    // The first and the last interval are open.
+    const float here = score_of(sample), next = shuffle_from(here, lane_ < 31 ? lane_ + 1 : 31),
+                middle = shuffle_from(here, kMiddle);
+    const float first = lane_ == 0 ? here + (here - middle) : here;
+    const float parts = static_cast<float>(kParts) / (lane_ == 31 ? middle - here : first - next);
+    KVLAPSE_NO_UNROLL
+    for (int begin = warp_ * 32; begin < n; begin += kAtOnce * kRkvThreads) {
+      uint32_t key[kAtOnce];
+      int interval[kAtOnce];
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = begin + u * kRkvThreads + lane_;
+        key[u] = keys_by_rank()[i < n ? i : n - 1];
+        interval[u] = 0;
+      }
+      KVLAPSE_UNROLL
+      for (int step = 16; step > 0; step /= 2) {
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u)
+          interval[u] += key[u] >= shuffle_from(sample, interval[u] + step) ? step : 0;
+      }
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = begin + u * kRkvThreads + lane_;
+        // Not a number: the first.
+        const float part = larger(
+            (shuffle_from(first, interval[u]) - score_of(key[u])) * shuffle_from(parts, interval[u]), 0.0f);
+        const int bucket = interval[u] * kParts +
+                           (part < static_cast<float>(kParts - 1) ? static_cast<int>(part) : kParts - 1);
+        if (i >= n) continue;
+        buckets()[i] = static_cast<uint16_t>(bucket);
+        shared_increment(&bucket_ends()[bucket]);
+      }
     }
   }
-  // Counts become places: of a digit behind all lower ones and the same one of warps before. A thread a
-  // digit.
-  KVLAPSE_DEVICE void place_digits(const RkvArray<uint32_t>& counts) const {
-    const RkvArray<uint32_t> of_warps(shared_ + layout_.small, kWarps);
-    uint32_t of_warp[kWarps], total = 0;
+  // Counts become where buckets begin; a thread has some in a row.
+  KVLAPSE_DEVICE void end_buckets() const {
+    constexpr int kOwn = kBuckets / kRkvThreads;
+    const RkvArray<uint32_t> of_warps(shared_ + args_.layout.small, kWarps);
+    const SmemAddress own = bucket_ends().address(thread_ * kOwn);
+    uint32_t begin[kOwn], total = 0;
     KVLAPSE_UNROLL
-    for (int w = 0; w < kWarps; ++w) {
-      of_warp[w] = total;
-      total += counts[w * kDigits + thread_];
+    for (int i = 0; i < kOwn; i += 4) {
+      const Float4 counts = smem_load4(own + static_cast<uint32_t>(i * 4));
+      begin[i] = total, total += float_bits(counts.x);
+      begin[i + 1] = total, total += float_bits(counts.y);
+      begin[i + 2] = total, total += float_bits(counts.z);
+      begin[i + 3] = total, total += float_bits(counts.w);
     }
     uint32_t sum = total;
     KVLAPSE_UNROLL
@@ -474,25 +549,28 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
     }
     if (lane_ == 31) of_warps[warp_] = sum;
     block_sync();
-    uint32_t place = sum - total;
+    uint32_t before = sum - total;
     KVLAPSE_UNROLL
-    for (int w = 0; w < kWarps; ++w) place += w < warp_ ? of_warps[w] : 0;
+    for (int w = 0; w < kWarps; ++w) before += w < warp_ ? of_warps[w] : 0;
     KVLAPSE_UNROLL
-    for (int w = 0; w < kWarps; ++w) counts[w * kDigits + thread_] = place + of_warp[w];
+    for (int i = 0; i < kOwn; i += 4)
+      smem_store4(own + static_cast<uint32_t>(i * 4),
+                  Float4{bits_float(before + begin[i]), bits_float(before + begin[i + 1]),
+                         bits_float(before + begin[i + 2]), bits_float(before + begin[i + 3])});
     block_sync();
   }
 
   // New order of the survivors; who moves where.
   KVLAPSE_DEVICE RkvArray<uint16_t> drop_list(int i) const {  // where importance and projections were
     const int n = args_.n_slots - args_.budget;
-    return {shared_ + layout_.importance + i * n * 2, n};
+    return {shared_ + args_.layout.importance + i * n * 2, n};
   }
-  KVLAPSE_DEVICE int32_t& n_moves() const { return RkvArray<int32_t>(shared_ + layout_.small, 16)[15]; }
+  KVLAPSE_DEVICE int32_t& n_moves() const { return RkvArray<int32_t>(shared_ + args_.layout.small, 16)[15]; }
 
   KVLAPSE_DEVICE void rearrange() const {
     constexpr uint16_t kNone = 0xffff;
     const int n = prefix(), kept = args_.budget - args_.window, drops = held_ - args_.budget;
-    const RkvArray<uint16_t> ranks = ranks_of(0), slots = ranks_of(1);
+    const RkvArray<uint16_t> ranks = sorted_ranks(), slots = bucket_ranks();
     // By slot behind the budget: the new rank of its token. Slots: of victims, the lowest score last; that
     // are left and taken by moves.
     const RkvArray<uint16_t> tail_rank = drop_list(0), victims = drop_list(1), holes = drop_list(2),
@@ -500,7 +578,7 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
     for (int i = thread_; i < drops; i += kRkvThreads) tail_rank[i] = kNone;
     block_sync();
     for (int i = thread_; i < held_; i += kRkvThreads) {  // survivors, victims, the window
-      const uint16_t slot = slot_of_[i < n ? ranks[i] : i];
+      const uint16_t slot = slot_of()[i < n ? ranks[i] : i];
       if (i >= kept && i < n) {
         victims[i - kept] = slot;
         continue;
@@ -540,19 +618,44 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
     if (thread_ == 0) args_.count[item_] = args_.budget;
   }
 
+  // Rows that may move are on their way to L2 while it is found out which do.
+  KVLAPSE_DEVICE void prefetch_tail() const {
+    const int n = held_ - args_.budget;
+    if (n == 0) return;
+    const int64_t first = at(args_.budget);
+    if (thread_ == 0) {
+      const auto bytes = static_cast<uint32_t>(n * kRowChunks * 16);
+      bulk_prefetch_l2(static_cast<const Float4*>(args_.v) + first * kRowChunks, bytes);
+      bulk_prefetch_l2(static_cast<const Float4*>(args_.k) + first * kRowChunks, bytes);
+    }
+    constexpr int kLine = 32;  // words
+    for (int i = thread_ * kLine; i < n; i += kRkvThreads * kLine) {
+      if (args_.positions != nullptr) prefetch_l2(args_.positions + first + i);
+      if (args_.value_l1 != nullptr) prefetch_l2(args_.value_l1 + first + i);
+    }
+  }
   // Nobody reads what another move writes: all loads of a thread are in flight together.
   KVLAPSE_DEVICE void move_rows() const {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 8;
     const RkvArray<uint16_t> holes = drop_list(2), movers = drop_list(3);
     Float4* const k = static_cast<Float4*>(args_.k);
     Float4* const v = static_cast<Float4*>(args_.v);
     const int n_movers = n_moves(), n = n_movers * kRowChunks;
+    int32_t position = 0;
+    float value_l1 = 0;
+    const auto load_scalars = [&](int i) {
+      if (i >= n_movers) return;
+      if (args_.positions != nullptr) position = args_.positions[at(movers[i])];
+      if (args_.value_l1 != nullptr) value_l1 = args_.value_l1[at(movers[i])];
+    };
+    load_scalars(thread_);
     KVLAPSE_NO_UNROLL
     for (int first = thread_; first < n; first += kAtOnce * kRkvThreads) {
       Float4 moved[kAtOnce][2];
       KVLAPSE_UNROLL
       for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * kRkvThreads < n ? first + u * kRkvThreads : first;
+        const int i = first + u * kRkvThreads;
+        if (i >= n) break;
         const int64_t from = at(movers[i / kRowChunks]) * kRowChunks + i % kRowChunks;
         moved[u][0] = k[from], moved[u][1] = v[from];
       }
@@ -565,9 +668,9 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
       }
     }
     for (int i = thread_; i < n_movers; i += kRkvThreads) {
-      const int64_t from = at(movers[i]), to = at(holes[i]);
-      if (args_.positions != nullptr) args_.positions[to] = args_.positions[from];
-      if (args_.value_l1 != nullptr) args_.value_l1[to] = args_.value_l1[from];
+      if (i != thread_) load_scalars(i);
+      if (args_.positions != nullptr) args_.positions[at(holes[i])] = position;
+      if (args_.value_l1 != nullptr) args_.value_l1[at(holes[i])] = value_l1;
     }
   }
 };
@@ -578,18 +681,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   using Fragments = RkvFragments<kHeadDim, Element>;
   using Block = RkvBlock<kHeadDim, Element>;
   KVLAPSE_DEVICE RkvHead(const RkvArgs& args, unsigned char* shared)
-      : RkvSelect<kHeadDim, Element>(args, shared),
-        g_(lane_ / 4),
-        t_(lane_ % 4),
-        queries_(smem_address(shared)),
-        vector_(queries_ + static_cast<uint32_t>(layout_.vector)),
-        keys_(queries_ + static_cast<uint32_t>(layout_.keys)),
-        key_inverse_(shared + layout_.key_inverse, args.key_rows),
-        inverse_(shared + layout_.inverse, rkv_padded(args.n_slots)),
-        sums_(shared + layout_.sums, kHeadDim),
-        totals_(shared + layout_.totals, kHeadDim),
-        tops_(shared + layout_.tops, 2 * args.window),
-        left_(shared + layout_.small, 2) {}
+      : RkvSelect<kHeadDim, Element>(args, shared) {}
 
   KVLAPSE_DEVICE void run() {
     wait_for_previous_kernel();
@@ -601,13 +693,13 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
 
     const int n_tiles = (held_ + kRkvTileRows - 1) / kRkvTileRows, step = kWarps * args_.blocks;
     const int first_tile = warp_ * args_.blocks + block_;
-    if (first_tile < n_tiles) load_tile(first_tile);  // on its way from here
-    prepare();
+    prepare(first_tile, n_tiles);
     meet();
     int mine = 0;  // tiles of this warp
     KVLAPSE_NO_UNROLL
     for (int tile = first_tile; tile < n_tiles; tile += step, ++mine) {
       if (mine > 0) load_tile(tile);
+      if (tile + step < n_tiles) prefetch_tile(tile + step);
       if (is_kept(mine)) rows_.save(kept_tile(mine), lane_);
       measure(tile);
     }
@@ -622,6 +714,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
         load_tile(tile);
       else if (i < mine - 1)
         rows_.restore(kept_tile(i), lane_);
+      if (i > 0 && (searched || !is_kept(i - 1))) prefetch_tile(tile - step);
       weigh(tile);
     }
     meet();
@@ -629,12 +722,35 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   }
 
  private:
-  using Block::args_, Block::layout_, Block::shared_, Block::item_, Block::block_, Block::thread_,
-      Block::warp_, Block::lane_, Block::held_, Block::fixed_, Block::importance_, Block::projection_,
-      Block::forgiven_, Block::slot_of_, Block::rank_of_, Block::kWarps, Block::kRowChunks, Block::kRowBytes,
-      Block::at, Block::prefix;
+  using Block::args_, Block::shared_, Block::item_, Block::block_, Block::thread_, Block::warp_, Block::lane_,
+      Block::g_, Block::t_, Block::know_thread, Block::held_, Block::fixed_, Block::importances,
+      Block::projections, Block::forgiven, Block::slot_of, Block::rank_of, Block::kWarps, Block::kRowChunks,
+      Block::kRowBytes, Block::at, Block::prefix;
   static constexpr float kNothing = -1e30f;
   static constexpr uint16_t kNoRank = 0xffff;  // of a row that is not there
+
+  KVLAPSE_DEVICE SmemAddress address(int offset) const { return smem_address(shared_ + offset); }
+  KVLAPSE_DEVICE SmemAddress queries() const { return address(0); }
+  KVLAPSE_DEVICE SmemAddress vector() const { return address(args_.layout.vector); }
+  KVLAPSE_DEVICE SmemAddress keys() const { return address(args_.layout.keys); }
+  KVLAPSE_DEVICE RkvArray<float> key_inverses() const {
+    return this->template array<float>(args_.layout.key_inverse, args_.key_rows);
+  }
+  KVLAPSE_DEVICE RkvArray<float> inverses() const {
+    return this->template array<float>(args_.layout.inverse, rkv_padded(args_.n_slots));
+  }
+  KVLAPSE_DEVICE RkvArray<int32_t> sums() const {
+    return this->template array<int32_t>(args_.layout.sums, kHeadDim);
+  }
+  KVLAPSE_DEVICE RkvArray<int32_t> totals() const {
+    return this->template array<int32_t>(args_.layout.totals, kHeadDim);
+  }
+  KVLAPSE_DEVICE RkvArray<float> tops() const {
+    return this->template array<float>(args_.layout.tops, 2 * args_.window);
+  }
+  KVLAPSE_DEVICE RkvArray<int32_t> left() const {
+    return this->template array<int32_t>(args_.layout.small, 2);
+  }
 
   // The head's blocks wait for one another.
   KVLAPSE_DEVICE void meet() const {
@@ -654,9 +770,9 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   }
   KVLAPSE_DEVICE void forgive(int rank, int amount) const {
     if (args_.blocks > 1)
-      remote_add(remote_address(forgiven_.address(rank), 0), amount);
+      remote_add(remote_address(forgiven().address(rank), 0), amount);
     else
-      shared_add(&forgiven_[rank], amount);
+      shared_add(&forgiven()[rank], amount);
   }
 
   // ---- rows of a warp ----
@@ -669,30 +785,84 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
       return row(slot_in(tile, i) < held_ ? slot_in(tile, i) : held_ - 1);
     });
   }
+  // Into L2.
+  KVLAPSE_DEVICE void prefetch_tile(int tile) const {
+    const int first = tile * kRkvTileRows, n = held_ - first < kRkvTileRows ? held_ - first : kRkvTileRows;
+    if (lane_ == 0) bulk_prefetch_l2(row(first), static_cast<uint32_t>(n * kRowBytes));
+  }
   // Tiles that stay in shared memory for the second reading, behind the first keys.
   KVLAPSE_DEVICE bool is_kept(int mine) const {
     return (mine * kWarps + warp_ + 1) * Fragments::kBytes <= (args_.key_rows - kRkvFirstKeys) * kRowBytes;
   }
   KVLAPSE_DEVICE SmemAddress kept_tile(int mine) const {
-    return keys_ +
+    return keys() +
            static_cast<uint32_t>(kRkvFirstKeys * kRowBytes + (mine * kWarps + warp_) * Fragments::kBytes);
   }
-  KVLAPSE_DEVICE void prepare() {
+  // What this needs of device memory is asked for before anything is waited for, with the first rows.
+  KVLAPSE_DEVICE void prepare(int first_tile, int n_tiles) {
+    constexpr int kSlotsAtOnce = 8, kChunksAtOnce = 2;
+    const int first_key = held_ > kRkvFirstKeys ? held_ - kRkvFirstKeys : 0;
+    const int own_key =
+        first_key + thread_ / kRowChunks < held_ ? first_key + thread_ / kRowChunks : first_key;
+    const int own_slot = args_.order[at(own_key)];
+    int slots[kSlotsAtOnce];
+    Float4 chunks[kChunksAtOnce];
+    const int n_chunks = rkv_query_rows(args_.window, args_.group) * kRowChunks;
+    load_slots(slots, thread_);
+    load_queries(chunks, thread_, n_chunks);
+    if (first_tile < n_tiles) load_tile(first_tile);
+
+    for (int i = thread_; i < 16 * kRowChunks; i += kRkvThreads)
+      smem_store4(vector() + static_cast<uint32_t>(i * 16), Float4{0, 0, 0, 0});
+    for (int i = thread_; i < kHeadDim; i += kRkvThreads) sums()[i] = 0, totals()[i] = 0;
+    if (thread_ < 2) left()[thread_] = 0;
+    for (int i = held_ + thread_; i < rkv_padded(held_); i += kRkvThreads)
+      inverses()[i] = 0, rank_of()[i] = kNoRank;
+    KVLAPSE_NO_UNROLL
+    for (int first = thread_;;) {
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kSlotsAtOnce; ++u) {
+        const int i = first + u * kRkvThreads;
+        if (i >= held_) break;
+        slot_of()[i] = static_cast<uint16_t>(slots[u]);
+        rank_of()[slots[u]] = static_cast<uint16_t>(i);
+        forgiven()[i] = 0;
+      }
+      first += kSlotsAtOnce * kRkvThreads;
+      if (first >= held_) break;
+      load_slots(slots, first);
+    }
+    KVLAPSE_NO_UNROLL
+    for (int first = thread_;;) {
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kChunksAtOnce; ++u) {
+        const int i = first + u * kRkvThreads;
+        if (i < n_chunks) Fragments::store_operand(queries(), i / kRowChunks, i % kRowChunks, chunks[u]);
+      }
+      first += kChunksAtOnce * kRkvThreads;
+      if (first >= n_chunks) break;
+      load_queries(chunks, first, n_chunks);
+    }
+    load_keys(first_key, held_, [&](int rank) { return rank == own_key ? own_slot : args_.order[at(rank)]; });
+  }
+  template <int n>
+  KVLAPSE_DEVICE void load_slots(int (&slots)[n], int first) const {
+    KVLAPSE_UNROLL
+    for (int u = 0; u < n; ++u) {
+      const int i = first + u * kRkvThreads;
+      if (i < held_) slots[u] = args_.order[at(i)];
+    }
+  }
+  // Groups of 16 rows: up to eight queries by twice the heads that fill eight rows.
+  template <int n>
+  KVLAPSE_DEVICE void load_queries(Float4 (&chunks)[n], int first, int n_chunks) const {
     const int b = item_ / args_.n_kv_heads, h = item_ % args_.n_kv_heads,
               n_q_heads = args_.n_kv_heads * args_.group;
-    const int first_key = held_ > kRkvFirstKeys ? held_ - kRkvFirstKeys : 0;
-    load_keys(first_key, held_, [&](int rank) { return args_.order[at(rank)]; });
-    for (int i = thread_; i < held_; i += kRkvThreads) {
-      const int slot = args_.order[at(i)];
-      slot_of_[i] = static_cast<uint16_t>(slot);
-      rank_of_[slot] = static_cast<uint16_t>(i);
-      forgiven_[i] = 0;
-    }
-    for (int i = held_ + thread_; i < rkv_padded(held_); i += kRkvThreads)
-      inverse_[i] = 0, rank_of_[i] = kNoRank;
-    // Groups of 16 rows: up to eight queries by twice the heads that fill eight rows.
     const int bits = query_bits(), heads = 8 >> bits, groups = (args_.group + 2 * heads - 1) >> (4 - bits);
-    for (int i = thread_; i < (args_.window + 7) / 8 * groups * 16 * kRowChunks; i += kRkvThreads) {
+    KVLAPSE_UNROLL
+    for (int u = 0; u < n; ++u) {
+      const int i = first + u * kRkvThreads;
+      if (i >= n_chunks) break;
       const int of = i / kRowChunks, part = of / 16 / groups;
       int query = part * 8 + (of & ((1 << bits) - 1)),
           head = (of / 16 - part * groups) * 2 * heads + of / 8 % 2 * heads + (of % 8 >> bits);
@@ -700,33 +870,28 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
       head = head < args_.group ? head : args_.group - 1;
       const int64_t from =
           (static_cast<int64_t>(b) * args_.window + query) * n_q_heads + h * args_.group + head;
-      Fragments::store_operand(queries_, of, i % kRowChunks,
-                               static_cast<const Float4*>(args_.q)[from * kRowChunks + i % kRowChunks]);
+      chunks[u] = static_cast<const Float4*>(args_.q)[from * kRowChunks + i % kRowChunks];
     }
-    for (int i = thread_; i < 16 * kRowChunks; i += kRkvThreads)
-      smem_store4(vector_ + static_cast<uint32_t>(i * 16), Float4{0, 0, 0, 0});
-    for (int i = thread_; i < kHeadDim; i += kRkvThreads) sums_[i] = 0, totals_[i] = 0;
-    if (thread_ < 2) left_[thread_] = 0;
   }
 
   // Keys of ranks [first, end), at most key_rows, and what they are multiplied by to be units: NaN behind
   // the end, which is like nothing.
-  template <class SlotOf>
-  KVLAPSE_DEVICE void load_keys(int first, int end, SlotOf slot_of) const {
+  template <class Slot>
+  KVLAPSE_DEVICE void load_keys(int first, int end, Slot slot_with) const {
     const int n = (end - first + 15) / 16 * 16 * kRowChunks;
     KVLAPSE_UNROLL_2
     for (int i = thread_; i < n; i += kRkvThreads) {  // all lanes of a row together
       const int key = i / kRowChunks, chunk = i % kRowChunks;
       Float4 v{0, 0, 0, 0};
-      if (first + key < end) v = row(slot_of(first + key))[chunk];
-      Fragments::store_operand(keys_, key, chunk, v);
+      if (first + key < end) v = row(slot_with(first + key))[chunk];
+      Fragments::store_operand(keys(), key, chunk, v);
       float values[Fragments::kValues], square = 0;
       Fragments::values_of(v, values);
       KVLAPSE_UNROLL
       for (int j = 0; j < Fragments::kValues; ++j) square += values[j] * values[j];
       KVLAPSE_UNROLL
       for (int mask = kRowChunks / 2; mask > 0; mask >>= 1) square += shuffle_xor(square, mask);
-      if (chunk == 0) key_inverse_[key] = first + key < end ? inverse_of(square) : bits_float(0x7fffffffu);
+      if (chunk == 0) key_inverses()[key] = first + key < end ? inverse_of(square) : bits_float(0x7fffffffu);
     }
   }
   KVLAPSE_DEVICE static float inverse_of(float square) { return 1.0f / (square_root(square) + 1e-8f); }
@@ -738,22 +903,23 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     int rank[8];  // kNoRank: not there
   };
   KVLAPSE_DEVICE void measure(int tile) {
+    know_thread();
     float square[4], inverse[4];
     rows_.squares(square, lane_, static_cast<uint32_t>(args_.blocks) >> 16);
     const int slot = slot_in(tile, t_);  // a row a lane
     if (slot < held_)
-      inverse_[slot] =
+      inverses()[slot] =
           inverse_of(t_ < 2 ? (t_ == 0 ? square[0] : square[1]) : (t_ == 2 ? square[2] : square[3]));
     warp_sync();
     KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) inverse[i] = inverse_[slot_in(tile, i)];
-    rows_.sum_rows(inverse, lane_, [&](int d, float v) { shared_add(&sums_[d], round_to_int(v * fixed_)); });
+    for (int i = 0; i < 4; ++i) inverse[i] = inverses()[slot_in(tile, i)];
+    rows_.sum_rows(inverse, lane_, [&](int d, float v) { shared_add(&sums()[d], round_to_int(v * fixed_)); });
     Rows rows;
     KVLAPSE_UNROLL
     for (int i = 0; i < 8; ++i) {
       const int other = tile * kRkvTileRows + i / 2 * 8 + 2 * t_ + i % 2;
-      rows.inverse[i] = inverse_[other];
-      rows.rank[i] = rank_of_[other];
+      rows.inverse[i] = inverses()[other];
+      rows.rank[i] = rank_of()[other];
     }
     weigh_window(tile, rows);
     const int own = tile * kRkvTileRows + Fragments::own_row(lane_);
@@ -802,7 +968,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   // logit[2 i + e]: of row 8 i + 2t + e and query_of(part), the most of the group's heads.
   KVLAPSE_DEVICE void weigh_queries(float (&logit)[8], int part) const {
     const int bits = query_bits(), heads = 8 >> bits, groups = (args_.group + 2 * heads - 1) >> (4 - bits);
-    SmemAddress group = queries_ + static_cast<uint32_t>(part * groups * Fragments::kGroupBytes);
+    SmemAddress group = queries() + static_cast<uint32_t>(part * groups * Fragments::kGroupBytes);
     KVLAPSE_UNROLL
     for (int i = 0; i < 8; ++i) logit[i] = -3.0e38f;
     KVLAPSE_NO_UNROLL
@@ -827,8 +993,8 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   template <bool kLikely>
   KVLAPSE_DEVICE void compare(int base, int first, const Rows& rows, uint32_t& found) const {
     float c[4][4];
-    rows_.products(c, keys_ + static_cast<uint32_t>(first * kRowBytes), lane_);
-    const float key_inverse[2] = {key_inverse_[first + g_], key_inverse_[first + 8 + g_]};
+    rows_.products(c, keys() + static_cast<uint32_t>(first * kRowBytes), lane_);
+    const float key_inverse[2] = {key_inverses()[first + g_], key_inverses()[first + 8 + g_]};
     KVLAPSE_UNROLL
     for (int i = 0; i < 16; ++i) c[i / 4][i % 4] *= rows.inverse[i / 4 * 2 + i % 2] * key_inverse[i / 2 % 2];
     const bool has_first = base + first == 0;  // rank 0 is what a row has that has no other
@@ -880,17 +1046,17 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     } else if (key != 0) {
       forgive(base + static_cast<int>(key) - 1, amount);
     }
-    const bool left = found == 0 && slot >= 0;
-    const uint32_t lefts = warp_ballot(left);
+    const bool is_left = found == 0 && slot >= 0;
+    const uint32_t lefts = warp_ballot(is_left);
     if (lefts == 0) return;
     int place = 0;
-    if (lane_ == 0) place = shared_add_before(&left_[list], bits_below(lefts, 32));
+    if (lane_ == 0) place = shared_add_before(&left()[list], bits_below(lefts, 32));
     place = shuffle_from(place, 0);
-    if (left) list_of(list)[place + bits_below(lefts, lane_)] = static_cast<uint16_t>(slot);
+    if (is_left) list_of(list)[place + bits_below(lefts, lane_)] = static_cast<uint16_t>(slot);
   }
   // Slots that found no key yet, in the place of importance and projections.
   KVLAPSE_DEVICE RkvArray<uint16_t> list_of(int list) const {
-    return {shared_ + (list == 0 ? layout_.importance : layout_.projection), args_.n_slots};
+    return {shared_ + (list == 0 ? args_.layout.importance : args_.layout.projection), args_.n_slots};
   }
 
   // Whether there was anything to do.
@@ -901,12 +1067,13 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     KVLAPSE_NO_UNROLL
     for (;; list ^= 1) {
       block_sync();
-      const int n = left_[list];
+      know_thread();
+      const int n = left()[list];
       if (n == 0) return searched;
       searched = true;
       const int base = end > at_once ? end - at_once : 0;
-      load_keys(base, end, [&](int rank) { return slot_of_[rank]; });
-      if (thread_ == 0) left_[list ^ 1] = 0;
+      load_keys(base, end, [&](int rank) { return slot_of()[rank]; });
+      if (thread_ == 0) left()[list ^ 1] = 0;
       block_sync();
       KVLAPSE_NO_UNROLL
       for (int tile = warp_; tile * kRkvTileRows < n; tile += kWarps) search_tile(tile, list, n, base, end);
@@ -914,6 +1081,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     }
   }
   KVLAPSE_DEVICE void search_tile(int tile, int list, int n, int base, int end) {
+    know_thread();
     const RkvArray<uint16_t> slots = list_of(list);
     const auto slot_at = [&](int row) {
       const int i = tile * kRkvTileRows + row;
@@ -923,8 +1091,8 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     KVLAPSE_UNROLL
     for (int i = 0; i < 8; ++i) {
       const int slot = slot_at(i / 2 * 8 + 2 * t_ + i % 2);
-      rows.rank[i] = slot >= 0 ? rank_of_[slot] : kNoRank;
-      rows.inverse[i] = slot >= 0 ? inverse_[slot] : 0.0f;
+      rows.rank[i] = slot >= 0 ? rank_of()[slot] : kNoRank;
+      rows.inverse[i] = slot >= 0 ? inverses()[slot] : 0.0f;
     }
     rows_.load(lane_, [&](int i) {
       const int slot = slot_at(8 * i + g_);
@@ -941,44 +1109,57 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   }
 
   // ---- between the readings ----
-  KVLAPSE_DEVICE void share_sums() const {
+  KVLAPSE_DEVICE void share_sums() {
+    know_thread();
     // search() ended with a barrier
     if (args_.blocks > 1)
       for (int i = thread_; i < kHeadDim * args_.blocks; i += kRkvThreads)
-        remote_add(remote_address(totals_.address(i % kHeadDim), i / kHeadDim), sums_[i % kHeadDim]);
+        remote_add(remote_address(totals().address(i % kHeadDim), i / kHeadDim), sums()[i % kHeadDim]);
     if (args_.blocks > 1) meet();
   }
-  KVLAPSE_DEVICE void gather() const {
+  KVLAPSE_DEVICE void gather() {
+    know_thread();
     if (thread_ < kHeadDim)
       Fragments::store_vector(
-          vector_, thread_,
-          static_cast<float>(args_.blocks > 1 ? totals_[thread_] : sums_[thread_]) * (1.0f / fixed_));
+          vector(), thread_,
+          static_cast<float>(args_.blocks > 1 ? totals()[thread_] : sums()[thread_]) * (1.0f / fixed_));
     // A warp a query, from the end.
     const int tiles = (held_ + kRkvTileRows - 1) / kRkvTileRows;
     for (int query = kWarps - 1 - warp_; query < args_.window; query += kWarps) {
+      constexpr int kAtOnce = 2;
       float most = kNothing, sum = 0;
-      for (int tile = lane_; tile < tiles; tile += 32) {
-        const float* from = softmax_part(tile, query);
-        const float top = load_shared_by_device(from), part = load_shared_by_device(from + 1);
-        const float next = larger(top, most);
-        sum = sum * exp2_approximate(most - next) + part * exp2_approximate(top - next);
-        most = next;
+      for (int first = lane_; first < tiles; first += kAtOnce * 32) {
+        float tops_there[kAtOnce], parts[kAtOnce];
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+          const bool is_there = first + u * 32 < tiles;
+          const float* from = softmax_part(is_there ? first + u * 32 : first, query);
+          tops_there[u] = load_shared_by_device(from);
+          parts[u] = is_there ? load_shared_by_device(from + 1) : 0;
+        }
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+          const float next = larger(tops_there[u], most);
+          sum = sum * exp2_approximate(most - next) + parts[u] * exp2_approximate(tops_there[u] - next);
+          most = next;
+        }
       }
       const float top = Block::template warp_reduce<true>(most);
       sum = Block::template warp_reduce<false>(sum * exp2_approximate(most - top));
       if (lane_ != 0) continue;
-      tops_[2 * query] = top;
-      tops_[2 * query + 1] = 1.0f / (sum * static_cast<float>(args_.window));
+      tops()[2 * query] = top;
+      tops()[2 * query + 1] = 1.0f / (sum * static_cast<float>(args_.window));
     }
   }
 
   // ---- weigh ----
-  KVLAPSE_DEVICE void weigh(int tile) const {
+  KVLAPSE_DEVICE void weigh(int tile) {
+    know_thread();
     const auto add = [](float a, float b) { return a + b; };
     float dot[8], sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     {
       float c[4][4];
-      rows_.products(c, vector_, lane_);
+      rows_.products(c, vector(), lane_);
       KVLAPSE_UNROLL
       for (int i = 0; i < 8; ++i) dot[i] = c[i / 2][i % 2];
     }
@@ -986,7 +1167,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
       float logit[8];
       weigh_queries(logit, part);
       const int query = query_of(part);
-      const float top = query < 0 ? 0 : tops_[2 * query], scale = query < 0 ? 0 : tops_[2 * query + 1];
+      const float top = query < 0 ? 0 : tops()[2 * query], scale = query < 0 ? 0 : tops()[2 * query + 1];
       KVLAPSE_UNROLL
       for (int i = 0; i < 8; ++i)
         if (query >= 0) sum[i] += exp2_approximate(logit[i] - top) * scale;
@@ -995,18 +1176,12 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
                 importance = Fragments::over_groups(sum, lane_, add);
     const int slot = tile * kRkvTileRows + Fragments::own_row(lane_);
     if (slot >= held_) return;
-    const int rank = rank_of_[slot];
-    const float inverse = inverse_[slot], length = 1.0f - 1e-8f * inverse;  // of the unit key
-    put(importance_, rank, importance);
-    put(projection_, rank, projection * inverse - length * length);
+    const int rank = rank_of()[slot];
+    const float inverse = inverses()[slot], length = 1.0f - 1e-8f * inverse;  // of the unit key
+    put(importances(), rank, importance);
+    put(projections(), rank, projection * inverse - length * length);
   }
 
-  const int g_, t_;
-  const SmemAddress queries_, vector_, keys_;
-  const RkvArray<float> key_inverse_, inverse_;
-  const RkvArray<int32_t> sums_, totals_;
-  const RkvArray<float> tops_;
-  const RkvArray<int32_t> left_;
   Fragments rows_;
 };
 

@@ -27,6 +27,12 @@ KVLAPSE_DEVICE float larger(float a, float b) {
 KVLAPSE_DEVICE int32_t round_to_int(float v) {
   return __float2int_rn(v);
 }
+// As thread_index(), asked anew: the answer of before is not kept in a register.
+KVLAPSE_DEVICE int thread_index_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
 // Indices are checked by the emulator only.
 KVLAPSE_DEVICE void check_index(int, int) {}
 

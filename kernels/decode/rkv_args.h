@@ -25,7 +25,21 @@ inline constexpr int kRkvFirstKeys = 16;   // that every row meets
 inline constexpr int kRkvMaxColumns = 64;  // window x group
 inline constexpr int kRkvMaxSlots = 8192;
 inline constexpr int kRkvMaxBlocks = 8;     // of a head
+inline constexpr int kRkvBuckets = 2048;    // of the sort
 inline constexpr int kRkvMaxKeyRows = 240;  // that are searched at once: 8 bits
+
+// A block's shared memory, in bytes from its start. By slot or rank: arrays of n_slots.
+struct RkvLayout {
+  int queries, vector, keys;  // rows; the sort's buckets take their place
+  int key_inverse;
+  int inverse;  // float by slot; then two uint16 each: buckets and ranks while they are sorted
+  int importance, projection, forgiven;  // by rank; the first two before that: slots that found no key
+  int slot_of, rank_of;                  // uint16
+  int sums, totals;                      // int32 [D] of unit keys
+  int tops;                              // [window][2]
+  int small;                             // 64 words
+  int bytes;
+};
 
 struct RkvArgs {
   const void* q;  // [B, window, Hq, D] the newest queries, oldest first
@@ -52,6 +66,7 @@ struct RkvArgs {
   float lambda;
   float threshold;
   float logit_scale;  // log2(e) / sqrt(D)
+  RkvLayout layout;
 };
 
 struct RkvShape {
@@ -74,25 +89,13 @@ constexpr int rkv_query_rows(int window, int group) {
   const int heads = window > 4 ? 1 : window > 2 ? 2 : window > 1 ? 4 : 8;
   return (window + 7) / 8 * ((group + 2 * heads - 1) / (2 * heads)) * 16;
 }
-// A block's shared memory, in bytes from its start. By slot or rank: arrays of n_slots.
-struct RkvLayout {
-  int queries, vector, keys;  // rows; counters of the sort take their place
-  int key_inverse;
-  int inverse;                           // float by slot; then two uint16 each: ranks while they are sorted
-  int importance, projection, forgiven;  // by rank; the first two before that: slots that found no key
-  int slot_of, rank_of;                  // uint16
-  int sums, totals;                      // int32 [D] of unit keys
-  int tops;                              // [window][2]
-  int small;                             // 64 words
-  int bytes;
-};
 constexpr RkvLayout rkv_layout(const RkvArgs& a, int head_dim, int element_bytes) {
   RkvLayout at{};
   const int row = head_dim * element_bytes, n = rkv_padded(a.n_slots);
   at.queries = 0;
   at.vector = rkv_query_rows(a.window, a.group) * row;
   at.keys = at.vector + 16 * row;
-  const int keys_end = at.keys + a.key_rows * row, counters = kRkvThreads / 32 * 256 * 4;
+  const int keys_end = at.keys + a.key_rows * row, counters = kRkvBuckets * 4;
   at.key_inverse = keys_end > counters ? keys_end : counters;
   at.inverse = at.key_inverse + a.key_rows * 4;
   at.importance = at.inverse + n * 4;

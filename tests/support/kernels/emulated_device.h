@@ -188,6 +188,9 @@ inline float larger(float a, float b) {
 inline int32_t round_to_int(float v) {
   return static_cast<int32_t>(std::lrint(v));
 }
+inline int thread_index_again() {
+  return thread_index();
+}
 void check_index(int i, int n);  // 0 <= i < n
 template <class T>
 T shuffle_xor(T v, int mask) {

@@ -9,9 +9,9 @@ namespace kvlapse {
 namespace {
 
 template <int kHeadDim, class Element>
-void run(const RkvArgs& args, uint64_t seed) {
-  const device::EmulatedLaunch launch{args.n_items * args.blocks, kRkvThreads, args.blocks,
-                                      rkv_layout(args, kHeadDim, device::RkvElement<Element>::kBytes).bytes,
+void run(RkvArgs args, uint64_t seed) {
+  args.layout = rkv_layout(args, kHeadDim, device::RkvElement<Element>::kBytes);
+  const device::EmulatedLaunch launch{args.n_items * args.blocks, kRkvThreads, args.blocks, args.layout.bytes,
                                       seed};
   device::run_emulated(
       launch, [&](unsigned char* shared) { device::RkvHead<kHeadDim, Element>(args, shared).run(); });
