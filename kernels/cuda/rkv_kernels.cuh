@@ -158,10 +158,8 @@ class RkvFragments {
     }
   }
 
-  // Of rows 8 i + g, the same in the four lanes of a row. `zero` is 0 in a way that compilers do not see:
-  // words of two rows are brought together by an instruction of their own, once, not copied for every
-  // product.
-  KVLAPSE_DEVICE void squares(float (&square)[4], int lane, uint32_t zero) const {
+  // Of rows 8 i + g, the same in the four lanes of a row.
+  KVLAPSE_DEVICE void squares(float (&square)[4], int lane) const {
     KVLAPSE_UNROLL
     for (int i = 0; i < 4; ++i) square[i] = 0;
     if constexpr (kElementBytes == 4) {
@@ -174,27 +172,33 @@ class RkvFragments {
         }
       }
     } else {
-      // The diagonals of rows x rows.
+      // The diagonals of words x words: as the upper and the lower rows of a product two words of a chunk lie
+      // where they must.
       const int g = lane / 4;
       KVLAPSE_UNROLL
       for (int pair = 0; pair < 4; pair += 2) {
-        float c[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+        float c[2][2][4];
+        KVLAPSE_UNROLL
+        for (int i = 0; i < 16; ++i) c[i / 8][i / 4 % 2][i % 4] = 0;
         KVLAPSE_UNROLL
         for (int j = 0; j < kLaneChunks; ++j) {
-          const Float4 &low = chunks_[pair][j], &high = chunks_[pair + 1][j];
-          const uint32_t first[4] = {float_bits(low.x) ^ zero, float_bits(high.x) ^ zero,
-                                     float_bits(low.y) ^ zero, float_bits(high.y) ^ zero},
-                         second[4] = {float_bits(low.z) ^ zero, float_bits(high.z) ^ zero,
-                                      float_bits(low.w) ^ zero, float_bits(high.w) ^ zero};
-          multiply_add_16x8x16<Element>(c[0], first, float_bits(low.x), float_bits(low.y));
-          multiply_add_16x8x16<Element>(c[1], first, float_bits(high.x), float_bits(high.y));
-          multiply_add_16x8x16<Element>(c[0], second, float_bits(low.z), float_bits(low.w));
-          multiply_add_16x8x16<Element>(c[1], second, float_bits(high.z), float_bits(high.w));
+          KVLAPSE_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const Float4& v = chunks_[pair + i][j];
+            multiply_add_16x8x8<Element>(c[i][0], float_bits(v.x), float_bits(v.y), float_bits(v.x));
+            multiply_add_16x8x8<Element>(c[i][1], float_bits(v.x), float_bits(v.y), float_bits(v.y));
+          }
+          KVLAPSE_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const Float4& v = chunks_[pair + i][j];
+            multiply_add_16x8x8<Element>(c[i][0], float_bits(v.z), float_bits(v.w), float_bits(v.z));
+            multiply_add_16x8x8<Element>(c[i][1], float_bits(v.z), float_bits(v.w), float_bits(v.w));
+          }
         }
-        if (lane % 4 == g / 2) {
-          square[pair] = g % 2 == 0 ? c[0][0] : c[0][1];
-          square[pair + 1] = g % 2 == 0 ? c[1][2] : c[1][3];
-        }
+        KVLAPSE_UNROLL
+        for (int i = 0; i < 2; ++i)
+          if (lane % 4 == g / 2)
+            square[pair + i] = g % 2 == 0 ? c[i][0][0] + c[i][1][2] : c[i][0][1] + c[i][1][3];
       }
     }
     quad_sum(square);
@@ -333,7 +337,8 @@ class RkvBlock {
   }
   // Asks anew what is cheaper to ask for than to keep beside rows in registers.
   KVLAPSE_DEVICE void know_thread() {
-    thread_ = thread_index_again();
+    const uint32_t thread = thread_index_again();
+    thread_ = static_cast<int>(thread & (kRkvThreads - 1));
     warp_ = thread_ / 32, lane_ = thread_ % 32;
     g_ = lane_ / 4, t_ = lane_ % 4;
   }
@@ -691,15 +696,16 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     fixed_ = 1 << 22;
     while (fixed_ * static_cast<float>(held_) > 1 << 30) fixed_ *= 0.5f;
 
-    const int n_tiles = (held_ + kRkvTileRows - 1) / kRkvTileRows, step = kWarps * args_.blocks;
-    const int first_tile = warp_ * args_.blocks + block_;
-    prepare(first_tile, n_tiles);
+    prepare();
     meet();
     int mine = 0;  // tiles of this warp
     KVLAPSE_NO_UNROLL
-    for (int tile = first_tile; tile < n_tiles; tile += step, ++mine) {
+    for (;; ++mine) {
+      know_thread();
+      const int tile = tile_of(mine);
+      if (!is_tile(tile)) break;
       if (mine > 0) load_tile(tile);
-      if (tile + step < n_tiles) prefetch_tile(tile + step);
+      if (is_tile(tile_of(mine + 1))) prefetch_tile(tile_of(mine + 1));
       if (is_kept(mine)) rows_.save(kept_tile(mine), lane_);
       measure(tile);
     }
@@ -709,13 +715,13 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     block_sync();
     KVLAPSE_NO_UNROLL
     for (int i = mine - 1; i >= 0; --i) {
-      const int tile = first_tile + i * step;
+      know_thread();
       if (searched || (i < mine - 1 && !is_kept(i)))
-        load_tile(tile);
+        load_tile(tile_of(i));
       else if (i < mine - 1)
         rows_.restore(kept_tile(i), lane_);
-      if (i > 0 && (searched || !is_kept(i - 1))) prefetch_tile(tile - step);
-      weigh(tile);
+      if (i > 0 && (searched || !is_kept(i - 1))) prefetch_tile(tile_of(i - 1));
+      weigh(tile_of(i));
     }
     meet();
     if (block_ == 0) this->select();
@@ -776,6 +782,8 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   }
 
   // ---- rows of a warp ----
+  KVLAPSE_DEVICE int tile_of(int mine) const { return (mine * kWarps + warp_) * args_.blocks + block_; }
+  KVLAPSE_DEVICE bool is_tile(int tile) const { return tile * kRkvTileRows < held_; }
   KVLAPSE_DEVICE int slot_in(int tile, int i) const { return tile * kRkvTileRows + 8 * i + g_; }
   KVLAPSE_DEVICE const Float4* row(int slot) const {
     return static_cast<const Float4*>(args_.k) + at(slot) * kRowChunks;
@@ -799,7 +807,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
            static_cast<uint32_t>(kRkvFirstKeys * kRowBytes + (mine * kWarps + warp_) * Fragments::kBytes);
   }
   // What this needs of device memory is asked for before anything is waited for, with the first rows.
-  KVLAPSE_DEVICE void prepare(int first_tile, int n_tiles) {
+  KVLAPSE_DEVICE void prepare() {
     constexpr int kSlotsAtOnce = 8, kChunksAtOnce = 2;
     const int first_key = held_ > kRkvFirstKeys ? held_ - kRkvFirstKeys : 0;
     const int own_key =
@@ -810,7 +818,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     const int n_chunks = rkv_query_rows(args_.window, args_.group) * kRowChunks;
     load_slots(slots, thread_);
     load_queries(chunks, thread_, n_chunks);
-    if (first_tile < n_tiles) load_tile(first_tile);
+    if (is_tile(tile_of(0))) load_tile(tile_of(0));
 
     for (int i = thread_; i < 16 * kRowChunks; i += kRkvThreads)
       smem_store4(vector() + static_cast<uint32_t>(i * 16), Float4{0, 0, 0, 0});
@@ -903,9 +911,8 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     int rank[8];  // kNoRank: not there
   };
   KVLAPSE_DEVICE void measure(int tile) {
-    know_thread();
     float square[4], inverse[4];
-    rows_.squares(square, lane_, static_cast<uint32_t>(args_.blocks) >> 16);
+    rows_.squares(square, lane_);
     const int slot = slot_in(tile, t_);  // a row a lane
     if (slot < held_)
       inverses()[slot] =
@@ -1153,8 +1160,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   }
 
   // ---- weigh ----
-  KVLAPSE_DEVICE void weigh(int tile) {
-    know_thread();
+  KVLAPSE_DEVICE void weigh(int tile) const {
     const auto add = [](float a, float b) { return a + b; };
     float dot[8], sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     {

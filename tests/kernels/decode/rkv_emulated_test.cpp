@@ -68,6 +68,25 @@ TEST(RkvKernels, ManySlots) {
   }
 }
 
+// Equal scores, which one bucket of the sort holds, stay in the order of ranks.
+TEST(RkvKernels, AllAlike) {
+  const RkvShape shape{1, 2, 1, 32, 200, DType::bf16, 120};
+  const RkvProblem before = [&] {
+    RkvProblem p = make_rkv_problem(shape, {200}, 9);
+    for (size_t i = 0; i < p.k.size() / 2; ++i) p.set(p.k, i, 0.5f);
+    return p;
+  }();
+  RkvProblem after = before;
+  run_rkv_emulated(after, 4);
+  const int kept = shape.budget - shape.window;
+  for (int i = 0; i < shape.n_slots - shape.budget; ++i)
+    EXPECT_EQ(after.evicted[static_cast<size_t>(i)],
+              before.positions[static_cast<size_t>(before.order[static_cast<size_t>(kept + i)])]);
+  for (int i = 0; i + shape.window < shape.budget; ++i)
+    EXPECT_EQ(after.positions[static_cast<size_t>(after.order[static_cast<size_t>(i)])],
+              before.positions[static_cast<size_t>(before.order[static_cast<size_t>(i)])]);
+}
+
 TEST(RkvKernels, WindowsAndGroups) {
   for (auto [heads, window, kernel] : {std::tuple{2, 1, 1}, {8, 8, 3}, {16, 8, 7}, {6, 4, 5}}) {
     RkvShape shape{1, heads, 2, 64, 140, DType::bf16, 100};

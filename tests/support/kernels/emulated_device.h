@@ -130,6 +130,11 @@ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
   }
 }
 
+template <class Element>
+void multiply_add_16x8x8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  multiply_add_16x8x16<Element>(c, {a0, a1, 0, 0}, b, 0);
+}
+
 void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd);
 
 inline float exp2_approximate(float x) {
@@ -188,8 +193,8 @@ inline float larger(float a, float b) {
 inline int32_t round_to_int(float v) {
   return static_cast<int32_t>(std::lrint(v));
 }
-inline int thread_index_again() {
-  return thread_index();
+inline uint32_t thread_index_again() {
+  return static_cast<uint32_t>(thread_index());
 }
 void check_index(int i, int n);  // 0 <= i < n
 template <class T>
