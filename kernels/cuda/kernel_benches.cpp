@@ -70,7 +70,7 @@ std::vector<BenchRow> bench_cuda_rkv(const CudaRkvBench& bench) {
   std::vector<BenchRow> rows;
   std::vector<RkvBenchCase> cases;
   for (bool alike : {false, true})
-    cases.push_back({bench.batch, bench.budget, bench.buffer, alike, bench.dtype});
+    cases.push_back({bench.batch, bench.budget, bench.buffer, alike, bench.dtype, 0});
   bench_rkv(cases, 0, [&](const RkvBenchRow& r) {
     BenchRow row = row_of("rkv",
                           fmt::format("B{} budget {} + {} {}, keys {}", r.at.batch, r.at.budget, r.at.buffer,

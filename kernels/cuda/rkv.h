@@ -8,11 +8,8 @@
 
 namespace kvlapse {
 
-struct RkvKernels {
-  void (*rows)(RkvArgs);
-  void (*select)(RkvArgs);
-};
-RkvKernels rkv_kernels(int head_dim, DType dtype);  // of a supported shape
+using RkvKernel = void (*)(RkvArgs);
+RkvKernel rkv_kernel(int head_dim, DType dtype);  // of a supported shape
 
 class RkvCompaction {
  public:
@@ -23,16 +20,15 @@ class RkvCompaction {
   // Scalars and scratch are set; the caller sets q, k, v, order, count and what it wants of the optional
   // ones.
   RkvArgs arguments() const;
-  // Two kernels; heads below the budget cost a look at their count.
+  // One kernel; heads below the budget cost a look at their count.
   void launch(cudaStream_t stream, const RkvArgs& args, LaunchLog* log = nullptr) const;
 
  private:
   RkvShape shape_;
   RkvArgs scalars_{};
-  DeviceBuffer<float> inverse_norm_, logits_, softmax_, partial_sum_, own_, cosine_;
-  DeviceBuffer<int32_t> similar_;
-  RkvKernels kernels_{};
-  bool overlaps_ = false;  // the second kernel may be launched before the first ends
+  DeviceBuffer<float> softmax_;
+  RkvKernel kernel_ = nullptr;
+  bool overlaps_ = false;  // it may be launched before the kernel in front of it ends
 };
 
 }  // namespace kvlapse

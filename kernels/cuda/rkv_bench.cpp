@@ -48,6 +48,7 @@ class Layers {
     stream.synchronize();
   }
   int size() const { return n_; }
+  int blocks() const { return args_[0].blocks; }
   // All tokens are held again, in whatever order they lie.
   void refill(const Stream& stream) const {
     KVLAPSE_CUDA_CHECK(
@@ -70,7 +71,7 @@ std::vector<RkvBenchCase> standard_cases() {
   std::vector<RkvBenchCase> cases;
   for (bool alike : {false, true})
     for (auto [batch, budget] : {std::pair{1, 1024}, {1, 2048}, {1, 3276}, {8, 1024}, {64, 1024}, {64, 3276}})
-      cases.push_back({batch, budget, 128, alike, DType::bf16});
+      cases.push_back({batch, budget, 128, alike, DType::bf16, 0});
   return cases;
 }
 
@@ -89,6 +90,7 @@ void bench_rkv(const std::vector<RkvBenchCase>& cases, double read_ceiling_gbps,
   for (const RkvBenchCase& at : cases.empty() ? standard_cases() : cases) {
     RkvShape shape{at.batch, row.n_q_heads, row.n_kv_heads, row.head_dim, at.budget + at.buffer,
                    at.dtype, at.budget};
+    shape.blocks = at.blocks;
     Stream stream;
     const Layers layers(shape, at.alike, stream);
     const Graph graph(stream, [&] { layers.launch(stream); });
@@ -104,6 +106,7 @@ void bench_rkv(const std::vector<RkvBenchCase>& cases, double read_ceiling_gbps,
     }
     std::sort(us.begin(), us.end());
     row.at = at;
+    row.blocks = layers.blocks();
     row.key_bytes =
         static_cast<uint64_t>(shape.n_items()) * shape.n_slots * shape.head_dim * dtype_bytes(at.dtype);
     row.counted_bytes = rkv_bytes(shape, shape.n_slots);
@@ -116,12 +119,12 @@ void bench_rkv(const std::vector<RkvBenchCase>& cases, double read_ceiling_gbps,
 std::string rkv_bench_json(const RkvBenchRow& r) {
   return fmt::format(
       R"({{"bench":"rkv","case":"B{} budget {} + {} {} {}","device":"{}","dtype":"{}","batch":{},"budget_slots":{},)"
-      R"("slots":{},"q_heads":{},"kv_heads":{},"head_dim":{},"keys_alike":{},"key_bytes":{},"counted_bytes":{},)"
+      R"("slots":{},"blocks":{},"q_heads":{},"kv_heads":{},"head_dim":{},"keys_alike":{},"key_bytes":{},"counted_bytes":{},)"
       R"("read_ceiling_gbps":{:.1f},"median":{:.3f},"unit":"us","limit":{:.3f},"ratio_to_limit":{:.4f},"runs":{},"spread":{:.4f}}})",
       r.at.batch, r.at.budget, r.at.buffer, dtype_name(r.at.dtype), r.at.alike ? "alike" : "unlike", r.device,
-      dtype_name(r.at.dtype), r.at.batch, r.at.budget, r.at.budget + r.at.buffer, r.n_q_heads, r.n_kv_heads,
-      r.head_dim, r.at.alike, r.key_bytes, r.counted_bytes, r.read_ceiling_gbps, r.median_us, r.floor_us(),
-      r.median_us / r.floor_us(), r.runs, (r.max_us - r.min_us) / r.median_us);
+      dtype_name(r.at.dtype), r.at.batch, r.at.budget, r.at.budget + r.at.buffer, r.blocks, r.n_q_heads,
+      r.n_kv_heads, r.head_dim, r.at.alike, r.key_bytes, r.counted_bytes, r.read_ceiling_gbps, r.median_us,
+      r.floor_us(), r.median_us / r.floor_us(), r.runs, (r.max_us - r.min_us) / r.median_us);
 }
 
 }  // namespace kvlapse

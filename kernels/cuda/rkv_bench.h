@@ -15,12 +15,13 @@ struct RkvBenchCase {
   bool alike = false;  // keys are all alike: the search for similar ones ends at once; otherwise none are: it
                        // runs through
   DType dtype = DType::bf16;
+  int blocks = 0;  // of a head; 0: what fills the device
 };
 
 struct RkvBenchRow {
   std::string device;
   RkvBenchCase at;
-  int n_q_heads = 0, n_kv_heads = 0, head_dim = 0;
+  int n_q_heads = 0, n_kv_heads = 0, head_dim = 0, blocks = 0;
   double median_us = 0, min_us = 0, max_us = 0, read_ceiling_gbps = 0;
   uint64_t key_bytes = 0, counted_bytes = 0;
   int runs = 0;

@@ -1,12 +1,13 @@
-// The two kernels of an R-KV compaction (contract: kernels/decode/rkv_args.h), written in the operations of
-// device_ops.cuh only, so that the CPU emulator of the tests compiles the same text; include device_ops.cuh
-// (or the emulator) first.
-//   1. rows: norms, the window's logits, partial sums of unit keys, every row's last similar key; a block of
-//   128
-//      rows each, which stay in shared memory. The search multiplies them with 64 keys at a time from the end
-//      and stops when every row has its key.
-//   2. select: softmax, pool, projections on the sum of unit keys (the second and last reading of K), scores,
-//      order, moves; one block a head.
+// An R-KV compaction (contract: kernels/decode/rkv_args.h) in one kernel, written in the operations of
+// device_ops.cuh and rkv_ops.cuh only, so that the CPU emulator of the tests compiles the same text; include
+// those (or the emulator) first. A cluster of blocks, or one, has a head:
+//   measure: K once, in the order of slots, 32 rows a warp, from device memory straight into the registers
+//   that multiply them: norms, sum of unit keys, the window's softmax, and whether a row is like one of the
+//   last keys.
+//   search: rows that found no such key, packed anew, meet the other keys from the end, as many at once as
+//   shared memory holds.
+//   weigh: K again, last rows first (they are still in registers): importance and projections on the sum.
+//   select (the first block of the head): pool, softmax, scores, order, moves.
 #pragma once
 
 #include "kernels/decode/rkv_args.h"
@@ -24,431 +25,356 @@ struct RkvElement<F32> {
   static constexpr int kBytes = 4;
 };
 
-// Rows of keys in shared memory.
+// 32 rows of a warp in registers. Lane (g, t) = (lane / 4, lane % 4) has chunks of 16 bytes 4 j + t of rows
+// 8 i + g. As the columns of a product they are operands of mma as they lie in registers and memory: a
+// product sums over components in any order that both sides agree on. What they are multiplied with lies in
+// shared memory in groups of 16 rows, in the order in which lanes take it.
 template <int kHeadDim, class Element>
-struct RkvTile {
-  static constexpr int kBytes = RkvElement<Element>::kBytes;
-  static constexpr int kRowBytes = rkv_row_bytes(kHeadDim, kBytes);
-  static constexpr int kRowChunks = kHeadDim * kBytes / 16;
+class RkvFragments {
+ public:
+  static constexpr int kElementBytes = RkvElement<Element>::kBytes;
+  static constexpr int kRowBytes = kHeadDim * kElementBytes;
+  static constexpr int kRowChunks = kRowBytes / 16;
+  static constexpr int kLaneChunks = kRowChunks / 4;
+  static constexpr int kValues = 16 / kElementBytes;  // of a chunk
+  static constexpr int kGroupBytes = 16 * kRowBytes;
+  static constexpr int kBytes = kRkvTileRows * kRowBytes;
 
-  // The values of a 16-byte chunk of a row, which 8 rows read without a bank conflict.
-  static constexpr int kChunkValues = 16 / kBytes;
-  KVLAPSE_DEVICE static void load_chunk(SmemAddress row, int chunk, float (&v)[kChunkValues]) {
-    const Float4 words = smem_load4(row + static_cast<uint32_t>(chunk * 16));
-    const float parts[4] = {words.x, words.y, words.z, words.w};
+  // row(i): row 8 i + g in chunks.
+  template <class Row>
+  KVLAPSE_DEVICE void load(int lane, Row row) {
     KVLAPSE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      if constexpr (kBytes == 4)
-        v[i] = parts[i];
-      else
-        unpack2<Element>(float_bits(parts[i]), v[2 * i], v[2 * i + 1]);
+      const Float4* const from = row(i) + lane % 4;
+      KVLAPSE_UNROLL
+      for (int j = 0; j < kLaneChunks; ++j) chunks_[i][j] = from[4 * j];
     }
   }
-  // Value pair d, d + 1 of a row.
-  KVLAPSE_DEVICE static void load_pair(SmemAddress row, int d, float& a, float& b) {
-    if constexpr (kBytes == 4)
-      a = smem_load(row + static_cast<uint32_t>(d * 4)),
-      b = smem_load(row + static_cast<uint32_t>(d * 4 + 4));
-    else
-      unpack2<Element>(float_bits(smem_load(row + static_cast<uint32_t>(d * 2))), a, b);
+  // Into kBytes of shared memory and back, by the same lane.
+  KVLAPSE_DEVICE void save(SmemAddress to, int lane) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 4 * kLaneChunks; ++i)
+      smem_store4(to + static_cast<uint32_t>((i * 32 + lane) * 16),
+                  chunks_[i / kLaneChunks][i % kLaneChunks]);
+  }
+  KVLAPSE_DEVICE void restore(SmemAddress from, int lane) {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 4 * kLaneChunks; ++i)
+      chunks_[i / kLaneChunks][i % kLaneChunks] =
+          smem_load4(from + static_cast<uint32_t>((i * 32 + lane) * 16));
   }
 
-  // c[n][..] = rows [16 of `a`] x keys [8 n ..] in the layout of mma's C: lane (g, t) holds rows g and g + 8,
-  // columns 8 n + 2t, + 1.
-  template <int kTiles>
-  KVLAPSE_DEVICE static void products(float (&c)[kTiles][4], SmemAddress a, SmemAddress b, int lane,
-                                      int n_columns = kTiles * 8) {
+  KVLAPSE_DEVICE static void values_of(const Float4& chunk, float (&v)[kValues]) {
+    const float words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
     KVLAPSE_UNROLL
-    for (int n = 0; n < kTiles; ++n)
-      for (int j = 0; j < 4; ++j) c[n][j] = 0;
-    if constexpr (kBytes == 4) {
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kElementBytes == 4)
+        v[i] = words[i];
+      else
+        unpack2<Element>(float_bits(words[i]), v[2 * i], v[2 * i + 1]);
+    }
+  }
+
+  // A chunk of row `row` of the groups at `to`.
+  KVLAPSE_DEVICE static void store_operand(SmemAddress to, int row, int chunk, const Float4& v) {
+    if constexpr (kElementBytes == 4) {
+      smem_store4(to + static_cast<uint32_t>(row * kRowBytes + chunk * 16), v);
+    } else {
+      const SmemAddress first = operand_word(to, row, chunk, 0);
+      smem_store(first, v.x), smem_store(first + 8, v.y);
+      smem_store(first + 512, v.z), smem_store(first + 520, v.w);
+    }
+  }
+  // Component d of a vector, by the lanes of a warp in a row: rows 0 to 2 of a group add up to it.
+  KVLAPSE_DEVICE static void store_vector(SmemAddress to, int d, float value) {
+    if constexpr (kElementBytes == 4) {
+      smem_store(to + static_cast<uint32_t>(d * 4), value);
+    } else {
+      float rest[2] = {value, shuffle_xor(value, 1)};
+      KVLAPSE_UNROLL
+      for (int part = 0; part < 3; ++part) {
+        const uint32_t packed = pack2<Element>(rest[0], rest[1]);
+        float low, high;
+        unpack2<Element>(packed, low, high);
+        rest[0] -= low, rest[1] -= high;
+        if (d % 2 == 0) smem_store(operand_word(to, part, d / 8, d / 2 % 4), bits_float(packed));
+      }
+    }
+  }
+
+  // c[i] = group x rows 8 i .. 8 i + 7 in the layout of mma's C: lane (g, t) has rows g and g + 8 of the
+  // group, columns 2t, + 1.
+  KVLAPSE_DEVICE void products(float (&c)[4][4], SmemAddress group, int lane) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 16; ++i) c[i / 4][i % 4] = 0;
+    if constexpr (kElementBytes == 4) {
       const int g = lane / 4, t = lane % 4;
-      for (int d = 0; d < kHeadDim; d += 4) {
-        const auto at = static_cast<uint32_t>(d * 4);
-        const Float4 low = smem_load4(a + static_cast<uint32_t>(g * kRowBytes) + at),
-                     high = smem_load4(a + static_cast<uint32_t>((g + 8) * kRowBytes) + at);
-        KVLAPSE_UNROLL
-        for (int n = 0; n < kTiles; ++n) {
-          if (8 * n >= n_columns) break;
+      KVLAPSE_NO_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        KVLAPSE_NO_UNROLL
+        for (int column = 0; column < 8; ++column) {
+          float dot[4] = {0, 0, 0, 0};
           KVLAPSE_UNROLL
-          for (int j = 0; j < 2; ++j) {
-            const Float4 key = smem_load4(b + static_cast<uint32_t>((8 * n + 2 * t + j) * kRowBytes) + at);
-            c[n][j] += low.x * key.x + low.y * key.y + low.z * key.z + low.w * key.w;
-            c[n][2 + j] += high.x * key.x + high.y * key.y + high.z * key.z + high.w * key.w;
+          for (int j = 0; j < kLaneChunks; ++j) {
+            const Float4 other =
+                smem_load4(group + static_cast<uint32_t>((half * 8 + column) * kRowBytes + (4 * j + t) * 16));
+            KVLAPSE_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              const Float4& own = chunks_[i][j];
+              dot[i] += own.x * other.x + own.y * other.y + own.z * other.z + own.w * other.w;
+            }
+          }
+          quad_sum(dot);
+          KVLAPSE_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const float low = shuffle_from(dot[i], 8 * t), high = shuffle_from(dot[i], 8 * t + 4);
+            if (g != column) continue;
+            c[i][0] = half == 0 ? low : c[i][0], c[i][1] = half == 0 ? high : c[i][1];
+            c[i][2] = half == 0 ? c[i][2] : low, c[i][3] = half == 0 ? c[i][3] : high;
           }
         }
       }
     } else {
-      const SmemAddress a_row = a + static_cast<uint32_t>(((lane & 7) + ((lane >> 3) & 1) * 8) * kRowBytes);
-      const SmemAddress b_row = b + static_cast<uint32_t>(((lane & 7) + (lane >> 4) * 8) * kRowBytes);
+      const SmemAddress own = group + static_cast<uint32_t>(lane * 16);
       KVLAPSE_UNROLL
-      for (int i = 0; i < kHeadDim / 16; ++i) {
-        uint32_t rows[4];
-        load_matrix4(rows, a_row + static_cast<uint32_t>((2 * i + (lane >> 4)) * 16));
+      for (int j = 0; j < kLaneChunks; ++j) {
+        const Float4 first = smem_load4(own + static_cast<uint32_t>(j * 1024)),
+                     second = smem_load4(own + static_cast<uint32_t>(j * 1024 + 512));
+        const uint32_t a[4] = {float_bits(first.x), float_bits(first.y), float_bits(first.z),
+                               float_bits(first.w)},
+                       b[4] = {float_bits(second.x), float_bits(second.y), float_bits(second.z),
+                               float_bits(second.w)};
         KVLAPSE_UNROLL
-        for (int n = 0; n < kTiles; n += 2) {
-          if (8 * n >= n_columns) break;
-          uint32_t keys[4];
-          load_matrix4(keys,
-                       b_row + static_cast<uint32_t>(8 * n * kRowBytes + (2 * i + ((lane >> 3) & 1)) * 16));
-          multiply_add_16x8x16<Element>(c[n], rows, keys[0], keys[1]);
-          multiply_add_16x8x16<Element>(c[n + 1], rows, keys[2], keys[3]);
+        for (int i = 0; i < 4; ++i) {
+          const Float4& v = chunks_[i][j];
+          multiply_add_16x8x16<Element>(c[i], a, float_bits(v.x), float_bits(v.y));
+        }
+        KVLAPSE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const Float4& v = chunks_[i][j];
+          multiply_add_16x8x16<Element>(c[i], b, float_bits(v.z), float_bits(v.w));
         }
       }
     }
   }
-};
 
-template <int kHeadDim, class Element>
-class RkvRows {
- public:
-  using Tile = RkvTile<kHeadDim, Element>;
-  static constexpr int kWarps = kRkvThreads / 32;
-  static constexpr int kColumnTiles = kRkvColumns / 8;
+  // Of rows 8 i + g, the same in the four lanes of a row.
+  KVLAPSE_DEVICE void squares(float (&square)[4], int lane) const {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 4; ++i) square[i] = 0;
+    if constexpr (kElementBytes == 4) {
+      KVLAPSE_UNROLL
+      for (int j = 0; j < kLaneChunks; ++j) {
+        KVLAPSE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const Float4& v = chunks_[i][j];
+          square[i] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        }
+      }
+    } else {
+      // The diagonals of words x words: as the upper and the lower rows of a product two words of a chunk lie
+      // where they must.
+      const int g = lane / 4;
+      KVLAPSE_UNROLL
+      for (int pair = 0; pair < 4; pair += 2) {
+        float c[2][2][4];
+        KVLAPSE_UNROLL
+        for (int i = 0; i < 16; ++i) c[i / 8][i / 4 % 2][i % 4] = 0;
+        KVLAPSE_UNROLL
+        for (int j = 0; j < kLaneChunks; ++j) {
+          KVLAPSE_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const Float4& v = chunks_[pair + i][j];
+            multiply_add_16x8x8<Element>(c[i][0], float_bits(v.x), float_bits(v.y), float_bits(v.x));
+            multiply_add_16x8x8<Element>(c[i][1], float_bits(v.x), float_bits(v.y), float_bits(v.y));
+          }
+          KVLAPSE_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const Float4& v = chunks_[pair + i][j];
+            multiply_add_16x8x8<Element>(c[i][0], float_bits(v.z), float_bits(v.w), float_bits(v.z));
+            multiply_add_16x8x8<Element>(c[i][1], float_bits(v.z), float_bits(v.w), float_bits(v.w));
+          }
+        }
+        KVLAPSE_UNROLL
+        for (int i = 0; i < 2; ++i)
+          if (lane % 4 == g / 2)
+            square[pair + i] = g % 2 == 0 ? c[i][0][0] + c[i][1][2] : c[i][0][1] + c[i][1][3];
+      }
+    }
+    quad_sum(square);
+  }
 
-  KVLAPSE_DEVICE RkvRows(const RkvArgs& args, unsigned char* shared)
-      : args_(args),
-        item_(block_index() / args.row_blocks),
-        first_(block_index() % args.row_blocks * kRkvRows),
-        held_(args.count[item_]),
-        thread_(thread_index()),
-        warp_(thread_ / 32),
-        lane_(thread_ % 32),
-        rows_(smem_address(shared)),
-        keys_(rows_ + static_cast<uint32_t>(kRkvRows * Tile::kRowBytes)),
-        row_norms_(keys_ + static_cast<uint32_t>(rkv_keys_bytes(kHeadDim, Tile::kBytes))),
-        key_norms_(row_norms_ + kRkvRows * 4),
-        shares_(key_norms_ + 2 * kRkvColumns * 4),
-        flags_(shares_ + kRkvThreads * 8) {}
+  // add(component, sum over rows 8 i + g of value x factor[i]), once a component.
+  template <class Add>
+  KVLAPSE_DEVICE void sum_rows(const float (&factor)[4], int lane, Add add) const {
+    KVLAPSE_UNROLL
+    for (int j = 0; j < kLaneChunks; ++j) {
+      float sum[kValues];
+      KVLAPSE_UNROLL
+      for (int e = 0; e < kValues; ++e) sum[e] = 0;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float v[kValues];
+        values_of(chunks_[i][j], v);
+        KVLAPSE_UNROLL
+        for (int e = 0; e < kValues; ++e) sum[e] += v[e] * factor[i];
+      }
+      // Over g: lanes halve what they hold while they add.
+      int first = 0;
+      KVLAPSE_UNROLL
+      for (int step = 0; step < 3; ++step) {
+        const int mask = 16 >> step, n = kValues >> (step + 1);
+        if (n == 0) {
+          sum[0] += shuffle_xor(sum[0], mask);
+          continue;
+        }
+        const bool upper = (lane & mask) != 0;
+        KVLAPSE_UNROLL
+        for (int e = 0; e < n; ++e) {
+          const float sent = upper ? sum[e] : sum[e + n];
+          sum[e] = (upper ? sum[e + n] : sum[e]) + shuffle_xor(sent, mask);
+        }
+        first += upper ? n : 0;
+      }
+      if (kValues >= 8 || (lane & 4) == 0) add((4 * j + lane % 4) * kValues + first, sum[0]);
+    }
+  }
 
-  KVLAPSE_DEVICE void run() {
-    allow_next_kernel();
-    if (held_ < args_.budget || first_ >= held_) return;
-    int slots[kTileChunks];
-    Float4 tile[kTileChunks];
-    const int last_tile = (held_ - 1) / kRkvColumns;
-    find_slots<kRkvColumns>(slots, last_tile * kRkvColumns);
-    load_rows();
-    gather(tile, slots);  // the first keys of the search: on their way from here
-    find_slots<kRkvColumns>(slots, (last_tile - 1) * kRkvColumns);
-    load_queries();
-    block_sync();
-    weigh_queries();
-    sum_units();
-    block_sync();  // products and shares are read; the keys' place is free
-    store_keys(tile, 0);
-    block_sync();
-    search(last_tile, slots);
+  // Of values for rows 8 i + 2t + e, [2 i + e]: their combination over g, for the row that own_row() is of a
+  // lane. Every lane has one.
+  template <class T, class Combine>
+  KVLAPSE_DEVICE static T over_groups(T (&v)[8], int lane, Combine combine) {
+    KVLAPSE_UNROLL
+    for (int step = 0; step < 3; ++step) {
+      const int mask = 16 >> step, n = 4 >> step;
+      const bool upper = (lane & mask) != 0;
+      KVLAPSE_UNROLL
+      for (int e = 0; e < n; ++e) {
+        const T sent = upper ? v[e] : v[e + n], kept = upper ? v[e + n] : v[e];
+        v[e] = combine(kept, shuffle_xor(sent, mask));
+      }
+    }
+    return v[0];
+  }
+  KVLAPSE_DEVICE static int own_row(int lane) { return lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2; }
+
+  KVLAPSE_DEVICE static void quad_sum(float (&v)[4]) {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      v[i] += shuffle_xor(v[i], 1);
+      v[i] += shuffle_xor(v[i], 2);
+    }
   }
 
  private:
-  static constexpr float kNothing = -1e30f;
-  static constexpr int kStride = kRkvColumns + 1;
-  static constexpr int kTileChunks = kRkvColumns * Tile::kRowChunks / kRkvThreads;
-  static constexpr int kRowsChunks = kRkvRows * Tile::kRowChunks / kRkvThreads;
-  static_assert(kRkvColumns * Tile::kRowChunks % kRkvThreads == 0);
-
-  KVLAPSE_DEVICE int64_t at(int rank) const { return static_cast<int64_t>(item_) * args_.n_slots + rank; }
-  KVLAPSE_DEVICE SmemAddress row_address(int row) const {
-    return rows_ + static_cast<uint32_t>(row * Tile::kRowBytes);
-  }
-  KVLAPSE_DEVICE SmemAddress norm_address(int row) const {
-    return row_norms_ + static_cast<uint32_t>(row * 4);
+  // Where words 0 and 1 of a chunk lie 8 bytes apart, 2 and 3 512 bytes behind them.
+  KVLAPSE_DEVICE static SmemAddress operand_word(SmemAddress to, int row, int chunk, int word) {
+    const int lane = row % 8 * 4 + chunk % 4;
+    return to + static_cast<uint32_t>(row / 16 * kGroupBytes + (chunk / 4 * 2 + word / 2) * 512 + lane * 16 +
+                                      word % 2 * 8 + row / 8 % 2 * 4);
   }
 
-  // ---- rows on their way: chunk `thread + i * threads` of a block of rows belongs to a thread ----
-  template <int kRowCount>
-  KVLAPSE_DEVICE void find_slots(int (&slots)[kRowCount * Tile::kRowChunks / kRkvThreads], int first) const {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kRowCount * Tile::kRowChunks / kRkvThreads; ++i) {
-      const int rank = first + (thread_ + i * kRkvThreads) / Tile::kRowChunks;
-      slots[i] = rank >= 0 && rank < held_ ? args_.order[at(rank)] : -1;
-    }
-  }
-  template <int kChunks>
-  KVLAPSE_DEVICE void gather(Float4 (&to)[kChunks], const int (&slots)[kChunks]) const {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kChunks; ++i)
-      to[i] = slots[i] < 0
-                  ? Float4{0, 0, 0, 0}
-                  : static_cast<const Float4*>(args_.k)[at(slots[i]) * Tile::kRowChunks +
-                                                        (thread_ + i * kRkvThreads) % Tile::kRowChunks];
-  }
-  // Into shared memory; norm(row, square) once a row.
-  template <int kChunks, class Norm>
-  KVLAPSE_DEVICE void spread(const Float4 (&from)[kChunks], SmemAddress to, Norm norm) const {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < kChunks; ++i) {
-      const int chunk = thread_ + i * kRkvThreads, row = chunk / Tile::kRowChunks;
-      smem_store4(to + static_cast<uint32_t>(row * Tile::kRowBytes + chunk % Tile::kRowChunks * 16), from[i]);
-      const float parts[4] = {from[i].x, from[i].y, from[i].z, from[i].w};
-      float square = 0;
-      KVLAPSE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (Tile::kBytes == 4) {
-          square += parts[j] * parts[j];
-        } else {
-          float a, b;
-          unpack2<Element>(float_bits(parts[j]), a, b);
-          square += a * a;
-          square += b * b;
-        }
-      }
-      KVLAPSE_UNROLL
-      for (int mask = Tile::kRowChunks / 2; mask > 0; mask >>= 1) square += shuffle_xor(square, mask);
-      if (chunk % Tile::kRowChunks == 0) norm(row, square);
-    }
-  }
-  KVLAPSE_DEVICE static float inverse_of(float square) { return 1.0f / (square_root(square) + 1e-8f); }
+  Float4 chunks_[4][kLaneChunks];
+};
 
-  KVLAPSE_DEVICE void load_rows() const {
-    int slots[kRowsChunks];
-    Float4 chunks[kRowsChunks];
-    find_slots<kRkvRows>(slots, first_);
-    gather(chunks, slots);
-    spread(chunks, rows_, [&](int row, float square) {
-      const float inverse = inverse_of(square);
-      smem_store(norm_address(row), first_ + row < held_ ? inverse : 0.0f);
-      if (first_ + row >= held_) return;
-      args_.inverse_norm[at(first_ + row)] = inverse;
-      args_.own[at(first_ + row)] = square * inverse * inverse;
-    });
+// An array in shared memory whose indices the emulator checks.
+template <class T>
+class RkvArray {
+ public:
+  KVLAPSE_DEVICE RkvArray(unsigned char* at, int n) : data_(reinterpret_cast<T*>(at)), n_(n) {}
+  KVLAPSE_DEVICE T& operator[](int i) const {
+    check_index(i, n_);
+    return data_[i];
   }
-  KVLAPSE_DEVICE void store_keys(const Float4 (&chunks)[kTileChunks], int buffer) const {
-    spread(chunks, keys_ + static_cast<uint32_t>(buffer * kRkvColumns * Tile::kRowBytes),
-           [&](int row, float square) {
-             smem_store(key_norms_ + static_cast<uint32_t>((buffer * kRkvColumns + row) * 4),
-                        inverse_of(square));
-           });
-  }
-  KVLAPSE_DEVICE void load_queries() const {
-    const int b = item_ / args_.n_kv_heads, h = item_ % args_.n_kv_heads,
-              n_q_heads = args_.n_kv_heads * args_.group;
-    KVLAPSE_UNROLL
-    for (int i = thread_; i < kRkvColumns * Tile::kRowChunks; i += kRkvThreads) {
-      const int row = i / Tile::kRowChunks, query = row / args_.group,
-                head = h * args_.group + row % args_.group;
-      Float4 v{0, 0, 0, 0};
-      if (query < args_.window)
-        v = static_cast<const Float4*>(
-            args_
-                .q)[((static_cast<int64_t>(b) * args_.window + query) * n_q_heads + head) * Tile::kRowChunks +
-                    i % Tile::kRowChunks];
-      smem_store4(keys_ + static_cast<uint32_t>(row * Tile::kRowBytes + i % Tile::kRowChunks * 16), v);
-    }
+  KVLAPSE_DEVICE SmemAddress address(int i) const { return smem_address(&(*this)[i]); }
+
+ private:
+  T* data_;
+  int n_;
+};
+
+// What the parts of a compaction know.
+template <int kHeadDim, class Element>
+class RkvBlock {
+ public:
+  static constexpr int kWarps = kRkvThreads / 32;
+  static constexpr int kElementBytes = RkvElement<Element>::kBytes;
+  static constexpr int kRowChunks = RkvFragments<kHeadDim, Element>::kRowChunks;
+  static constexpr int kRowBytes = RkvFragments<kHeadDim, Element>::kRowBytes;
+
+  KVLAPSE_DEVICE RkvBlock(const RkvArgs& args, unsigned char* shared)
+      : args_(args),
+        shared_(shared),
+        item_(block_index() / args.blocks),
+        block_(block_index() % args.blocks) {
+    know_thread();
   }
 
-  // Logits of the window's queries, max over the group; then max and sum of exp of each query over this
-  // block's rows before the window, a warp a query.
-  KVLAPSE_DEVICE void weigh_queries() const {
-    const SmemAddress products = keys_;
-    float c[kColumnTiles][4];
-    Tile::products(c, row_address(warp_ * 16), keys_, lane_, args_.window * args_.group);
-    block_sync();  // the queries are read; the products take their place
-    const int g = lane_ / 4, t = lane_ % 4;
-    KVLAPSE_UNROLL
-    for (int n = 0; n < kColumnTiles; ++n) {
-      KVLAPSE_UNROLL
-      for (int j = 0; j < 4; ++j)
-        smem_store(products + static_cast<uint32_t>(
-                                  ((warp_ * 16 + g + (j / 2) * 8) * kStride + 8 * n + 2 * t + j % 2) * 4),
-                   c[n][j]);
-    }
-    block_sync();
-    constexpr int kRowsOfLane = kRkvRows / 32;
-    const int before_window = held_ - args_.window - first_;
-    for (int query = warp_; query < args_.window; query += kWarps) {
-      float value[kRowsOfLane], most = kNothing;
-      KVLAPSE_UNROLL
-      for (int i = 0; i < kRowsOfLane; ++i) {
-        const int row = lane_ + 32 * i;
-        const SmemAddress from = products + static_cast<uint32_t>((row * kStride + query * args_.group) * 4);
-        value[i] = smem_load(from);
-        for (int head = 1; head < args_.group; ++head) {
-          const float next = smem_load(from + static_cast<uint32_t>(head * 4));
-          value[i] = next > value[i] ? next : value[i];
-        }
-        value[i] *= args_.logit_scale;
-        if (first_ + row < held_)
-          args_.logits[(static_cast<int64_t>(item_) * args_.window + query) * args_.n_slots + first_ + row] =
-              value[i];
-        if (row >= before_window) value[i] = kNothing;
-        most = value[i] > most ? value[i] : most;
-      }
-      for (int mask = 16; mask > 0; mask >>= 1) {
-        const float other = shuffle_xor(most, mask);
-        most = other > most ? other : most;
-      }
-      float sum = 0;
-      KVLAPSE_UNROLL
-      for (int i = 0; i < kRowsOfLane; ++i)
-        if (lane_ + 32 * i < before_window) sum += exponential(value[i] - most);
-      for (int mask = 16; mask > 0; mask >>= 1) sum += shuffle_xor(sum, mask);
-      if (lane_ != 0) continue;
-      float* to =
-          args_.softmax +
-          ((static_cast<int64_t>(item_) * args_.row_blocks + first_ / kRkvRows) * args_.window + query) * 2;
-      to[0] = most, to[1] = sum;
-    }
+ protected:
+  KVLAPSE_DEVICE int64_t at(int slot) const {
+    check_index(slot, args_.n_slots);
+    return static_cast<int64_t>(item_) * args_.n_slots + slot;
   }
-
-  // Sum of unit keys of the block: every thread sums one pair of components over a share of the rows.
-  KVLAPSE_DEVICE void sum_units() const {
-    constexpr int kPairs = kHeadDim / 2, kShares = kRkvThreads / kPairs;
-    float low = 0, high = 0;
-    const int pair = thread_ % kPairs, share = thread_ / kPairs;
-    KVLAPSE_UNROLL_8
-    for (int row = share; row < kRkvRows; row += kShares) {
-      float a, b;
-      Tile::load_pair(row_address(row), 2 * pair, a, b);
-      const float inverse = smem_load(norm_address(row));
-      low += a * inverse, high += b * inverse;
-    }
-    smem_store(shares_ + static_cast<uint32_t>((share * kHeadDim + 2 * pair) * 4), low);
-    smem_store(shares_ + static_cast<uint32_t>((share * kHeadDim + 2 * pair + 1) * 4), high);
-    block_sync();
-    if (thread_ >= kHeadDim) return;
-    float total = 0;
-    for (int i = 0; i < kShares; ++i)
-      total += smem_load(shares_ + static_cast<uint32_t>((i * kHeadDim + thread_) * 4));
-    args_.partial_sum[(static_cast<int64_t>(item_) * args_.row_blocks + first_ / kRkvRows) * kHeadDim +
-                      thread_] = total;
+  KVLAPSE_DEVICE int prefix() const { return held_ - args_.window; }
+  template <class T>
+  KVLAPSE_DEVICE RkvArray<T> array(int offset, int n) const {
+    return {shared_ + offset, n};
   }
-
-  // Each row's last similar key. `slots`: of the keys behind the tile that is in shared memory.
-  KVLAPSE_DEVICE void search(int last_tile, int (&slots)[kTileChunks]) const {
-    const int g = lane_ / 4, t = lane_ % 4;
-    const int low_row = first_ + warp_ * 16 + g;  // and + 8
-    uint64_t found[2] = {0, 0};                   // (rank + 1) << 32 | bits of the cosine
-    const float inverse[2] = {smem_load(norm_address(low_row - first_)),
-                              smem_load(norm_address(low_row + 8 - first_))};
-    bool done = first_ + warp_ * 16 >= held_;  // of all rows of the warp
-    int buffer = 0;
-    KVLAPSE_NO_UNROLL
-    for (int tile = last_tile; tile >= 0; --tile, buffer ^= 1) {
-      Float4 next[kTileChunks];
-      if (tile > 0) {
-        gather(next, slots);
-        find_slots<kRkvColumns>(slots, (tile - 2) * kRkvColumns);
-      }
-      if (!done) {
-        compare(tile, buffer, low_row, inverse, found);
-        const bool both = (found[0] != 0 || low_row >= held_) && (found[1] != 0 || low_row + 8 >= held_);
-        done = warp_ballot(both) == 0xffffffffu;
-      }
-      // Two sets of flags: a warp that is ahead writes the other one.
-      const SmemAddress flags = flags_ + static_cast<uint32_t>(buffer * kWarps * 4);
-      if (lane_ == 0) smem_store(flags + static_cast<uint32_t>(warp_ * 4), done ? 1.0f : 0.0f);
-      if (tile > 0) store_keys(next, buffer ^ 1);
-      block_sync();
-      bool everyone = true;
-      for (int w = 0; w < kWarps; ++w)
-        everyone = everyone && smem_load(flags + static_cast<uint32_t>(w * 4)) != 0;
-      if (everyone) break;
-    }
-    if (t != 0) return;
-    for (int half = 0; half < 2; ++half) {
-      const int row = low_row + half * 8;
-      if (row >= held_) continue;
-      args_.similar[at(row)] = static_cast<int32_t>(found[half] >> 32) - 1;
-      args_.cosine[at(row)] = bits_float(static_cast<uint32_t>(found[half]));
-    }
+  KVLAPSE_DEVICE RkvArray<float> importances() const {
+    return array<float>(args_.layout.importance, args_.n_slots);
   }
-
-  KVLAPSE_DEVICE void compare(int tile, int buffer, int low_row, const float (&inverse)[2],
-                              uint64_t (&found)[2]) const {
-    const int t = lane_ % 4, first_key = tile * kRkvColumns + 2 * t;
-    float c[kColumnTiles][4];
-    Tile::products(c, row_address(warp_ * 16),
-                   keys_ + static_cast<uint32_t>(buffer * kRkvColumns * Tile::kRowBytes), lane_);
-    const SmemAddress norms = key_norms_ + static_cast<uint32_t>((buffer * kRkvColumns + 2 * t) * 4);
-    // A row is not like itself: only where the tile meets the block's own rows.
-    if (tile * kRkvColumns < first_ + kRkvRows && (tile + 1) * kRkvColumns > first_) {
-      KVLAPSE_UNROLL
-      for (int n = 0; n < kColumnTiles; ++n)
-        for (int j = 0; j < 4; ++j)
-          if (first_key + 8 * n + j % 2 == low_row + (j / 2) * 8) c[n][j] = 0;
-    }
-    const int n_keys = held_ - first_key;
-    int best[2] = {-1, -1};  // keys come in rising order: the last one wins
-    float best_cosine[2] = {0, 0}, first_cosine[2] = {0, 0};
-    KVLAPSE_UNROLL
-    for (int n = 0; n < kColumnTiles; ++n) {
-      KVLAPSE_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const float key_inverse = smem_load(norms + static_cast<uint32_t>((8 * n + j) * 4));
-        KVLAPSE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const float cosine = c[n][half * 2 + j] * inverse[half] * key_inverse;
-          const bool similar = cosine > args_.threshold && 8 * n + j < n_keys;
-          best[half] = similar ? 8 * n + j : best[half];
-          best_cosine[half] = similar ? cosine : best_cosine[half];
-          if (n == 0 && j == 0) first_cosine[half] = cosine;
-        }
-      }
-    }
-    KVLAPSE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      uint64_t packed = best[half] < 0 ? 0
-                                       : static_cast<uint64_t>(first_key + best[half] + 1) << 32 |
-                                             float_bits(best_cosine[half]);
-      packed = quad_max(packed);
-      if (tile == 0) {  // rank 0, whose cosine the lane with t = 0 has
-        const float of_first = shuffle_from(first_cosine[half], lane_ & ~3);
-        if (packed == 0) packed = uint64_t{1} << 32 | float_bits(of_first);
-      }
-      if (found[half] == 0) found[half] = packed;
-    }
+  KVLAPSE_DEVICE RkvArray<float> projections() const {
+    return array<float>(args_.layout.projection, args_.n_slots);
   }
-  KVLAPSE_DEVICE static uint64_t quad_max(uint64_t v) {
-    for (int mask = 1; mask < 4; mask *= 2) {
-      const uint64_t other = shuffle_xor(v, mask);
-      v = v > other ? v : other;
+  KVLAPSE_DEVICE RkvArray<int32_t> forgiven() const {
+    return array<int32_t>(args_.layout.forgiven, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint16_t> slot_of() const {
+    return array<uint16_t>(args_.layout.slot_of, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint16_t> rank_of() const {
+    return array<uint16_t>(args_.layout.rank_of, rkv_padded(args_.n_slots));
+  }
+  // Asks anew what is cheaper to ask for than to keep beside rows in registers.
+  KVLAPSE_DEVICE void know_thread() {
+    const uint32_t thread = thread_index_again();
+    thread_ = static_cast<int>(thread & (kRkvThreads - 1));
+    warp_ = thread_ / 32, lane_ = thread_ % 32;
+    g_ = lane_ / 4, t_ = lane_ % 4;
+  }
+  template <bool kMax>
+  KVLAPSE_DEVICE static float warp_reduce(float v) {
+    for (int mask = 16; mask > 0; mask >>= 1) {
+      const float other = shuffle_xor(v, mask);
+      v = kMax ? larger(v, other) : v + other;
     }
     return v;
   }
 
   const RkvArgs& args_;
-  const int item_, first_, held_, thread_, warp_, lane_;
-  const SmemAddress rows_, keys_, row_norms_, key_norms_, shares_, flags_;
+  unsigned char* const shared_;
+  const int item_, block_;
+  int thread_, warp_, lane_, g_, t_;
+  int held_ = 0;
+  float fixed_ = 0;  // sums of at most held_ numbers up to one are int32 multiples of 1 / fixed_
 };
 
-// One block a head: scores, order, moves.
+// The block that selects. Its arrays lie where others did.
 template <int kHeadDim, class Element>
-class RkvSelect {
+class RkvSelect : protected RkvBlock<kHeadDim, Element> {
  public:
-  using Tile = RkvTile<kHeadDim, Element>;
-  static constexpr int kRowChunks = Tile::kRowChunks;
-  static constexpr float kFixedPoint = 1099511627776.0f;  // 2^40: sums of cosines in integers, in any order
+  using Block = RkvBlock<kHeadDim, Element>;
+  KVLAPSE_DEVICE RkvSelect(const RkvArgs& args, unsigned char* shared) : Block(args, shared) {}
 
-  KVLAPSE_DEVICE RkvSelect(const RkvArgs& args, unsigned char* shared)
-      : args_(args),
-        item_(block_index()),
-        n_threads_(args.select_threads),
-        n_warps_(n_threads_ / 32),
-        thread_(thread_index()),
-        warp_(thread_ / 32),
-        lane_(thread_ % 32),
-        sorted_(reinterpret_cast<uint64_t*>(shared)),
-        importance_(reinterpret_cast<float*>(sorted_ + rkv_power_of_two(args.n_slots))),
-        redundancy_(importance_ + args.n_slots),
-        tail_rank_(reinterpret_cast<int32_t*>(redundancy_ + args.n_slots)),
-        holes_(tail_rank_ + (args.n_slots - args.budget)),
-        movers_(holes_ + (args.n_slots - args.budget)),
-        victims_(movers_ + (args.n_slots - args.budget)),
-        warp_values_(reinterpret_cast<float*>(victims_ + (args.n_slots - args.budget))),
-        row_max_(warp_values_ + kRkvSelectThreads / 32),
-        row_inverse_(row_max_ + kRkvColumns),
-        sum_(row_inverse_ + kRkvColumns),
-        n_moves_(reinterpret_cast<int32_t*>(sum_ + kHeadDim)) {}
+ protected:
+  using Block::args_, Block::shared_, Block::item_, Block::thread_, Block::warp_, Block::lane_,
+      Block::know_thread, Block::held_, Block::fixed_, Block::importances, Block::projections,
+      Block::forgiven, Block::slot_of, Block::rank_of, Block::kWarps, Block::kRowChunks, Block::at,
+      Block::prefix;
 
-  KVLAPSE_DEVICE void run() {
-    wait_for_previous_kernel();
-    held_ = args_.count[item_];
-    if (held_ < args_.budget) return;
-    weigh_window();
-    project();
-    forgive();
+  KVLAPSE_DEVICE void select() {
+    know_thread();
+    prefetch_tail();
     score();
     sort();
     rearrange();
@@ -456,351 +382,813 @@ class RkvSelect {
   }
 
  private:
-  KVLAPSE_DEVICE int64_t at(int rank) const { return static_cast<int64_t>(item_) * args_.n_slots + rank; }
-  KVLAPSE_DEVICE int prefix() const { return held_ - args_.window; }
+  static constexpr int kParts = 64, kBuckets = 32 * kParts;  // of the sort
+  static constexpr uint32_t kSign = 0x80000000u;
+  static_assert(kBuckets == kRkvBuckets && kBuckets % (4 * kRkvThreads) == 0);
 
-  KVLAPSE_DEVICE static int warp_max(int v) {
-    for (int mask = 16; mask > 0; mask >>= 1) {
-      const int other = shuffle_xor(v, mask);
-      v = other > v ? other : v;
-    }
+  KVLAPSE_DEVICE float block_reduce(float v, bool max) const {
+    const RkvArray<float> values(shared_ + args_.layout.small, kWarps);
+    v = max ? Block::template warp_reduce<true>(v) : Block::template warp_reduce<false>(v);
+    if (lane_ == 0) values[warp_] = v;
+    block_sync();
+    v = values[0];
+    for (int w = 1; w < kWarps; ++w) v = max ? larger(v, values[w]) : v + values[w];
+    block_sync();
     return v;
   }
-  template <bool kMax>
-  KVLAPSE_DEVICE float warp_reduce(float v) const {
-    for (int mask = 16; mask > 0; mask >>= 1) {
-      const float other = shuffle_xor(v, mask);
-      v = kMax ? (other > v ? other : v) : v + other;
-    }
-    return v;
-  }
-  KVLAPSE_DEVICE float block_max(float v) {
-    v = warp_reduce<true>(v);
-    if (lane_ == 0) warp_values_[warp_] = v;
-    block_sync();
-    float most = warp_values_[0];
-    for (int w = 1; w < n_warps_; ++w) most = warp_values_[w] > most ? warp_values_[w] : most;
-    block_sync();
-    return most;
-  }
-  // Of value(i) over held ranks, in the order of the largest block whatever this one's size is.
-  template <class Value>
-  KVLAPSE_DEVICE float block_sum(Value value) {
-    for (int first = 0; first < kRkvSelectThreads; first += n_threads_) {
-      float sum = 0;
-      for (int i = first + thread_; i < held_; i += kRkvSelectThreads) sum += value(i);
-      sum = warp_reduce<false>(sum);
-      if (lane_ == 0) warp_values_[first / 32 + warp_] = sum;
-    }
-    block_sync();
-    float total = warp_values_[0];
-    for (int w = 1; w < kRkvSelectThreads / 32; ++w) total += warp_values_[w];
-    block_sync();
-    return total;
-  }
 
-  // importance = max pool of the mean over queries of their softmax before the window. And the sum of unit
-  // keys.
-  KVLAPSE_DEVICE void weigh_window() {
-    const int n = prefix();
-    if (thread_ >= n_threads_ - kHeadDim) {
-      const int d = thread_ - (n_threads_ - kHeadDim);
-      const float* parts = args_.partial_sum + static_cast<int64_t>(item_) * args_.row_blocks * kHeadDim + d;
-      float total = 0;
-      KVLAPSE_UNROLL_8
-      for (int block = 0; block * kRkvRows < held_; ++block) total += parts[block * kHeadDim];
-      sum_[d] = total;
-    }
-    if (thread_ < args_.window) {
-      const float* parts =
-          args_.softmax + (static_cast<int64_t>(item_) * args_.row_blocks * args_.window + thread_) * 2;
-      const int stride = args_.window * 2, blocks = (held_ + kRkvRows - 1) / kRkvRows;
-      float most = parts[0];
-      KVLAPSE_UNROLL_8
-      for (int i = 1; i < blocks; ++i) most = parts[i * stride] > most ? parts[i * stride] : most;
-      float sum = 0;
-      KVLAPSE_UNROLL_8
-      for (int i = 0; i < blocks; ++i) sum += parts[i * stride + 1] * exponential(parts[i * stride] - most);
-      row_max_[thread_] = most, row_inverse_[thread_] = 1.0f / sum;
-    }
-    block_sync();
-    const float scale = 1.0f / static_cast<float>(args_.window);
-    for (int i = thread_; i < n; i += n_threads_) {
-      float sum = 0;
-      KVLAPSE_UNROLL_8
-      for (int query = 0; query < args_.window; ++query)
-        sum += exponential(
-                   args_.logits[(static_cast<int64_t>(item_) * args_.window + query) * args_.n_slots + i] -
-                   row_max_[query]) *
-               row_inverse_[query];
-      redundancy_[i] = sum * scale;  // its place, until the pool is done
-    }
-    block_sync();
-    const int half = args_.kernel / 2;
-    for (int i = thread_; i < n; i += n_threads_) {
-      float most = redundancy_[i];
-      for (int j = i - half > 0 ? i - half : 0; j <= i + half && j < n; ++j)
-        most = redundancy_[j] > most ? redundancy_[j] : most;
-      importance_[i] = most;
-    }
-    block_sync();
-  }
-
-  // redundancy[rank] = unit key . sum of unit keys, without its own square. Lanes share a row; four rows of a
-  // lane are on their way at once.
-  KVLAPSE_DEVICE void project() {
-    constexpr int kRowsOfWarp = 32 / kRowChunks, kAtOnce = 4;
-    const int part = lane_ % kRowChunks, first_row = warp_ * kRowsOfWarp + lane_ / kRowChunks;
-    float sum[Tile::kChunkValues];
-    KVLAPSE_UNROLL
-    for (int i = 0; i < Tile::kChunkValues; ++i) sum[i] = sum_[part * Tile::kChunkValues + i];
-    KVLAPSE_NO_UNROLL
-    for (int base = 0; base < held_; base += n_warps_ * kRowsOfWarp * kAtOnce) {
-      int slot[kAtOnce];
-      Float4 row[kAtOnce];
-      float dot[kAtOnce];
-      KVLAPSE_UNROLL
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int rank = base + first_row + u * n_warps_ * kRowsOfWarp;
-        slot[u] = rank < held_ ? args_.order[at(rank)] : 0;
-      }
-      KVLAPSE_UNROLL
-      for (int u = 0; u < kAtOnce; ++u)
-        row[u] = static_cast<const Float4*>(args_.k)[at(slot[u]) * kRowChunks + part];
-      KVLAPSE_UNROLL
-      for (int u = 0; u < kAtOnce; ++u) {
-        const float words[4] = {row[u].x, row[u].y, row[u].z, row[u].w};
-        dot[u] = 0;
-        KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          if constexpr (Tile::kBytes == 4) {
-            dot[u] += words[i] * sum[i];
-          } else {
-            float a, b;
-            unpack2<Element>(float_bits(words[i]), a, b);
-            dot[u] += a * sum[2 * i];
-            dot[u] += b * sum[2 * i + 1];
-          }
-        }
-      }
-      // A lane ends up with the sum of one of the four rows: halves are swapped, then quarters.
-      const bool upper = (part & (kRowChunks / 2)) != 0, odd = (part & (kRowChunks / 4)) != 0;
-      const float a = (upper ? dot[1] : dot[0]) + shuffle_xor(upper ? dot[0] : dot[1], kRowChunks / 2);
-      const float b = (upper ? dot[3] : dot[2]) + shuffle_xor(upper ? dot[2] : dot[3], kRowChunks / 2);
-      float total = (odd ? b : a) + shuffle_xor(odd ? a : b, kRowChunks / 4);
-      KVLAPSE_UNROLL
-      for (int mask = kRowChunks / 8; mask > 0; mask >>= 1) total += shuffle_xor(total, mask);
-      const int rank = base + first_row + ((odd ? 2 : 0) + (upper ? 1 : 0)) * n_warps_ * kRowsOfWarp;
-      if (part % (kRowChunks / 4) == 0 && rank < held_)
-        redundancy_[rank] = total * args_.inverse_norm[at(rank)] - args_.own[at(rank)];
-    }
-  }
-
-  // redundancy = softmax over all ranks of the mean cosine without what was forgiven.
-  KVLAPSE_DEVICE void forgive() {
-    for (int i = thread_; i < held_; i += n_threads_) sorted_[i] = 0;
-    block_sync();
-    // Often a whole warp forgives the same key: its sum is added once.
-    for (int first = 0; first < held_; first += n_threads_) {
-      const int i = first + thread_;
-      const int target = i < held_ ? args_.similar[at(i)] : -1;
-      int64_t amount = i < held_ ? static_cast<int64_t>(args_.cosine[at(i)] * kFixedPoint) : 0;
-      const int common = warp_max(target);
-      if (warp_ballot(target == common || target < 0) == 0xffffffffu) {
-        for (int mask = 16; mask > 0; mask >>= 1) amount += shuffle_xor(amount, mask);
-        if (lane_ == 0 && common >= 0) shared_add(sorted_ + common, static_cast<uint64_t>(amount));
-      } else if (target >= 0) {
-        shared_add(sorted_ + target, static_cast<uint64_t>(amount));
-      }
-    }
-    block_sync();
-    const float scale = 1.0f / static_cast<float>(held_);
+  // Keys that rise: the highest score first.
+  KVLAPSE_DEVICE void score() const {
+    for (int i = thread_; i < kBuckets; i += kRkvThreads) bucket_ends()[i] = 0;
+    const float scale = 1.0f / static_cast<float>(held_), unit = 1.0f / fixed_;
     float most = -3.0e38f;
-    for (int i = thread_; i < held_; i += n_threads_) {
-      const float forgiven = static_cast<float>(static_cast<int64_t>(sorted_[i])) * (1.0f / kFixedPoint);
-      const float mean = (redundancy_[i] - forgiven) * scale;
-      redundancy_[i] = mean;
-      most = mean > most ? mean : most;
+    for (int i = thread_; i < held_; i += kRkvThreads) {
+      const float mean = (projections()[i] - static_cast<float>(forgiven()[i]) * unit) * scale;
+      projections()[i] = mean;
+      most = larger(most, mean);
     }
-    most = block_max(most);
-    const float inverse = 1.0f / block_sum([&](int i) {
-                            const float weight = exponential(redundancy_[i] - most);
-                            redundancy_[i] = weight;
-                            return weight;
-                          });
-    for (int i = thread_; i < held_; i += n_threads_) redundancy_[i] *= inverse;
-    block_sync();
-  }
-
-  // Ascending keys: the highest score first, the lowest rank first among equals.
-  KVLAPSE_DEVICE void score() {
-    const int n = prefix(), padded = rkv_power_of_two(n);
-    for (int i = thread_; i < padded; i += n_threads_) {
-      if (i >= n) {
-        sorted_[i] = ~uint64_t{0};
-        continue;
-      }
-      const float z = importance_[i] * args_.lambda - redundancy_[i] * (1.0f - args_.lambda);
+    most = block_reduce(most, true);
+    float sum = 0;
+    for (int i = thread_; i < held_; i += kRkvThreads) {
+      const float weight = exponential(projections()[i] - most);
+      projections()[i] = weight;
+      sum += weight;
+    }
+    const float redundancy = (1.0f - args_.lambda) / block_reduce(sum, false);
+    const int n = prefix(), half = args_.kernel / 2;
+    for (int i = thread_; i < n; i += kRkvThreads) {
+      float most_important = importances()[i];
+      const int first = i - half > 0 ? i - half : 0, end = i + half < n ? i + half + 1 : n;
+      for (int j = first; j < end; ++j) most_important = larger(most_important, importances()[j]);
+      const float z = most_important * args_.lambda - projections()[i] * redundancy;
       if (args_.scores != nullptr) args_.scores[at(i)] = z;
-      const uint32_t bits = float_bits(z);
-      const uint32_t rising = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-      sorted_[i] = (static_cast<uint64_t>(~rising) << 32) | static_cast<uint32_t>(i);
+      keys_by_rank()[i] = key_of(z);
     }
     block_sync();
+  }
+  KVLAPSE_DEVICE static uint32_t key_of(float z) {
+    const uint32_t bits = float_bits(z);
+    return (bits & kSign) != 0 ? bits : ~(bits | kSign);
+  }
+  KVLAPSE_DEVICE static float score_of(uint32_t key) {
+    return bits_float((key & kSign) != 0 ? key : ~(key | kSign));
   }
 
-  // Bitonic; 64 keys at a time stay in a warp's registers, longer strides are taken two at a time.
-  KVLAPSE_DEVICE void sort() {
-    const int n = rkv_power_of_two(prefix());
-    for (int first = warp_ * 64; first < n; first += n_warps_ * 64) {
-      uint64_t low = sorted_[first + lane_], high = sorted_[first + 32 + lane_];
-      KVLAPSE_UNROLL
-      for (int size = 2; size <= 32; size *= 2) {
-        KVLAPSE_UNROLL
-        for (int stride = size / 2; stride > 0; stride /= 2) {
-          low = exchange(low, stride, (lane_ & size) == 0);
-          high = exchange(high, stride, ((32 + lane_) & size) == 0);
-        }
-      }
-      merge(low, high, (first & 64) == 0);
-      sorted_[first + lane_] = low, sorted_[first + 32 + lane_] = high;
+  KVLAPSE_DEVICE RkvArray<uint32_t> bucket_ends() const {
+    return this->template array<uint32_t>(0, kBuckets);
+  }
+  // What was forgiven becomes keys, then ranks in their new order; projections become keys by bucket.
+  KVLAPSE_DEVICE RkvArray<uint32_t> keys_by_rank() const {
+    return this->template array<uint32_t>(args_.layout.forgiven, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint16_t> sorted_ranks() const {
+    return this->template array<uint16_t>(args_.layout.forgiven, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint32_t> bucket_keys() const {
+    return this->template array<uint32_t>(args_.layout.projection, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint16_t> buckets() const {  // by rank
+    return this->template array<uint16_t>(args_.layout.inverse, args_.n_slots);
+  }
+  KVLAPSE_DEVICE RkvArray<uint16_t> bucket_ranks() const {  // later: slots by new rank
+    return this->template array<uint16_t>(args_.layout.inverse + rkv_padded(args_.n_slots) * 2,
+                                          args_.n_slots);
+  }
+
+  // Into buckets, whose order is that of the keys, then each key behind those of its bucket that are lower
+  // (among equals: of a lower rank). How a bucket was filled does not matter.
+  KVLAPSE_DEVICE void sort() const {
+    const int n = prefix();
+    fill_buckets(n);
+    block_sync();
+    end_buckets();
+    for (int i = thread_; i < n; i += kRkvThreads) {
+      const auto place = static_cast<int>(shared_append(&bucket_ends()[buckets()[i]]));
+      bucket_keys()[place] = keys_by_rank()[i];
+      bucket_ranks()[place] = static_cast<uint16_t>(i);
     }
     block_sync();
-    for (int size = 128; size <= n; size *= 2) {
-      int stride = size / 2;
-      for (; stride >= 128; stride /= 4) {
-        const int half = stride / 2;
-        for (int i = thread_; i < n / 4; i += n_threads_) {
-          const int at = i / half * stride * 2 + i % half;
-          const bool rising = (at & size) == 0;
-          uint64_t a = sorted_[at], b = sorted_[at + half], c = sorted_[at + stride],
-                   d = sorted_[at + stride + half];
-          in_order(a, c, rising);
-          in_order(b, d, rising);
-          in_order(a, b, rising);
-          in_order(c, d, rising);
-          sorted_[at] = a, sorted_[at + half] = b, sorted_[at + stride] = c, sorted_[at + stride + half] = d;
-        }
-        block_sync();
+    for (int i = thread_; i < n; i += kRkvThreads) {
+      const uint32_t key = bucket_keys()[i];
+      const uint16_t rank = bucket_ranks()[i];
+      const int bucket = buckets()[rank];
+      const int begin = bucket == 0 ? 0 : static_cast<int>(bucket_ends()[bucket - 1]),
+                end = static_cast<int>(bucket_ends()[bucket]);
+      int place = begin;
+      for (int j = begin; j < end; ++j) {
+        const uint32_t other = bucket_keys()[j];
+        place += other < key || (other == key && bucket_ranks()[j] < rank) ? 1 : 0;
       }
-      if (stride == 64) {
-        for (int i = thread_; i < n / 2; i += n_threads_) {
-          const int at = i / 64 * 128 + i % 64;
-          uint64_t a = sorted_[at], b = sorted_[at + 64];
-          in_order(a, b, (at & size) == 0);
-          sorted_[at] = a, sorted_[at + 64] = b;
-        }
-        block_sync();
-      }
-      for (int first = warp_ * 64; first < n; first += n_warps_ * 64) {
-        uint64_t low = sorted_[first + lane_], high = sorted_[first + 32 + lane_];
-        merge(low, high, (first & size) == 0);
-        sorted_[first + lane_] = low, sorted_[first + 32 + lane_] = high;
-      }
-      block_sync();
+      sorted_ranks()[place] = rank;
     }
+    block_sync();
   }
-  KVLAPSE_DEVICE static void in_order(uint64_t& a, uint64_t& b, bool rising) {
-    const uint64_t less = a < b ? a : b, more = a < b ? b : a;
-    a = rising ? less : more, b = rising ? more : less;
-  }
-  KVLAPSE_DEVICE uint64_t exchange(uint64_t key, int stride, bool rising) const {
-    const uint64_t other = shuffle_xor(key, stride);
-    return (key < other) == (((lane_ & stride) == 0) == rising) ? key : other;
-  }
-  KVLAPSE_DEVICE void merge(uint64_t& low, uint64_t& high, bool rising) const {
-    in_order(low, high, rising);
+  // A bucket is one of equal parts between two neighbours of a sample that every warp sorts: whatever
+  // scores look like, few share one.
+  KVLAPSE_DEVICE void fill_buckets(int n) const {
+    constexpr int kAtOnce = 5, kMiddle = 16;
+    uint32_t sample = keys_by_rank()[lane_ * n / 32];
     KVLAPSE_UNROLL
-    for (int stride = 16; stride > 0; stride /= 2) {
-      low = exchange(low, stride, rising);
-      high = exchange(high, stride, rising);
+    for (int size = 2; size <= 32; size *= 2) {
+      KVLAPSE_UNROLL
+      for (int step = size / 2; step > 0; step /= 2) {
+        const uint32_t other = shuffle_xor(sample, step);
+        const bool takes_lower = ((lane_ & step) == 0) == ((lane_ & size) == 0 || size == 32);
+        sample = (other < sample) == takes_lower ? other : sample;
+      }
     }
+    // The first and the last interval are open.
+    const float here = score_of(sample), next = shuffle_from(here, lane_ < 31 ? lane_ + 1 : 31),
+                middle = shuffle_from(here, kMiddle);
+    const float first = lane_ == 0 ? here + (here - middle) : here;
+    const float parts = static_cast<float>(kParts) / (lane_ == 31 ? middle - here : first - next);
+    KVLAPSE_NO_UNROLL
+    for (int begin = warp_ * 32; begin < n; begin += kAtOnce * kRkvThreads) {
+      uint32_t key[kAtOnce];
+      int interval[kAtOnce];
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = begin + u * kRkvThreads + lane_;
+        key[u] = keys_by_rank()[i < n ? i : n - 1];
+        interval[u] = 0;
+      }
+      KVLAPSE_UNROLL
+      for (int step = 16; step > 0; step /= 2) {
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u)
+          interval[u] += key[u] >= shuffle_from(sample, interval[u] + step) ? step : 0;
+      }
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = begin + u * kRkvThreads + lane_;
+        // Not a number: the first.
+        const float part = larger(
+            (shuffle_from(first, interval[u]) - score_of(key[u])) * shuffle_from(parts, interval[u]), 0.0f);
+        const int bucket = interval[u] * kParts +
+                           (part < static_cast<float>(kParts - 1) ? static_cast<int>(part) : kParts - 1);
+        if (i >= n) continue;
+        buckets()[i] = static_cast<uint16_t>(bucket);
+        shared_increment(&bucket_ends()[bucket]);
+      }
+    }
+  }
+  // Counts become where buckets begin; a thread has some in a row.
+  KVLAPSE_DEVICE void end_buckets() const {
+    constexpr int kOwn = kBuckets / kRkvThreads;
+    const RkvArray<uint32_t> of_warps(shared_ + args_.layout.small, kWarps);
+    const SmemAddress own = bucket_ends().address(thread_ * kOwn);
+    uint32_t begin[kOwn], total = 0;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kOwn; i += 4) {
+      const Float4 counts = smem_load4(own + static_cast<uint32_t>(i * 4));
+      begin[i] = total, total += float_bits(counts.x);
+      begin[i + 1] = total, total += float_bits(counts.y);
+      begin[i + 2] = total, total += float_bits(counts.z);
+      begin[i + 3] = total, total += float_bits(counts.w);
+    }
+    uint32_t sum = total;
+    KVLAPSE_UNROLL
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t other = shuffle_from(sum, lane_ >= step ? lane_ - step : lane_);
+      sum += lane_ >= step ? other : 0;
+    }
+    if (lane_ == 31) of_warps[warp_] = sum;
+    block_sync();
+    uint32_t before = sum - total;
+    KVLAPSE_UNROLL
+    for (int w = 0; w < kWarps; ++w) before += w < warp_ ? of_warps[w] : 0;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kOwn; i += 4)
+      smem_store4(own + static_cast<uint32_t>(i * 4),
+                  Float4{bits_float(before + begin[i]), bits_float(before + begin[i + 1]),
+                         bits_float(before + begin[i + 2]), bits_float(before + begin[i + 3])});
+    block_sync();
   }
 
   // New order of the survivors; who moves where.
-  KVLAPSE_DEVICE void rearrange() {
+  KVLAPSE_DEVICE RkvArray<uint16_t> drop_list(int i) const {  // where importance and projections were
+    const int n = args_.n_slots - args_.budget;
+    return {shared_ + args_.layout.importance + i * n * 2, n};
+  }
+  KVLAPSE_DEVICE int32_t& n_moves() const { return RkvArray<int32_t>(shared_ + args_.layout.small, 16)[15]; }
+
+  KVLAPSE_DEVICE void rearrange() const {
+    constexpr uint16_t kNone = 0xffff;
     const int n = prefix(), kept = args_.budget - args_.window, drops = held_ - args_.budget;
-    int32_t* slots = reinterpret_cast<int32_t*>(importance_);  // of the new ranks; the scores are used up
-    for (int i = thread_; i < args_.n_slots - args_.budget; i += n_threads_) tail_rank_[i] = -1;
+    const RkvArray<uint16_t> ranks = sorted_ranks(), slots = bucket_ranks();
+    // By slot behind the budget: the new rank of its token. Slots: of victims, the lowest score last; that
+    // are left and taken by moves.
+    const RkvArray<uint16_t> tail_rank = drop_list(0), victims = drop_list(1), holes = drop_list(2),
+                             movers = drop_list(3);
+    for (int i = thread_; i < drops; i += kRkvThreads) tail_rank[i] = kNone;
     block_sync();
-    for (int i = thread_; i < held_; i += n_threads_) {  // survivors, victims, the window
-      const int old = i < n ? static_cast<int>(static_cast<uint32_t>(sorted_[i])) : i;
-      const int slot = args_.order[at(old)];
+    for (int i = thread_; i < held_; i += kRkvThreads) {  // survivors, victims, the window
+      const uint16_t slot = slot_of()[i < n ? ranks[i] : i];
       if (i >= kept && i < n) {
-        victims_[i - kept] = slot;
+        victims[i - kept] = slot;
         continue;
       }
       const int rank = i < kept ? i : i - drops;
       slots[rank] = slot;
-      if (slot >= args_.budget) tail_rank_[slot - args_.budget] = rank;
+      if (slot >= args_.budget) tail_rank[slot - args_.budget] = static_cast<uint16_t>(rank);
     }
     block_sync();
     if (args_.evicted != nullptr)
-      for (int i = thread_; i < args_.n_slots - args_.budget; i += n_threads_)
+      for (int i = thread_; i < args_.n_slots - args_.budget; i += kRkvThreads)
         args_.evicted[static_cast<int64_t>(item_) * (args_.n_slots - args_.budget) + i] =
-            i < drops ? args_.positions[at(victims_[i])] : -1;
+            i < drops ? args_.positions[at(victims[i])] : -1;
     if (warp_ == 0) {
       // As many holes below the budget as survivors behind it, both in the order that they are met.
       int n_holes = 0, n_movers = 0;
       for (int first = 0; first < drops; first += 32) {
         const int i = first + lane_;
-        const int slot = i < drops ? victims_[i] : args_.n_slots;
-        const uint32_t holes = warp_ballot(slot < args_.budget);
-        if (slot < args_.budget) holes_[n_holes + bits_below(holes, lane_)] = slot;
-        n_holes += bits_below(holes, 32);
-        const bool moves = i < drops && tail_rank_[i] >= 0;
-        const uint32_t movers = warp_ballot(moves);
-        if (moves) movers_[n_movers + bits_below(movers, lane_)] = args_.budget + i;
-        n_movers += bits_below(movers, 32);
+        const int slot = i < drops ? victims[i] : args_.n_slots;
+        const uint32_t hole_bits = warp_ballot(slot < args_.budget);
+        if (slot < args_.budget) holes[n_holes + bits_below(hole_bits, lane_)] = static_cast<uint16_t>(slot);
+        n_holes += bits_below(hole_bits, 32);
+        const bool moves = i < drops && tail_rank[i] != kNone;
+        const uint32_t mover_bits = warp_ballot(moves);
+        if (moves) movers[n_movers + bits_below(mover_bits, lane_)] = static_cast<uint16_t>(args_.budget + i);
+        n_movers += bits_below(mover_bits, 32);
       }
-      if (lane_ == 0) *n_moves_ = n_movers;
+      if (lane_ == 0) n_moves() = n_movers;
     }
     block_sync();
-    for (int i = thread_; i < *n_moves_; i += n_threads_)
-      slots[tail_rank_[movers_[i] - args_.budget]] = holes_[i];
+    const int n_movers = n_moves();
+    for (int i = thread_; i < n_movers; i += kRkvThreads)
+      slots[tail_rank[movers[i] - args_.budget]] = holes[i];
     block_sync();
-    for (int i = thread_; i < args_.budget; i += n_threads_) args_.order[at(i)] = slots[i];
-    for (int i = args_.budget + thread_; i < args_.n_slots; i += n_threads_)
-      args_.order[at(i)] = i;  // where tokens come next
+    for (int i = thread_; i < args_.n_slots; i += kRkvThreads)
+      args_.order[at(i)] = i < args_.budget ? slots[i] : i;  // tokens come next behind the budget
     if (thread_ == 0) args_.count[item_] = args_.budget;
   }
 
+  // Rows that may move are on their way to L2 while it is found out which do.
+  KVLAPSE_DEVICE void prefetch_tail() const {
+    const int n = held_ - args_.budget;
+    if (n == 0) return;
+    const int64_t first = at(args_.budget);
+    if (thread_ == 0) {
+      const auto bytes = static_cast<uint32_t>(n * kRowChunks * 16);
+      bulk_prefetch_l2(static_cast<const Float4*>(args_.v) + first * kRowChunks, bytes);
+      bulk_prefetch_l2(static_cast<const Float4*>(args_.k) + first * kRowChunks, bytes);
+    }
+    constexpr int kLine = 32;  // words
+    for (int i = thread_ * kLine; i < n; i += kRkvThreads * kLine) {
+      if (args_.positions != nullptr) prefetch_l2(args_.positions + first + i);
+      if (args_.value_l1 != nullptr) prefetch_l2(args_.value_l1 + first + i);
+    }
+  }
   // Nobody reads what another move writes: all loads of a thread are in flight together.
-  KVLAPSE_DEVICE void move_rows() {
+  KVLAPSE_DEVICE void move_rows() const {
+    constexpr int kAtOnce = 8;
+    const RkvArray<uint16_t> holes = drop_list(2), movers = drop_list(3);
     Float4* const k = static_cast<Float4*>(args_.k);
     Float4* const v = static_cast<Float4*>(args_.v);
-    const int n = *n_moves_ * kRowChunks;
-    for (int i = thread_; i < n; i += 2 * n_threads_) {
-      const int other = i + n_threads_ < n ? i + n_threads_ : i;
-      const int64_t from = at(movers_[i / kRowChunks]) * kRowChunks + i % kRowChunks,
-                    other_from = at(movers_[other / kRowChunks]) * kRowChunks + other % kRowChunks,
-                    to = at(holes_[i / kRowChunks]) * kRowChunks + i % kRowChunks,
-                    other_to = at(holes_[other / kRowChunks]) * kRowChunks + other % kRowChunks;
-      const Float4 moved[4] = {k[from], v[from], k[other_from], v[other_from]};
-      k[to] = moved[0], v[to] = moved[1], k[other_to] = moved[2], v[other_to] = moved[3];
+    const int n_movers = n_moves(), n = n_movers * kRowChunks;
+    int32_t position = 0;
+    float value_l1 = 0;
+    const auto load_scalars = [&](int i) {
+      if (i >= n_movers) return;
+      if (args_.positions != nullptr) position = args_.positions[at(movers[i])];
+      if (args_.value_l1 != nullptr) value_l1 = args_.value_l1[at(movers[i])];
+    };
+    load_scalars(thread_);
+    KVLAPSE_NO_UNROLL
+    for (int first = thread_; first < n; first += kAtOnce * kRkvThreads) {
+      Float4 moved[kAtOnce][2];
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = first + u * kRkvThreads;
+        if (i >= n) break;
+        const int64_t from = at(movers[i / kRowChunks]) * kRowChunks + i % kRowChunks;
+        moved[u][0] = k[from], moved[u][1] = v[from];
+      }
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = first + u * kRkvThreads;
+        if (i >= n) break;
+        const int64_t to = at(holes[i / kRowChunks]) * kRowChunks + i % kRowChunks;
+        k[to] = moved[u][0], v[to] = moved[u][1];
+      }
     }
-    for (int i = thread_; i < *n_moves_; i += n_threads_) {
-      const int64_t from = at(movers_[i]), to = at(holes_[i]);
-      if (args_.positions != nullptr) args_.positions[to] = args_.positions[from];
-      if (args_.value_l1 != nullptr) args_.value_l1[to] = args_.value_l1[from];
+    for (int i = thread_; i < n_movers; i += kRkvThreads) {
+      if (i != thread_) load_scalars(i);
+      if (args_.positions != nullptr) args_.positions[at(holes[i])] = position;
+      if (args_.value_l1 != nullptr) args_.value_l1[at(holes[i])] = value_l1;
+    }
+  }
+};
+
+template <int kHeadDim, class Element>
+class RkvHead : RkvSelect<kHeadDim, Element> {
+ public:
+  using Fragments = RkvFragments<kHeadDim, Element>;
+  using Block = RkvBlock<kHeadDim, Element>;
+  KVLAPSE_DEVICE RkvHead(const RkvArgs& args, unsigned char* shared)
+      : RkvSelect<kHeadDim, Element>(args, shared) {}
+
+  KVLAPSE_DEVICE void run() {
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    held_ = args_.count[item_];
+    if (held_ < args_.budget) return;
+    fixed_ = 1 << 22;
+    while (fixed_ * static_cast<float>(held_) > 1 << 30) fixed_ *= 0.5f;
+
+    prepare();
+    meet();
+    int mine = 0;  // tiles of this warp
+    KVLAPSE_NO_UNROLL
+    for (;; ++mine) {
+      know_thread();
+      const int tile = tile_of(mine);
+      if (!is_tile(tile)) break;
+      if (mine > 0) load_tile(tile);
+      if (is_tile(tile_of(mine + 1))) prefetch_tile(tile_of(mine + 1));
+      if (is_kept(mine)) rows_.save(kept_tile(mine), lane_);
+      measure(tile);
+    }
+    const bool searched = search();
+    share_sums();
+    gather();
+    block_sync();
+    KVLAPSE_NO_UNROLL
+    for (int i = mine - 1; i >= 0; --i) {
+      know_thread();
+      if (searched || (i < mine - 1 && !is_kept(i)))
+        load_tile(tile_of(i));
+      else if (i < mine - 1)
+        rows_.restore(kept_tile(i), lane_);
+      if (i > 0 && (searched || !is_kept(i - 1))) prefetch_tile(tile_of(i - 1));
+      weigh(tile_of(i));
+    }
+    meet();
+    if (block_ == 0) this->select();
+  }
+
+ private:
+  using Block::args_, Block::shared_, Block::item_, Block::block_, Block::thread_, Block::warp_, Block::lane_,
+      Block::g_, Block::t_, Block::know_thread, Block::held_, Block::fixed_, Block::importances,
+      Block::projections, Block::forgiven, Block::slot_of, Block::rank_of, Block::kWarps, Block::kRowChunks,
+      Block::kRowBytes, Block::at, Block::prefix;
+  static constexpr float kNothing = -1e30f;
+  static constexpr uint16_t kNoRank = 0xffff;  // of a row that is not there
+
+  KVLAPSE_DEVICE SmemAddress address(int offset) const { return smem_address(shared_ + offset); }
+  KVLAPSE_DEVICE SmemAddress queries() const { return address(0); }
+  KVLAPSE_DEVICE SmemAddress vector() const { return address(args_.layout.vector); }
+  KVLAPSE_DEVICE SmemAddress keys() const { return address(args_.layout.keys); }
+  KVLAPSE_DEVICE RkvArray<float> key_inverses() const {
+    return this->template array<float>(args_.layout.key_inverse, args_.key_rows);
+  }
+  KVLAPSE_DEVICE RkvArray<float> inverses() const {
+    return this->template array<float>(args_.layout.inverse, rkv_padded(args_.n_slots));
+  }
+  KVLAPSE_DEVICE RkvArray<int32_t> sums() const {
+    return this->template array<int32_t>(args_.layout.sums, kHeadDim);
+  }
+  KVLAPSE_DEVICE RkvArray<int32_t> totals() const {
+    return this->template array<int32_t>(args_.layout.totals, kHeadDim);
+  }
+  KVLAPSE_DEVICE RkvArray<float> tops() const {
+    return this->template array<float>(args_.layout.tops, 2 * args_.window);
+  }
+  KVLAPSE_DEVICE RkvArray<int32_t> left() const {
+    return this->template array<int32_t>(args_.layout.small, 2);
+  }
+
+  // The head's blocks wait for one another.
+  KVLAPSE_DEVICE void meet() const {
+    if (args_.blocks > 1) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      block_sync();
+    }
+  }
+  // Of the block that selects.
+  KVLAPSE_DEVICE void put(const RkvArray<float>& to, int rank, float value) const {
+    if (args_.blocks > 1)
+      remote_store(remote_address(to.address(rank), 0), float_bits(value));
+    else
+      to[rank] = value;
+  }
+  KVLAPSE_DEVICE void forgive(int rank, int amount) const {
+    if (args_.blocks > 1)
+      remote_add(remote_address(forgiven().address(rank), 0), amount);
+    else
+      shared_add(&forgiven()[rank], amount);
+  }
+
+  // ---- rows of a warp ----
+  KVLAPSE_DEVICE int tile_of(int mine) const { return (mine * kWarps + warp_) * args_.blocks + block_; }
+  KVLAPSE_DEVICE bool is_tile(int tile) const { return tile * kRkvTileRows < held_; }
+  KVLAPSE_DEVICE int slot_in(int tile, int i) const { return tile * kRkvTileRows + 8 * i + g_; }
+  KVLAPSE_DEVICE const Float4* row(int slot) const {
+    return static_cast<const Float4*>(args_.k) + at(slot) * kRowChunks;
+  }
+  KVLAPSE_DEVICE void load_tile(int tile) {
+    rows_.load(lane_, [&](int i) {  // behind the end the last row, which counts for nothing
+      return row(slot_in(tile, i) < held_ ? slot_in(tile, i) : held_ - 1);
+    });
+  }
+  // Into L2.
+  KVLAPSE_DEVICE void prefetch_tile(int tile) const {
+    const int first = tile * kRkvTileRows, n = held_ - first < kRkvTileRows ? held_ - first : kRkvTileRows;
+    if (lane_ == 0) bulk_prefetch_l2(row(first), static_cast<uint32_t>(n * kRowBytes));
+  }
+  // Tiles that stay in shared memory for the second reading, behind the first keys.
+  KVLAPSE_DEVICE bool is_kept(int mine) const {
+    return (mine * kWarps + warp_ + 1) * Fragments::kBytes <= (args_.key_rows - kRkvFirstKeys) * kRowBytes;
+  }
+  KVLAPSE_DEVICE SmemAddress kept_tile(int mine) const {
+    return keys() +
+           static_cast<uint32_t>(kRkvFirstKeys * kRowBytes + (mine * kWarps + warp_) * Fragments::kBytes);
+  }
+  // What this needs of device memory is asked for before anything is waited for, with the first rows.
+  KVLAPSE_DEVICE void prepare() {
+    constexpr int kSlotsAtOnce = 8, kChunksAtOnce = 2;
+    const int first_key = held_ > kRkvFirstKeys ? held_ - kRkvFirstKeys : 0;
+    const int own_key =
+        first_key + thread_ / kRowChunks < held_ ? first_key + thread_ / kRowChunks : first_key;
+    const int own_slot = args_.order[at(own_key)];
+    int slots[kSlotsAtOnce];
+    Float4 chunks[kChunksAtOnce];
+    const int n_chunks = rkv_query_rows(args_.window, args_.group) * kRowChunks;
+    load_slots(slots, thread_);
+    load_queries(chunks, thread_, n_chunks);
+    if (is_tile(tile_of(0))) load_tile(tile_of(0));
+
+    for (int i = thread_; i < 16 * kRowChunks; i += kRkvThreads)
+      smem_store4(vector() + static_cast<uint32_t>(i * 16), Float4{0, 0, 0, 0});
+    for (int i = thread_; i < kHeadDim; i += kRkvThreads) sums()[i] = 0, totals()[i] = 0;
+    if (thread_ < 2) left()[thread_] = 0;
+    for (int i = held_ + thread_; i < rkv_padded(held_); i += kRkvThreads)
+      inverses()[i] = 0, rank_of()[i] = kNoRank;
+    KVLAPSE_NO_UNROLL
+    for (int first = thread_;;) {
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kSlotsAtOnce; ++u) {
+        const int i = first + u * kRkvThreads;
+        if (i >= held_) break;
+        slot_of()[i] = static_cast<uint16_t>(slots[u]);
+        rank_of()[slots[u]] = static_cast<uint16_t>(i);
+        forgiven()[i] = 0;
+      }
+      first += kSlotsAtOnce * kRkvThreads;
+      if (first >= held_) break;
+      load_slots(slots, first);
+    }
+    KVLAPSE_NO_UNROLL
+    for (int first = thread_;;) {
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kChunksAtOnce; ++u) {
+        const int i = first + u * kRkvThreads;
+        if (i < n_chunks) Fragments::store_operand(queries(), i / kRowChunks, i % kRowChunks, chunks[u]);
+      }
+      first += kChunksAtOnce * kRkvThreads;
+      if (first >= n_chunks) break;
+      load_queries(chunks, first, n_chunks);
+    }
+    load_keys(first_key, held_, [&](int rank) { return rank == own_key ? own_slot : args_.order[at(rank)]; });
+  }
+  template <int n>
+  KVLAPSE_DEVICE void load_slots(int (&slots)[n], int first) const {
+    KVLAPSE_UNROLL
+    for (int u = 0; u < n; ++u) {
+      const int i = first + u * kRkvThreads;
+      if (i < held_) slots[u] = args_.order[at(i)];
+    }
+  }
+  // Groups of 16 rows: up to eight queries by twice the heads that fill eight rows.
+  template <int n>
+  KVLAPSE_DEVICE void load_queries(Float4 (&chunks)[n], int first, int n_chunks) const {
+    const int b = item_ / args_.n_kv_heads, h = item_ % args_.n_kv_heads,
+              n_q_heads = args_.n_kv_heads * args_.group;
+    const int bits = query_bits(), heads = 8 >> bits, groups = (args_.group + 2 * heads - 1) >> (4 - bits);
+    KVLAPSE_UNROLL
+    for (int u = 0; u < n; ++u) {
+      const int i = first + u * kRkvThreads;
+      if (i >= n_chunks) break;
+      const int of = i / kRowChunks, part = of / 16 / groups;
+      int query = part * 8 + (of & ((1 << bits) - 1)),
+          head = (of / 16 - part * groups) * 2 * heads + of / 8 % 2 * heads + (of % 8 >> bits);
+      query = query < args_.window ? query : args_.window - 1;
+      head = head < args_.group ? head : args_.group - 1;
+      const int64_t from =
+          (static_cast<int64_t>(b) * args_.window + query) * n_q_heads + h * args_.group + head;
+      chunks[u] = static_cast<const Float4*>(args_.q)[from * kRowChunks + i % kRowChunks];
     }
   }
 
-  const RkvArgs& args_;
-  const int item_, n_threads_, n_warps_, thread_, warp_, lane_;
-  int held_ = 0;
-  uint64_t* sorted_;  // scores with ranks; before that what is forgiven
-  float* importance_;
-  float* redundancy_;
-  int32_t* tail_rank_;  // new rank of the token in slot budget + i, -1: none
-  int32_t* holes_;
-  int32_t* movers_;
-  int32_t* victims_;  // slots, the lowest score last
-  float* warp_values_;
-  float* row_max_;
-  float* row_inverse_;
-  float* sum_;  // of unit keys
-  int32_t* n_moves_;
+  // Keys of ranks [first, end), at most key_rows, and what they are multiplied by to be units: NaN behind
+  // the end, which is like nothing.
+  template <class Slot>
+  KVLAPSE_DEVICE void load_keys(int first, int end, Slot slot_with) const {
+    const int n = (end - first + 15) / 16 * 16 * kRowChunks;
+    KVLAPSE_UNROLL_2
+    for (int i = thread_; i < n; i += kRkvThreads) {  // all lanes of a row together
+      const int key = i / kRowChunks, chunk = i % kRowChunks;
+      Float4 v{0, 0, 0, 0};
+      if (first + key < end) v = row(slot_with(first + key))[chunk];
+      Fragments::store_operand(keys(), key, chunk, v);
+      float values[Fragments::kValues], square = 0;
+      Fragments::values_of(v, values);
+      KVLAPSE_UNROLL
+      for (int j = 0; j < Fragments::kValues; ++j) square += values[j] * values[j];
+      KVLAPSE_UNROLL
+      for (int mask = kRowChunks / 2; mask > 0; mask >>= 1) square += shuffle_xor(square, mask);
+      if (chunk == 0) key_inverses()[key] = first + key < end ? inverse_of(square) : bits_float(0x7fffffffu);
+    }
+  }
+  KVLAPSE_DEVICE static float inverse_of(float square) { return 1.0f / (square_root(square) + 1e-8f); }
+
+  // ---- measure ----
+  // What a lane knows of rows 8 i + 2t + e, [2 i + e].
+  struct Rows {
+    float inverse[8];
+    int rank[8];  // kNoRank: not there
+  };
+  KVLAPSE_DEVICE void measure(int tile) {
+    float square[4], inverse[4];
+    rows_.squares(square, lane_);
+    const int slot = slot_in(tile, t_);  // a row a lane
+    if (slot < held_)
+      inverses()[slot] =
+          inverse_of(t_ < 2 ? (t_ == 0 ? square[0] : square[1]) : (t_ == 2 ? square[2] : square[3]));
+    warp_sync();
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 4; ++i) inverse[i] = inverses()[slot_in(tile, i)];
+    rows_.sum_rows(inverse, lane_, [&](int d, float v) { shared_add(&sums()[d], round_to_int(v * fixed_)); });
+    Rows rows;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const int other = tile * kRkvTileRows + i / 2 * 8 + 2 * t_ + i % 2;
+      rows.inverse[i] = inverses()[other];
+      rows.rank[i] = rank_of()[other];
+    }
+    weigh_window(tile, rows);
+    const int own = tile * kRkvTileRows + Fragments::own_row(lane_);
+    const int first_key = held_ > kRkvFirstKeys ? held_ - kRkvFirstKeys : 0;
+    uint32_t found = 0;
+    compare<true>(first_key, 0, rows, found);
+    settle(own < held_ ? own : -1, first_key, found, 0);
+  }
+  // Max and sum of 2^ of the tile's logits before the window.
+  KVLAPSE_DEVICE void weigh_window(int tile, const Rows& rows) const {
+    for (int part = 0; part * 8 < args_.window; ++part) {
+      float logit[8], most = kNothing, sum = 0;
+      weigh_queries(logit, part);
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        if (rows.rank[i] >= prefix()) logit[i] = 2 * kNothing;  // 2^ of it is zero
+        most = larger(most, logit[i]);
+      }
+      most = larger(most, shuffle_xor(most, 1));
+      most = larger(most, shuffle_xor(most, 2));
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 8; ++i) sum += exp2_approximate(logit[i] - most);
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      const int query = query_of(part);
+      if (t_ != 0 || query < 0) continue;
+      float* const to = softmax_part(tile, query);
+      to[0] = most, to[1] = sum;
+    }
+  }
+  KVLAPSE_DEVICE float* softmax_part(int tile, int query) const {
+    const int tiles = (args_.n_slots + kRkvTileRows - 1) / kRkvTileRows;
+    check_index(tile, tiles);
+    return args_.softmax + ((static_cast<int64_t>(item_) * tiles + tile) * args_.window + query) * 2;
+  }
+
+  // Queries of a group of rows: up to eight, and where they are fewer as many heads as fill it.
+  KVLAPSE_DEVICE int query_bits() const {
+    return args_.window > 4 ? 3 : args_.window > 2 ? 2 : args_.window > 1 ? 1 : 0;
+  }
+  // The query that lanes g answer for, -1: none (or lanes before them do).
+  KVLAPSE_DEVICE int query_of(int part) const {
+    const int query = part * 8 + g_;
+    return g_ < 1 << query_bits() && query < args_.window ? query : -1;
+  }
+  // logit[2 i + e]: of row 8 i + 2t + e and query_of(part), the most of the group's heads.
+  KVLAPSE_DEVICE void weigh_queries(float (&logit)[8], int part) const {
+    const int bits = query_bits(), heads = 8 >> bits, groups = (args_.group + 2 * heads - 1) >> (4 - bits);
+    SmemAddress group = queries() + static_cast<uint32_t>(part * groups * Fragments::kGroupBytes);
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 8; ++i) logit[i] = -3.0e38f;
+    KVLAPSE_NO_UNROLL
+    for (int n = 0; n < groups; ++n, group += Fragments::kGroupBytes) {
+      float c[4][4];
+      rows_.products(c, group, lane_);
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 8; ++i) logit[i] = larger(logit[i], larger(c[i / 2][i % 2], c[i / 2][2 + i % 2]));
+    }
+    for (int mask = 4 << bits; mask < 32; mask *= 2) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 8; ++i) logit[i] = larger(logit[i], shuffle_xor(logit[i], mask));
+    }
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 8; ++i) logit[i] *= args_.logit_scale;
+  }
+
+  // ---- the last key that a row is like ----
+  // What a lane found for its own row is (key + 1) << 24 | amount + 2^23, 0: nothing; keys are those in
+  // shared memory, whose first has rank `base`, amounts at most fixed_ <= 2^22. Here keys first .. first
+  // + 15. kLikely: some row has its key among them.
+  template <bool kLikely>
+  KVLAPSE_DEVICE void compare(int base, int first, const Rows& rows, uint32_t& found) const {
+    float c[4][4];
+    rows_.products(c, keys() + static_cast<uint32_t>(first * kRowBytes), lane_);
+    const float key_inverse[2] = {key_inverses()[first + g_], key_inverses()[first + 8 + g_]};
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 16; ++i) c[i / 4][i % 4] *= rows.inverse[i / 4 * 2 + i % 2] * key_inverse[i / 2 % 2];
+    const bool has_first = base + first == 0;  // rank 0 is what a row has that has no other
+    const auto own = [&](int i) { return rows.rank[i] - base - first; };
+    bool has_own = false;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 8; ++i) has_own |= static_cast<uint32_t>(own(i)) < 16;
+    if (has_own) {  // a row is not like itself
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        c[i / 2][i % 2] = own(i) == g_ ? 0.0f : c[i / 2][i % 2];
+        c[i / 2][2 + i % 2] = own(i) == g_ + 8 ? 0.0f : c[i / 2][2 + i % 2];
+      }
+    }
+    if (!kLikely && !has_first) {
+      bool any = false;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 16; ++i) any |= c[i / 4][i % 4] > args_.threshold;
+      if (warp_ballot(any) == 0) return;
+    }
+    // Keys g and g + 8, of which the later one counts. An amount is rounded by adding a number whose last
+    // digit is one.
+    constexpr float kRounds = 3 << 22;
+    const float low_threshold = has_first && g_ == 0 ? -3.0e38f : args_.threshold;
+    const uint32_t low_key = (static_cast<uint32_t>(first + 1 + g_) << 24) + (1u << 23) - float_bits(kRounds),
+                   high_key = low_key + (8u << 24);
+    uint32_t best[8];
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const float low = c[i / 2][i % 2], high = c[i / 2][2 + i % 2];
+      const bool is_high = high > args_.threshold;
+      const uint32_t amount = float_bits((is_high ? high : low) * fixed_ + kRounds);
+      const uint32_t packed = amount + (is_high ? high_key : low_key);
+      best[i] = (low > low_threshold) | is_high ? packed : 0;
+    }
+    const uint32_t most =
+        Fragments::over_groups(best, lane_, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+    if (found == 0) found = most;
+  }
+  // Of the row that this lane owns, -1: none. Often a whole warp forgives the same key: its sum is added
+  // once.
+  KVLAPSE_DEVICE void settle(int slot, int base, uint32_t found, int list) const {
+    if (slot < 0) found = 0;
+    const uint32_t key = found >> 24, common = warp_largest(key);
+    const int amount = found == 0 ? 0 : static_cast<int>(found & 0xffffffu) - (1 << 23);
+    if (warp_ballot(key == common || key == 0) == 0xffffffffu) {
+      const int sum = warp_sum(amount);
+      if (lane_ == 0 && common != 0) forgive(base + static_cast<int>(common) - 1, sum);
+    } else if (key != 0) {
+      forgive(base + static_cast<int>(key) - 1, amount);
+    }
+    const bool is_left = found == 0 && slot >= 0;
+    const uint32_t lefts = warp_ballot(is_left);
+    if (lefts == 0) return;
+    int place = 0;
+    if (lane_ == 0) place = shared_add_before(&left()[list], bits_below(lefts, 32));
+    place = shuffle_from(place, 0);
+    if (is_left) list_of(list)[place + bits_below(lefts, lane_)] = static_cast<uint16_t>(slot);
+  }
+  // Slots that found no key yet, in the place of importance and projections.
+  KVLAPSE_DEVICE RkvArray<uint16_t> list_of(int list) const {
+    return {shared_ + (list == 0 ? args_.layout.importance : args_.layout.projection), args_.n_slots};
+  }
+
+  // Whether there was anything to do.
+  KVLAPSE_DEVICE bool search() {
+    const int at_once = args_.key_rows < kRkvMaxKeyRows ? args_.key_rows : kRkvMaxKeyRows;
+    int end = held_ > kRkvFirstKeys ? held_ - kRkvFirstKeys : 0, list = 0;
+    bool searched = false;
+    KVLAPSE_NO_UNROLL
+    for (;; list ^= 1) {
+      block_sync();
+      know_thread();
+      const int n = left()[list];
+      if (n == 0) return searched;
+      searched = true;
+      const int base = end > at_once ? end - at_once : 0;
+      load_keys(base, end, [&](int rank) { return slot_of()[rank]; });
+      if (thread_ == 0) left()[list ^ 1] = 0;
+      block_sync();
+      KVLAPSE_NO_UNROLL
+      for (int tile = warp_; tile * kRkvTileRows < n; tile += kWarps) search_tile(tile, list, n, base, end);
+      end = base;
+    }
+  }
+  KVLAPSE_DEVICE void search_tile(int tile, int list, int n, int base, int end) {
+    know_thread();
+    const RkvArray<uint16_t> slots = list_of(list);
+    const auto slot_at = [&](int row) {
+      const int i = tile * kRkvTileRows + row;
+      return i < n ? static_cast<int>(slots[i]) : -1;
+    };
+    Rows rows;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const int slot = slot_at(i / 2 * 8 + 2 * t_ + i % 2);
+      rows.rank[i] = slot >= 0 ? rank_of()[slot] : kNoRank;
+      rows.inverse[i] = slot >= 0 ? inverses()[slot] : 0.0f;
+    }
+    rows_.load(lane_, [&](int i) {
+      const int slot = slot_at(8 * i + g_);
+      return row(slot >= 0 ? slot : 0);
+    });
+    const int own = slot_at(Fragments::own_row(lane_));
+    uint32_t found = 0;
+    KVLAPSE_NO_UNROLL
+    for (int first = (end - base - 1) / 16 * 16; first >= 0; first -= 16) {
+      compare<false>(base, first, rows, found);
+      if (warp_ballot(found != 0 || own < 0) == 0xffffffffu) break;
+    }
+    settle(own, base, found, list ^ 1);
+  }
+
+  // ---- between the readings ----
+  KVLAPSE_DEVICE void share_sums() {
+    know_thread();
+    // search() ended with a barrier
+    if (args_.blocks > 1)
+      for (int i = thread_; i < kHeadDim * args_.blocks; i += kRkvThreads)
+        remote_add(remote_address(totals().address(i % kHeadDim), i / kHeadDim), sums()[i % kHeadDim]);
+    if (args_.blocks > 1) meet();
+  }
+  KVLAPSE_DEVICE void gather() {
+    know_thread();
+    if (thread_ < kHeadDim)
+      Fragments::store_vector(
+          vector(), thread_,
+          static_cast<float>(args_.blocks > 1 ? totals()[thread_] : sums()[thread_]) * (1.0f / fixed_));
+    // A warp a query, from the end.
+    const int tiles = (held_ + kRkvTileRows - 1) / kRkvTileRows;
+    for (int query = kWarps - 1 - warp_; query < args_.window; query += kWarps) {
+      constexpr int kAtOnce = 2;
+      float most = kNothing, sum = 0;
+      for (int first = lane_; first < tiles; first += kAtOnce * 32) {
+        float tops_there[kAtOnce], parts[kAtOnce];
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+          const bool is_there = first + u * 32 < tiles;
+          const float* from = softmax_part(is_there ? first + u * 32 : first, query);
+          tops_there[u] = load_shared_by_device(from);
+          parts[u] = is_there ? load_shared_by_device(from + 1) : 0;
+        }
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+          const float next = larger(tops_there[u], most);
+          sum = sum * exp2_approximate(most - next) + parts[u] * exp2_approximate(tops_there[u] - next);
+          most = next;
+        }
+      }
+      const float top = Block::template warp_reduce<true>(most);
+      sum = Block::template warp_reduce<false>(sum * exp2_approximate(most - top));
+      if (lane_ != 0) continue;
+      tops()[2 * query] = top;
+      tops()[2 * query + 1] = 1.0f / (sum * static_cast<float>(args_.window));
+    }
+  }
+
+  // ---- weigh ----
+  KVLAPSE_DEVICE void weigh(int tile) const {
+    const auto add = [](float a, float b) { return a + b; };
+    float dot[8], sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    {
+      float c[4][4];
+      rows_.products(c, vector(), lane_);
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 8; ++i) dot[i] = c[i / 2][i % 2];
+    }
+    for (int part = 0; part * 8 < args_.window; ++part) {
+      float logit[8];
+      weigh_queries(logit, part);
+      const int query = query_of(part);
+      const float top = query < 0 ? 0 : tops()[2 * query], scale = query < 0 ? 0 : tops()[2 * query + 1];
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 8; ++i)
+        if (query >= 0) sum[i] += exp2_approximate(logit[i] - top) * scale;
+    }
+    const float projection = Fragments::over_groups(dot, lane_, add),
+                importance = Fragments::over_groups(sum, lane_, add);
+    const int slot = tile * kRkvTileRows + Fragments::own_row(lane_);
+    if (slot >= held_) return;
+    const int rank = rank_of()[slot];
+    const float inverse = inverses()[slot], length = 1.0f - 1e-8f * inverse;  // of the unit key
+    put(importances(), rank, importance);
+    put(projections(), rank, projection * inverse - length * length);
+  }
+
+  Fragments rows_;
 };
 
 }  // namespace kvlapse::device

@@ -7,7 +7,10 @@
 //
 // The L x L matrix of cosines C is never made. Its column sums are (sum of unit keys) . unit key; what a row
 // i forgives is C[i, j] of its last j with C > threshold (rank 0 when there is none), found by a scan from
-// the end that stops once every row of a block has its j.
+// the end: every row meets the last keys, only those that found none go on.
+//
+// Tokens of a head lie in its first `count` slots. Sums over rows are integers, or taken in an order that
+// the shape alone decides: the result does not depend on how many blocks share a head.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +19,27 @@
 
 namespace kvlapse {
 
-inline constexpr int kRkvRows = 128;     // of a block
-inline constexpr int kRkvColumns = 64;   // keys that are compared with them at once; most window x group
-inline constexpr int kRkvThreads = 256;  // of a block of rows
-inline constexpr int kRkvSelectThreads = 1024;  // of a block that selects, at most; a multiple of 128
+inline constexpr int kRkvThreads = 256;    // of a block
+inline constexpr int kRkvTileRows = 32;    // of a warp
+inline constexpr int kRkvFirstKeys = 16;   // that every row meets
+inline constexpr int kRkvMaxColumns = 64;  // window x group
 inline constexpr int kRkvMaxSlots = 8192;
+inline constexpr int kRkvMaxBlocks = 8;     // of a head
+inline constexpr int kRkvBuckets = 2048;    // of the sort
+inline constexpr int kRkvMaxKeyRows = 240;  // that are searched at once: 8 bits
+
+// A block's shared memory, in bytes from its start. By slot or rank: arrays of n_slots.
+struct RkvLayout {
+  int queries, vector, keys;  // rows; the sort's buckets take their place
+  int key_inverse;
+  int inverse;  // float by slot; then two uint16 each: buckets and ranks while they are sorted
+  int importance, projection, forgiven;  // by rank; the first two before that: slots that found no key
+  int slot_of, rank_of;                  // uint16
+  int sums, totals;                      // int32 [D] of unit keys
+  int tops;                              // [window][2]
+  int small;                             // 64 words
+  int bytes;
+};
 
 struct RkvArgs {
   const void* q;  // [B, window, Hq, D] the newest queries, oldest first
@@ -33,27 +52,21 @@ struct RkvArgs {
   int32_t* evicted;    // [B, H, S - budget] positions of the victims, lowest score last, -1 pads; optional
                        // (needs positions)
   float* scores;       // [B, H, S] Z by old rank; optional
-  // Scratch, by rank.
-  float* inverse_norm;  // [B, H, S]
-  float* logits;        // [B, H, window, S] max over the group
-  float* softmax;       // [B, H, row_blocks, window, 2] max and sum of exp before the window
-  float* partial_sum;   // [B, H, row_blocks, D] of unit keys
-  float* own;           // [B, H, S] square of the unit key: 1, rounded
-  int32_t* similar;     // [B, H, S] rank that the row forgives
-  float* cosine;        // [B, H, S] and how much
+  float* softmax;      // [B, H, tiles, window, 2] scratch: max and sum of 2^ of a tile's logits
 
   int32_t n_items;     // B * H
   int32_t n_kv_heads;  // H
   int32_t group;       // G
   int32_t n_slots;     // S
   int32_t budget;
-  int32_t window;  // window * group <= kRkvColumns
-  int32_t kernel;  // of the max pool, odd
-  int32_t row_blocks;
-  int32_t select_threads;  // one block of all, or with half of them two to a multiprocessor
+  int32_t window;    // window * group <= kRkvMaxColumns
+  int32_t kernel;    // of the max pool, odd
+  int32_t blocks;    // of a head: a cluster, 1 where there are none
+  int32_t key_rows;  // of keys, and of rows that are read again, in shared memory: a multiple of 16
   float lambda;
   float threshold;
-  float logit_scale;  // 1 / sqrt(D)
+  float logit_scale;  // log2(e) / sqrt(D)
+  RkvLayout layout;
 };
 
 struct RkvShape {
@@ -61,32 +74,44 @@ struct RkvShape {
   DType dtype = DType::f16;  // f32, f16 or bf16
   int budget = 0, window = 8, kernel = 7;
   float lambda = 0.07f, threshold = 0.5f;
+  int blocks = 0;  // of a head; 0: what fills the device
 
   int n_items() const { return batch * n_kv_heads; }
-  int row_blocks() const { return (n_slots + kRkvRows - 1) / kRkvRows; }
+  int tiles() const { return (n_slots + kRkvTileRows - 1) / kRkvTileRows; }
 };
 
-constexpr int rkv_row_bytes(int head_dim, int element_bytes) {
-  return head_dim * element_bytes + 16;  // padded: 8 rows of one column lie in 8 different bank groups
+constexpr int rkv_padded(int n) {
+  return (n + kRkvTileRows - 1) / kRkvTileRows * kRkvTileRows;
 }
-// Two tiles of keys; before the search the window's queries, then their products with the rows.
-constexpr int rkv_keys_bytes(int head_dim, int element_bytes) {
-  const int keys = 2 * kRkvColumns * rkv_row_bytes(head_dim, element_bytes);
-  const int products = kRkvRows * (kRkvColumns + 1) * 4;
-  return keys > products ? keys : products;
+// Of the window's queries in shared memory: in groups of 16 up to eight queries by twice the heads that fill
+// eight rows.
+constexpr int rkv_query_rows(int window, int group) {
+  const int heads = window > 4 ? 1 : window > 2 ? 2 : window > 1 ? 4 : 8;
+  return (window + 7) / 8 * ((group + 2 * heads - 1) / (2 * heads)) * 16;
 }
-constexpr int rkv_rows_smem_bytes(int head_dim, int element_bytes) {
-  return kRkvRows * rkv_row_bytes(head_dim, element_bytes) + rkv_keys_bytes(head_dim, element_bytes) +
-         kRkvRows * 4 + 2 * kRkvColumns * 4 + kRkvThreads * 8 + 64;
+constexpr RkvLayout rkv_layout(const RkvArgs& a, int head_dim, int element_bytes) {
+  RkvLayout at{};
+  const int row = head_dim * element_bytes, n = rkv_padded(a.n_slots);
+  at.queries = 0;
+  at.vector = rkv_query_rows(a.window, a.group) * row;
+  at.keys = at.vector + 16 * row;
+  const int keys_end = at.keys + a.key_rows * row, counters = kRkvBuckets * 4;
+  at.key_inverse = keys_end > counters ? keys_end : counters;
+  at.inverse = at.key_inverse + a.key_rows * 4;
+  at.importance = at.inverse + n * 4;
+  at.projection = at.importance + n * 4;
+  at.forgiven = at.projection + n * 4;
+  at.slot_of = at.forgiven + n * 4;
+  at.rank_of = at.slot_of + n * 2;
+  at.sums = at.rank_of + n * 2;
+  at.totals = at.sums + head_dim * 4;
+  at.tops = at.totals + head_dim * 4;
+  at.small = at.tops + (a.window + 1) / 2 * 16;
+  at.bytes = at.small + 256;
+  return at;
 }
-constexpr int rkv_power_of_two(int n) {
-  int p = 64;
-  while (p < n) p *= 2;
-  return p;
-}
-constexpr int rkv_select_smem_bytes(int n_slots, int budget) {
-  return rkv_power_of_two(n_slots) * 8 + n_slots * 8 + (n_slots - budget) * 16 + 2048;
-}
+// The most keys that fit into `bytes` of shared memory, 0: none do.
+int rkv_key_rows(const RkvArgs& args, int head_dim, int element_bytes, int bytes);
 
 // Fills what follows from the shape. Throws Error when it is not supported.
 void set_rkv_scalars(RkvArgs& args, const RkvShape& shape);

@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cmath>
+#include <numbers>
 
 #include "core/base/error.h"
 #include "kernels/decode/rkv_args.h"
@@ -14,11 +16,13 @@ void set_rkv_scalars(RkvArgs& args, const RkvShape& s) {
     fail("rkv kernel: expected a batch and query heads in groups, found {} and {} / {}", s.batch, s.n_q_heads,
          s.n_kv_heads);
   const int group = s.n_q_heads / s.n_kv_heads;
-  if (s.window < 1 || s.window * group > kRkvColumns)
-    fail("rkv kernel: window x group: expected 1 to {}, found {} x {}", kRkvColumns, s.window, group);
+  if (s.window < 1 || s.window * group > kRkvMaxColumns)
+    fail("rkv kernel: window x group: expected 1 to {}, found {} x {}", kRkvMaxColumns, s.window, group);
   if (s.n_slots > kRkvMaxSlots || s.budget <= s.window || s.budget > s.n_slots)
     fail("rkv kernel: expected window < budget <= slots <= {}, found {}, {}, {}", kRkvMaxSlots, s.window,
          s.budget, s.n_slots);
+  if (s.blocks < 0 || s.blocks > kRkvMaxBlocks)
+    fail("rkv kernel: blocks: expected 0 to {}, found {}", kRkvMaxBlocks, s.blocks);
   if (s.kernel % 2 == 0) fail("rkv kernel: kernel: expected an odd width, found {}", s.kernel);
   args.n_items = s.n_items();
   args.n_kv_heads = s.n_kv_heads;
@@ -27,11 +31,19 @@ void set_rkv_scalars(RkvArgs& args, const RkvShape& s) {
   args.budget = s.budget;
   args.window = s.window;
   args.kernel = s.kernel;
-  args.row_blocks = s.row_blocks();
-  args.select_threads = kRkvSelectThreads;
+  args.blocks = s.blocks < 1 ? 1 : s.blocks;
+  args.key_rows = kRkvFirstKeys;
   args.lambda = s.lambda;
   args.threshold = s.threshold;
-  args.logit_scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
+  args.logit_scale = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(s.head_dim));
+}
+
+int rkv_key_rows(const RkvArgs& args, int head_dim, int element_bytes, int bytes) {
+  RkvArgs with = args;
+  for (with.key_rows = std::max((args.n_slots + 15) / 16 * 16, kRkvFirstKeys); with.key_rows >= kRkvFirstKeys;
+       with.key_rows -= 16)
+    if (rkv_layout(with, head_dim, element_bytes).bytes <= bytes) return with.key_rows;
+  return 0;
 }
 
 uint64_t rkv_bytes(const RkvShape& s, int held) {

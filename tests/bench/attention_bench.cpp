@@ -1,6 +1,6 @@
 // Rows of `bench attention` and `bench rkv` as lines of JSON, on the current GPU.
 // Usage: attention_bench OUTPUT.jsonl [MIN_BATCH MAX_BATCH | sweep | fp8 | one BATCH SLOTS [DTYPE] | caote
-// [BATCH SLOTS [DTYPE]] | rkv [BATCH BUDGET]]
+// [BATCH SLOTS [DTYPE]] | rkv [BATCH BUDGET [BLOCKS]]]
 #include "kernels/cuda/attention_bench.h"
 
 #include <cstdio>
@@ -30,7 +30,8 @@ int main(int argc, char** argv) {
     std::vector<kvlapse::RkvBenchCase> cases;
     for (bool alike : {true, false})
       if (mode == "rkv" && argc > 4)
-        cases.push_back({std::atoi(argv[3]), std::atoi(argv[4]), 128, alike, kvlapse::DType::bf16});
+        cases.push_back({std::atoi(argv[3]), std::atoi(argv[4]), 128, alike, kvlapse::DType::bf16,
+                         argc > 5 ? std::atoi(argv[5]) : 0});
     if (mode == "rkv")
       kvlapse::bench_rkv(cases, 0, [&](const kvlapse::RkvBenchRow& row) {
         std::fprintf(out, "%s\n", kvlapse::rkv_bench_json(row).c_str());

@@ -26,9 +26,35 @@ TEST(GpuRkv, SmallCases) {
   KVLAPSE_NEEDS_GPU();
   for (DType dtype : {DType::f32, DType::bf16}) {
     const RkvProblem before = make_rkv_problem({2, 8, 2, 64, 230, dtype, 150}, {230, 149}, 7);
-    RkvProblem after = before;
-    run_rkv_gpu(after);
-    EXPECT_EQ(check_rkv(before, after, true).failure, "");
+    for (int blocks : {1, 3, 8}) {
+      RkvProblem after = before;
+      after.shape.blocks = blocks;
+      run_rkv_gpu(after);
+      EXPECT_EQ(check_rkv(before, after, true).failure, "") << blocks;
+    }
+  }
+}
+
+// Bit for bit; the search takes several rounds, a warp has several tiles.
+TEST(GpuRkv, AnyNumberOfBlocksAlike) {
+  KVLAPSE_NEEDS_GPU();
+  for (auto [n_slots, budget] : {std::pair{1152, 1024}, {3404, 3276}, {8192, 8000}}) {
+    const RkvProblem before = make_rkv_problem({1, 4, 1, 128, n_slots, DType::bf16, budget}, {n_slots}, 3);
+    RkvProblem one = before;
+    one.shape.blocks = 1;
+    run_rkv_gpu(one);
+    if (n_slots < 8192) {
+      EXPECT_EQ(check_rkv(before, one, true).failure, "") << n_slots;
+    }
+    for (int blocks : {2, 4, 5, 8}) {
+      RkvProblem many = before;
+      many.shape.blocks = blocks;
+      run_rkv_gpu(many);
+      EXPECT_EQ(one.order, many.order) << n_slots << " " << blocks;
+      EXPECT_EQ(one.scores, many.scores) << n_slots << " " << blocks;
+      EXPECT_EQ(one.k, many.k) << n_slots << " " << blocks;
+      EXPECT_EQ(one.v, many.v) << n_slots << " " << blocks;
+    }
   }
 }
 

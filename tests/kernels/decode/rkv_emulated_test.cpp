@@ -33,6 +33,28 @@ TEST(RkvKernels, EveryTypeAsDefinedAndRepeatable) {
   }
 }
 
+// Bit for bit, whatever shared memory holds.
+TEST(RkvKernels, AnyNumberOfBlocksAlike) {
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    RkvShape shape{2, 4, 2, 64, 330, dtype, 250};
+    const RkvProblem before = make_rkv_problem(shape, {330, 251}, 5);
+    RkvProblem one = before;
+    one.shape.blocks = 1;
+    run_rkv_emulated(one, 1);
+    EXPECT_EQ(check_rkv(before, one, true).failure, "");
+    for (int blocks : {2, 3, 8}) {
+      RkvProblem many = before;
+      many.shape.blocks = blocks;
+      run_rkv_emulated(many, static_cast<uint64_t>(blocks));
+      EXPECT_EQ(one.order, many.order) << blocks;
+      EXPECT_EQ(one.scores, many.scores) << blocks;
+      EXPECT_EQ(one.evicted, many.evicted) << blocks;
+      EXPECT_EQ(one.k, many.k) << blocks;
+      EXPECT_EQ(one.v, many.v) << blocks;
+    }
+  }
+}
+
 // Sorts that leave a warp, several rows of a lane, and a search over all tiles.
 TEST(RkvKernels, ManySlots) {
   for (auto [n_slots, budget] : {std::pair{1200, 1050}, {2100, 2000}}) {
@@ -44,6 +66,25 @@ TEST(RkvKernels, ManySlots) {
     EXPECT_EQ(check.failure, "") << n_slots;
     EXPECT_LT(check.score_error, 5e-6);
   }
+}
+
+// Equal scores, which one bucket of the sort holds, stay in the order of ranks.
+TEST(RkvKernels, AllAlike) {
+  const RkvShape shape{1, 2, 1, 32, 200, DType::bf16, 120};
+  const RkvProblem before = [&] {
+    RkvProblem p = make_rkv_problem(shape, {200}, 9);
+    for (size_t i = 0; i < p.k.size() / 2; ++i) p.set(p.k, i, 0.5f);
+    return p;
+  }();
+  RkvProblem after = before;
+  run_rkv_emulated(after, 4);
+  const int kept = shape.budget - shape.window;
+  for (int i = 0; i < shape.n_slots - shape.budget; ++i)
+    EXPECT_EQ(after.evicted[static_cast<size_t>(i)],
+              before.positions[static_cast<size_t>(before.order[static_cast<size_t>(kept + i)])]);
+  for (int i = 0; i + shape.window < shape.budget; ++i)
+    EXPECT_EQ(after.positions[static_cast<size_t>(after.order[static_cast<size_t>(i)])],
+              before.positions[static_cast<size_t>(before.order[static_cast<size_t>(i)])]);
 }
 
 TEST(RkvKernels, WindowsAndGroups) {

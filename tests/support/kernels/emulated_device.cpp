@@ -235,6 +235,10 @@ SmemAddress smem_address(const void* pointer) {
     fail("emulator: pointer outside this block's shared memory");
   return (static_cast<uint32_t>(block_index() + 1) << kBlockShift) | static_cast<uint32_t>(offset);
 }
+void check_index(int i, int n) {
+  if (i < 0 || i >= n)
+    fail("emulator: block {} thread {}: index {} of an array of {}", block_index(), thread_index(), i, n);
+}
 void* smem_pointer(SmemAddress at, int bytes) {
   if (static_cast<int>(at >> kBlockShift) - 1 != block_index())
     fail("emulator: plain access to another block's memory");
@@ -434,6 +438,12 @@ SmemAddress remote_address(SmemAddress local, int rank) {
 }
 void remote_store(SmemAddress to, uint32_t v) {
   std::memcpy(pointer_in(to, 4), &v, 4);
+}
+void remote_add(SmemAddress to, int32_t v) {
+  int32_t sum;
+  std::memcpy(&sum, pointer_in(to, 4), 4);
+  sum += v;
+  std::memcpy(pointer_in(to, 4), &sum, 4);
 }
 void remote_store4(SmemAddress to, Float4 v, SmemAddress bar) {
   machine->pending.push_back([=] {

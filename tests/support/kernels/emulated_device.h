@@ -132,6 +132,11 @@ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
   }
 }
 
+template <class Element>
+void multiply_add_16x8x8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  multiply_add_16x8x16<Element>(c, {a0, a1, 0, 0}, b, 0);
+}
+
 void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd);
 
 inline float exp2_approximate(float x) {
@@ -177,6 +182,23 @@ inline uint32_t shared_append(uint32_t* count) {
 inline void shared_add(uint64_t* to, uint64_t v) {
   *to += v;
 }
+inline void shared_add(int32_t* to, int32_t v) {
+  *to += v;
+}
+inline int32_t shared_add_before(int32_t* to, int32_t v) {
+  *to += v;
+  return *to - v;
+}
+inline float larger(float a, float b) {
+  return std::fmax(a, b);
+}
+inline int32_t round_to_int(float v) {
+  return static_cast<int32_t>(std::lrint(v));
+}
+inline uint32_t thread_index_again() {
+  return static_cast<uint32_t>(thread_index());
+}
+void check_index(int i, int n);  // 0 <= i < n
 template <class T>
 T shuffle_xor(T v, int mask) {
   return warp_exchange("shuffle", v)[lane_index() ^ mask];
@@ -190,6 +212,12 @@ inline uint32_t warp_largest(uint32_t v) {
   for (int i = 0; i < 32; ++i) v = all[i] > v ? all[i] : v;
   return v;
 }
+inline int32_t warp_sum(int32_t v) {
+  const int32_t* all = warp_exchange("sum", v);
+  v = 0;
+  for (int i = 0; i < 32; ++i) v += all[i];
+  return v;
+}
 inline void warp_sync() {
   warp_exchange("sync", 0);
 }
@@ -200,6 +228,7 @@ void cluster_arrive();
 void cluster_wait();
 SmemAddress remote_address(SmemAddress local, int rank);
 void remote_store(SmemAddress to, uint32_t v);
+void remote_add(SmemAddress to, int32_t v);
 void remote_store4(SmemAddress to, Float4 v, SmemAddress bar);
 
 uint32_t count_arrival(uint32_t* counter, uint32_t last);

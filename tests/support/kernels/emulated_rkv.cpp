@@ -9,16 +9,12 @@ namespace kvlapse {
 namespace {
 
 template <int kHeadDim, class Element>
-void run(const RkvArgs& args, uint64_t seed) {
-  constexpr int kBytes = device::RkvElement<Element>::kBytes;
-  const device::EmulatedLaunch rows{args.n_items * args.row_blocks, kRkvThreads, 1,
-                                    rkv_rows_smem_bytes(kHeadDim, kBytes), seed};
+void run(RkvArgs args, uint64_t seed) {
+  args.layout = rkv_layout(args, kHeadDim, device::RkvElement<Element>::kBytes);
+  const device::EmulatedLaunch launch{args.n_items * args.blocks, kRkvThreads, args.blocks, args.layout.bytes,
+                                      seed};
   device::run_emulated(
-      rows, [&](unsigned char* shared) { device::RkvRows<kHeadDim, Element>(args, shared).run(); });
-  const device::EmulatedLaunch select{args.n_items, args.select_threads, 1,
-                                      rkv_select_smem_bytes(args.n_slots, args.budget), seed};
-  device::run_emulated(
-      select, [&](unsigned char* shared) { device::RkvSelect<kHeadDim, Element>(args, shared).run(); });
+      launch, [&](unsigned char* shared) { device::RkvHead<kHeadDim, Element>(args, shared).run(); });
 }
 
 template <class Element>
@@ -36,12 +32,8 @@ void run_dim(const RkvArgs& args, int head_dim, uint64_t seed) {
 void run_rkv_emulated(RkvProblem& p, uint64_t seed) {
   RkvArgs args{};
   set_rkv_scalars(args, p.shape);
-  if (seed % 2 == 0) args.select_threads /= 2;
-  const size_t slots = p.order.size();
-  std::vector<float> inverse_norm(slots), own(slots), cosine(slots), logits(slots * p.shape.window),
-      partial(static_cast<size_t>(args.n_items) * args.row_blocks * p.shape.head_dim);
-  std::vector<float> softmax(static_cast<size_t>(args.n_items) * args.row_blocks * p.shape.window * 2);
-  std::vector<int32_t> similar(slots);
+  args.key_rows = static_cast<int>(16 + seed % 4 * 80);
+  std::vector<float> softmax(static_cast<size_t>(args.n_items) * p.shape.tiles() * p.shape.window * 2);
   // The kernels read rows in chunks of 16 bytes.
   const auto aligned = [](std::vector<std::byte>& bytes, std::vector<uint64_t>& storage) {
     storage.resize(bytes.size() / 8 + 4);
@@ -59,13 +51,7 @@ void run_rkv_emulated(RkvProblem& p, uint64_t seed) {
   args.value_l1 = p.value_l1.data();
   args.evicted = p.evicted.data();
   args.scores = p.scores.data();
-  args.inverse_norm = inverse_norm.data();
-  args.logits = logits.data();
   args.softmax = softmax.data();
-  args.partial_sum = partial.data();
-  args.own = own.data();
-  args.similar = similar.data();
-  args.cosine = cosine.data();
   if (p.shape.dtype == DType::f32)
     run_dim<device::F32>(args, p.shape.head_dim, seed);
   else if (p.shape.dtype == DType::f16)
