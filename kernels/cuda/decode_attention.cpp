@@ -141,6 +141,8 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.n_slots = args.budget = shape_.n_slots;
   args.n_splits = plan_.n_splits;
   args.n_groups = plan_.n_groups;
+  args.tile_warps = plan_.tile_warps;
+  args.warp_bytes = plan_.warp_bytes;
   args.n_stages = plan_.n_stages;
   args.logits_bytes = plan_.logits_bytes;
   args.partial_offset = plan_.partial_offset;

@@ -22,16 +22,10 @@ namespace kvlapse {
 inline constexpr int kMaxDecodeSplits = 16;
 inline constexpr int kMaxDecodeGroup = 8;  // query heads per kv head: the columns of one matrix instruction
 inline constexpr int kDecodeTileSlots = 64;
-inline constexpr int kDecodeGroupWarps = 4;  // consumer warps that share a tile, 16 slots each
-inline constexpr int kMaxDecodeStages = 16;
-// Groups of them in a block, which take tiles in turn. Widening fp8 takes longer than copying it.
-constexpr int max_decode_groups(bool fp8) {
-  return fp8 ? 3 : 2;
-}
+inline constexpr int kMaxDecodeWarps = 8;  // that consume tiles, alone or two to a tile
+inline constexpr int kMaxDecodeStages = 24;
 // Barriers and exchange buffers behind the ring.
-constexpr int decode_small_bytes(bool fp8) {
-  return 1408 + 288 * max_decode_groups(fp8);
-}
+inline constexpr int kDecodeSmallBytes = 16 * kMaxDecodeStages + 80 * kMaxDecodeWarps + 1168;
 inline constexpr int kDecodeOutputPad =
     4;  // floats between heads of the output reduction, against bank conflicts
 // Leave one out: others that weigh less than this of the largest together count as nothing.
@@ -96,9 +90,11 @@ struct DecodeArgs {
   int32_t recent;        // newest tokens that are never evicted
   int32_t pinned;        // positions below it are never evicted (sinks, prompt)
   int32_t n_splits;      // CTAs that share one (b, h)
-  int32_t n_groups;      // consumer groups of a block
+  int32_t n_groups;      // consumer groups of a block, which take tiles in turn
+  int32_t tile_warps;    // warps of a group: 1, or 2 that take half a tile each
   int32_t n_stages;      // tiles of the ring in shared memory; a multiple of n_groups
-  int32_t logits_bytes;  // shared memory for logits and the output reduction
+  int32_t warp_bytes;    // of a warp's logits in shared memory, or of its partial output over them
+  int32_t logits_bytes;  // of all warps; leave one out: and the output reduction
   int32_t small_offset;  // of the barriers and exchange buffers in shared memory
   float logit_scale;     // log2(e) / sqrt(D)
   float score_scale;     // factor of the published mean
