@@ -41,6 +41,7 @@ namespace kvlapse::device {
 
 inline constexpr int kTileSlots = kDecodeTileSlots;
 inline constexpr int kHalfSlots = kTileSlots / 2;
+static_assert(kHalfSlots == 32);
 inline constexpr int kMaxStages = kMaxDecodeStages;
 inline constexpr int kConsumerWarps = kMaxDecodeWarps;
 inline constexpr int kOutputPad = kDecodeOutputPad;
@@ -73,11 +74,11 @@ struct DecodeTraits {
   using Element = ElementTag;
   static constexpr bool kLeaveOneOut = kLeavesOut;  // the score is FusedScore::leave_one_out
   static constexpr bool kFp8 = __is_same(Element, E4m3);
-  static constexpr int kThreads = (kConsumerWarps + 1) * 32;  // at most
+  static constexpr int kThreads = (max_decode_warps(kHeadDimension) + 1) * 32;  // at most
   static constexpr int kHeadDim = kHeadDimension;
   static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);
   static constexpr bool kBulk =
-      kBulkCopy;  // copy engine and clusters (sm_90), otherwise cp.async and global memory
+      kBulkCopy;  // copy engine and perhaps clusters (sm_90), otherwise cp.async and global memory
   static constexpr int kBoxRowBytes = kRowBytes < 128 ? kRowBytes : 128;
   static constexpr int kBoxes = kRowBytes / kBoxRowBytes;
   static constexpr int kBoxElements = kHeadDim / kBoxes;
@@ -110,6 +111,11 @@ struct ItemInfo {
   int expired;  // slot that leaves the recent window, or -1
   int pos;
 };
+
+// Of a half tile among all of an item; -1 for -1.
+KVLAPSE_DEVICE int half_of_slot(int slot) {
+  return slot >> 5;
+}
 
 struct RingCursor {
   int stage = 0;
@@ -212,7 +218,7 @@ class DecodeCta {
 
   KVLAPSE_DEVICE int consumer_warps() const { return n_threads_ / 32; }
   KVLAPSE_DEVICE void consumer_sync() { named_barrier(kConsumerBarrier, n_threads_); }
-  KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.n_splits > 1; }
+  KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.clustered; }
   KVLAPSE_DEVICE SmemAddress bar(const uint64_t& b) const { return smem_address(&b); }
   KVLAPSE_DEVICE int half_group() const { return (args_.group + 1) / 2; }  // lanes of a quad that hold heads
   KVLAPSE_DEVICE Tiles tiles_of(int n) const {
@@ -458,9 +464,9 @@ class DecodeCta {
       SlotSide sides[2];
       if constexpr (!Traits::kLeaveOneOut) {
         const int second = args_.tile_warps == 1 ? 0 : args_.n_groups;
-        sides[0] = load_side(item, info.n, tiles.begin + group, tiles.end, first_half());
-        sides[1] =
-            load_side(item, info.n, tiles.begin + group + second, tiles.end, second == 0 ? 1 : first_half());
+        sides[0] = load_side(side_rows(item), info.n, tiles.begin + group, tiles.end, first_half());
+        sides[1] = load_side(side_rows(item), info.n, tiles.begin + group + second, tiles.end,
+                             second == 0 ? 1 : first_half());
       }
       if (turn == 0) {
         wait_for_previous_kernel();
@@ -682,7 +688,7 @@ class DecodeCta {
       KVLAPSE_NO_UNROLL
       for (int half = first_half(); half < 2; half += args_.tile_warps) {
         const int first = tile * kTileSlots + half * kHalfSlots;
-        if (info.slot / kHalfSlots == first / kHalfSlots && info.slot >= 0) {
+        if (half_of_slot(info.slot) == half_of_slot(first)) {
           write_row(at.stage, info.slot, item, rows.k, 0);
           wrote = true;
         }
@@ -768,7 +774,7 @@ class DecodeCta {
     consumer_sync();
     if (args_.n_splits == 1) {
       merge_rows(smem_address(small_.warp_softmax[0][2 * t]), consumer_warps(), m, l);
-    } else if (Traits::kBulk) {
+    } else if (clustered()) {
       if (warp_ == 0) {
         if (lane_ == 0)
           mbarrier_arrive_expect(bar(small_.softmax_bar), static_cast<uint32_t>(args_.n_splits) * kRowBytes);
@@ -863,14 +869,22 @@ class DecodeCta {
     uint32_t protect = 0;
   };
   KVLAPSE_DEVICE int own_slot() const { return lane_ / 4 + lane_ % 4 * 8; }
-  KVLAPSE_DEVICE SlotSide load_side(int item, int n, int tile, int end, int half) const {
+  // Where they lie: this lane's slot of the item's first half, and protection bits from there on.
+  struct SideRows {
+    int64_t slot;
+    uint16_t* protect;
+  };
+  KVLAPSE_DEVICE SideRows side_rows(int item) const {
+    return {slot_index(item, own_slot()), args_.protect + protect_index(item, 0)};
+  }
+  KVLAPSE_DEVICE SlotSide load_side(const SideRows& rows, int n, int tile, int end, int half) const {
     SlotSide side;
-    const int first = tile * kTileSlots + half * kHalfSlots, slot = first + own_slot();
+    const int first = tile * kTileSlots + half * kHalfSlots;
     if (args_.score == FusedScore::none || tile < 0 || tile >= end || first >= n) return side;
-    side.protect = load_bits(args_.protect + protect_index(item, first / 16));
-    if (slot >= n) return side;
-    if (score_uses_norm(args_.score)) side.norm = args_.value_l1[slot_index(item, slot)];
-    if (score_accumulates(args_.score)) side.accumulated = args_.accumulated[slot_index(item, slot)];
+    side.protect = load_bits(rows.protect + first / 16);
+    if (first + own_slot() >= n) return side;
+    if (score_uses_norm(args_.score)) side.norm = (args_.value_l1 + rows.slot)[first];
+    if (score_accumulates(args_.score)) side.accumulated = (args_.accumulated + rows.slot)[first];
     return side;
   }
 
@@ -882,6 +896,7 @@ class DecodeCta {
     uint32_t offsets[Traits::kBoxLoads];
     fragment_offsets((lane_ & 7) + (lane_ >> 4) * 8, (lane_ >> 3) & 1, offsets);
     uint32_t best = kNoScore, best_slot = ~uint32_t{0};
+    const SideRows lie = side_rows(item);
     uint32_t top = 0;  // fp8: power of two above the scales that this warp has met, as bits
     SmemAddress logits = logit_address(warp_, 0);
     const bool alone = args_.tile_warps == 1;
@@ -924,7 +939,7 @@ class DecodeCta {
         if constexpr (!Traits::kFp8) pack(0, 1, 1), pack(1, 1, 1);
 
         mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-        if (info.slot / kHalfSlots == first / kHalfSlots && info.slot >= 0) {
+        if (half_of_slot(info.slot) == half_of_slot(first)) {
           write_row(at.stage, info.slot, item, rows.v, 1);
           note_new_token(at.stage, info, item, sides[visit]);
           wrote = true;
@@ -994,9 +1009,9 @@ class DecodeCta {
           KVLAPSE_UNROLL
           for (int k = 0; k < 4; ++k)
             w[k] = p[k / 2][k % 2 * 2] * softmax.inverse[0] + p[k / 2][k % 2 * 2 + 1] * softmax.inverse[1];
-          const uint32_t bits = score_half(item, info, first, w, sides[visit]);
+          const uint32_t bits = score_half(lie, info, first, w, sides[visit]);
           if (bits < best) best = bits, best_slot = static_cast<uint32_t>(first + own_slot());
-          sides[visit] = load_side(item, info.n, tile + args_.tile_warps * args_.n_groups, tiles.end, half);
+          sides[visit] = load_side(lie, info.n, tile + args_.tile_warps * args_.n_groups, tiles.end, half);
         }
       }
     }
@@ -1023,6 +1038,7 @@ class DecodeCta {
   KVLAPSE_DEVICE void clear_rows(int stage, int half, int n_valid) {
     const SmemAddress data = ring_ + static_cast<uint32_t>(stage * Traits::kTileBytes);
     const int from = n_valid < 0 ? 0 : n_valid;
+    KVLAPSE_NO_UNROLL
     for (int i = lane_; i < (kHalfSlots - from) * Traits::kRowChunks; i += 32)
       smem_store4(
           data + chunk_offset(half * kHalfSlots + from + i / Traits::kRowChunks, i % Traits::kRowChunks),
@@ -1063,37 +1079,39 @@ class DecodeCta {
   static constexpr uint32_t kNoScore = ~uint32_t{0};
   // All lanes. w: of slots g + 8k of a half tile, summed over this lane's heads. Bits of the score of the
   // slot that this lane owns, kNoScore when it may not be taken.
-  KVLAPSE_DEVICE uint32_t score_half(int item, const ItemInfo& info, int first, const float (&w)[4],
-                                     const SlotSide& side) {
+  KVLAPSE_DEVICE uint32_t score_half(const SideRows& rows, const ItemInfo& info, int first,
+                                     const float (&w)[4], const SlotSide& side) {
     const int t = lane_ % 4;
     // Lanes of a quad exchange halves, so that each ends with the sum of one slot.
     const bool upper = (t & 2) != 0, odd = (t & 1) != 0;
     const float a = (upper ? w[2] : w[0]) + shuffle_xor(upper ? w[0] : w[2], 2);
     const float b = (upper ? w[3] : w[1]) + shuffle_xor(upper ? w[1] : w[3], 2);
     float score = (odd ? b : a) + shuffle_xor(odd ? a : b, 1);
-    const int slot = first + own_slot();
-    const uint32_t protect = updated_protection(item, info, first, side.protect);
-    const bool valid = slot < info.n;
+    uint32_t protect = side.protect;
+    if (half_of_slot(info.slot) == half_of_slot(first) || half_of_slot(info.expired) == half_of_slot(first))
+      protect = update_protection(rows, info, first, protect);
+    const bool valid = first + own_slot() < info.n;
     if (score_accumulates(args_.score)) {
       score += side.accumulated;
-      if (valid) args_.accumulated[slot_index(item, slot)] = score;
+      if (valid) (args_.accumulated + rows.slot)[first] = score;
     }
     if (score_uses_norm(args_.score)) score *= side.norm;
     score *= args_.score_scale;
-    if (args_.importance != nullptr && valid) args_.importance[slot_index(item, slot)] = score;
+    if (args_.importance != nullptr && valid) (args_.importance + rows.slot)[first] = score;
     return valid && ((protect >> own_slot()) & 1u) == 0 ? float_bits(score) : kNoScore;
   }
 
   // Bits of 32 slots after this step: the new token's set when it is protected, cleared when it is not (it
   // may take the slot of an unprotected victim only, so clear already), the expired one's cleared.
-  KVLAPSE_DEVICE uint32_t updated_protection(int item, const ItemInfo& info, int first, uint32_t bits) {
-    const int added = info.slot - first, removed = info.expired - first;
-    const bool adds = added >= 0 && added < kHalfSlots && (args_.recent > 0 || info.pos < args_.pinned);
-    const bool removes = info.expired >= 0 && removed >= 0 && removed < kHalfSlots;
+  KVLAPSE_DEVICE uint32_t update_protection(const SideRows& rows, const ItemInfo& info, int first,
+                                            uint32_t bits) {
+    const bool adds =
+        half_of_slot(info.slot) == half_of_slot(first) && (args_.recent > 0 || info.pos < args_.pinned);
+    const bool removes = half_of_slot(info.expired) == half_of_slot(first);
     if (!adds && !removes) return bits;
-    if (removes) bits &= ~(1u << removed);
-    if (adds) bits |= 1u << added;
-    if (lane_ == 0) store_bits(args_.protect + protect_index(item, first / 16), bits);
+    if (removes) bits &= ~(1u << (info.expired - first));
+    if (adds) bits |= 1u << (info.slot - first);
+    if (lane_ == 0) store_bits(rows.protect + first / 16, bits);
     return bits;
   }
 
@@ -1110,7 +1128,7 @@ class DecodeCta {
     keep_state(item, info);
     if (args_.n_splits == 1)
       write_output(item);
-    else if (Traits::kBulk)
+    else if (clustered())
       exchange_output_in_cluster(item, turn);
     else
       exchange_output_in_memory(item);
@@ -1332,7 +1350,7 @@ class DecodeCta {
         keep_left(chunk, left);
         store_output(item, chunk, left.output, 1);
       }
-    } else if (Traits::kBulk) {
+    } else if (clustered()) {
       combine_output_in_cluster(item, turn);
     } else {
       combine_output_in_memory(item);
@@ -1477,7 +1495,8 @@ class DecodeCta {
                                          const float (&max)[2]) {
     const int group = tile_group(), t = lane_ % 4;
     const NewRows rows = load_new_rows<true>(item, info, tiles);
-    SlotSide side = load_side(item, info.n, tiles.end - 1 - group < tiles.begin ? -1 : tiles.end - 1 - group,
+    const SideRows lie = side_rows(item);
+    SlotSide side = load_side(lie, info.n, tiles.end - 1 - group < tiles.begin ? -1 : tiles.end - 1 - group,
                               tiles.end, first_half());
     const OutputScale o = prepare_operand();
     float inverse[2],
@@ -1498,7 +1517,7 @@ class DecodeCta {
         const int first = tile * kTileSlots + half * kHalfSlots;
         const bool inside = half + args_.tile_warps < 2;  // the next half is this tile's
         const int next_tile = inside ? tile : tile - args_.n_groups;
-        const SlotSide next = load_side(item, info.n, next_tile < tiles.begin ? -1 : next_tile, tiles.end,
+        const SlotSide next = load_side(lie, info.n, next_tile < tiles.begin ? -1 : next_tile, tiles.end,
                                         inside ? 1 : first_half());
         const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
         float sums[4];
@@ -1520,7 +1539,7 @@ class DecodeCta {
           }
           if (block == 0) {
             mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-            if (info.slot >= 0 && info.slot / kHalfSlots == first / kHalfSlots) {
+            if (half_of_slot(info.slot) == half_of_slot(first)) {
               write_row(at.stage, info.slot, item, rows.v, 1);
               wrote = true;
             }
@@ -1531,7 +1550,7 @@ class DecodeCta {
           sums[2 * block] = error[0] + error[1], sums[2 * block + 1] = error[2] + error[3];
         }
         if (half + args_.tile_warps >= 2) release(at, wrote);
-        const uint32_t bits = score_half(item, info, first, sums, side);
+        const uint32_t bits = score_half(lie, info, first, sums, side);
         if (bits != kNoScore)
           best =
               min_key(best, (static_cast<uint64_t>(bits) << 32) | static_cast<uint32_t>(first + own_slot()));
@@ -1673,7 +1692,7 @@ class DecodeCta {
       consider(slot + 3, score.w, bits >> 3);
     };
     // All heads' loads are in flight before the first is added.
-    constexpr int kHeads = 8;
+    constexpr int kHeads = Traits::kBulk ? 8 : 4;
     const auto scores4 = [&](int h, int slot) {
       return h < args_.n_kv_heads ? load_shared_by_device(reinterpret_cast<const Float4*>(
                                         args_.importance + slot_index(first_item + h, slot)))

@@ -23,6 +23,10 @@ inline constexpr int kMaxDecodeSplits = 16;
 inline constexpr int kMaxDecodeGroup = 8;  // query heads per kv head: the columns of one matrix instruction
 inline constexpr int kDecodeTileSlots = 64;
 inline constexpr int kMaxDecodeWarps = 8;  // that consume tiles, alone or two to a tile
+// Registers are dealt to four warps at a time: seven and the producer leave wide heads as many as they need.
+constexpr int max_decode_warps(int head_dim) {
+  return head_dim > 128 ? 7 : kMaxDecodeWarps;
+}
 inline constexpr int kMaxDecodeStages = 24;
 // Barriers and exchange buffers behind the ring.
 inline constexpr int kDecodeSmallBytes = 16 * kMaxDecodeStages + 80 * kMaxDecodeWarps + 1168;
@@ -77,7 +81,7 @@ struct DecodeArgs {
   uint64_t* victim_keys;    // [B, H, kMaxDecodeSplits]; when shared by the layer, head 0's serve all
   uint32_t* arrivals;       // [B, kMaxDecodeSplits] zero between launches
   uint32_t* flags;          // sticky DecodeFlag bits
-  // Exchange between splits for devices without clusters; zero between launches where it counts.
+  // Exchange between splits that are no cluster; zero between launches where it counts.
   float* split_softmax;     // [B*H, kMaxDecodeSplits, 8, 2]
   float* split_output;      // [B*H, n_splits, G*D]; twice that for leave one out
   uint32_t* split_barrier;  // [B*H]
@@ -102,6 +106,7 @@ struct DecodeArgs {
   bool io_bf16;      // q, new rows and out of an fp8 cache are bf16, otherwise fp16
   bool shared;       // the layer's heads share one victim
   bool early_state;  // the kernel just before this one in the stream does not write this state or K, V
+  bool clustered;    // splits of an item are a cluster; otherwise they are resident at once all the same
   bool state_ahead;  // the next item's state is read while this one streams (copy engine only)
   // Leave one out: of the output reduction, which lies behind the logits there. Last, so that the others'
   // code does not change.

@@ -95,7 +95,7 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   DecodePlan plan;
   plan.bulk = limits.clusters;
   const int most_warps =
-      per_multiprocessor == 1 && !keeps_much(shape) ? kMaxDecodeWarps : kMaxDecodeWarps / 2;
+      per_multiprocessor == 1 && !keeps_much(shape) ? max_decode_warps(shape.head_dim) : kMaxDecodeWarps / 2;
   // The system keeps 1 KB of every block's shared memory.
   const int smem_bytes = (limits.smem_bytes + 1024) / per_multiprocessor - 1024;
   auto fixed_bytes = [&](int splits, const Consumers& c) {
@@ -122,7 +122,7 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   auto threads = [&](int splits) { return (cut(splits, kMaxDecodeStages).first.warps() + 1) * 32; };
   auto resident = [&](int splits, int bytes) {
     const int most_blocks = limits.n_multiprocessors * per_multiprocessor;
-    return limits.resident_clusters
+    return limits.resident_clusters && !tuning.through_memory
                ? std::min(most_blocks / splits, limits.resident_clusters(splits, threads(splits), bytes))
                : most_blocks / splits;
   };
@@ -149,6 +149,7 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
         shape.n_slots, shape.group(), smem_bytes, splits, most);
 
   plan.n_splits = splits;
+  plan.clustered = plan.bulk && splits > 1 && !tuning.through_memory;
   const auto [consumers, stages] = cut(splits, tuning.stages > 0 ? tuning.stages : kMaxDecodeStages);
   plan.n_groups = consumers.n_groups;
   plan.tile_warps = consumers.tile_warps;

@@ -34,7 +34,8 @@ void expect_as_defined(const std::vector<NamedDecodeCase>& cases, bool bulk) {
         {.splits = c.splits,
          .blocks_per_multiprocessor = c.decode.shape.head_dim < 256 ? static_cast<int>(1 + i % 2) : 1,
          .tile_warps = static_cast<int>(1 + i / 2 % 2),
-         .ahead = i % 3 == 0 ? ReadAhead::no : ReadAhead::yes});
+         .ahead = i % 3 == 0 ? ReadAhead::no : ReadAhead::yes,
+         .through_memory = i % 4 == 3});
     const DecodeProblem before = make_decode_problem(c.decode, plan.n_splits);
     DecodeProblem after = before;
     ASSERT_NO_THROW(run_decode_emulated(after, plan, 2)) << c.name;
