@@ -36,7 +36,7 @@ struct AttentionBenchRow {
   uint64_t kv_bytes = 0, counted_bytes = 0;
   double median_us = 0, min_us = 0, max_us = 0, read_ceiling_gbps = 0;
   int runs = 0;
-  bool state_ahead = false, clustered = false;
+  bool state_ahead = false;
   bool with_importance = false, with_eviction = false;
   // K and V once, also where a step reads V twice (counted_bytes says so).
   double floor_us() const { return static_cast<double>(kv_bytes) / read_ceiling_gbps * 1e-3; }

@@ -113,12 +113,12 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, const Deco
 }
 
 size_t DecodeKernel::split_softmax_floats() const {
-  return plan_.clustered || plan_.n_splits == 1
+  return plan_.bulk || plan_.n_splits == 1
              ? 0
              : static_cast<size_t>(shape_.n_items()) * kMaxDecodeSplits * kMaxDecodeGroup * 2;
 }
 size_t DecodeKernel::split_output_floats() const {
-  return plan_.clustered || plan_.n_splits == 1
+  return plan_.bulk || plan_.n_splits == 1
              ? 0
              : static_cast<size_t>(shape_.n_items()) * plan_.n_splits * shape_.group() * shape_.head_dim *
                    (shape_.leave_one_out ? 2 : 1);
@@ -147,7 +147,6 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.logits_bytes = plan_.logits_bytes;
   args.partial_offset = plan_.partial_offset;
   args.small_offset = plan_.small_offset;
-  args.clustered = plan_.clustered;
   args.state_ahead = plan_.state_ahead;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape_.head_dim)));
   const int heads = shared ? shape_.n_q_heads : shape_.group();
@@ -182,11 +181,9 @@ void DecodeKernel::launch(cudaStream_t stream, const CudaDecodeArgs& args, Launc
   shape.n_blocks = plan_.n_ctas;
   shape.n_threads = plan_.n_threads;
   shape.smem_bytes = plan_.smem_bytes;
-  shape.cluster = plan_.clustered ? plan_.n_splits : 1;
+  shape.cluster = plan_.bulk ? plan_.n_splits : 1;
   shape.dependent = args.early_state && plan_.bulk;
-  // Splits that wait for each other through memory are as many as are resident at once. A launch that starts
-  // early cannot say so, and need not: every block of the kernel in front is resident before it.
-  shape.cooperative = plan_.n_splits > 1 && !plan_.clustered && !shape.dependent;
+  shape.cooperative = !plan_.bulk && plan_.n_splits > 1;  // splits wait for each other through memory
   launch_kernel(stream, {"decode_step", decode_bytes(shape_, args.budget, args.score, args.shared), log},
                 shape, kernel_, args);
 }

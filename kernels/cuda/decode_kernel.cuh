@@ -78,7 +78,7 @@ struct DecodeTraits {
   static constexpr int kHeadDim = kHeadDimension;
   static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);
   static constexpr bool kBulk =
-      kBulkCopy;  // copy engine and perhaps clusters (sm_90), otherwise cp.async and global memory
+      kBulkCopy;  // copy engine and clusters (sm_90), otherwise cp.async and global memory
   static constexpr int kBoxRowBytes = kRowBytes < 128 ? kRowBytes : 128;
   static constexpr int kBoxes = kRowBytes / kBoxRowBytes;
   static constexpr int kBoxElements = kHeadDim / kBoxes;
@@ -218,7 +218,7 @@ class DecodeCta {
 
   KVLAPSE_DEVICE int consumer_warps() const { return n_threads_ / 32; }
   KVLAPSE_DEVICE void consumer_sync() { named_barrier(kConsumerBarrier, n_threads_); }
-  KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.clustered; }
+  KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.n_splits > 1; }
   KVLAPSE_DEVICE SmemAddress bar(const uint64_t& b) const { return smem_address(&b); }
   KVLAPSE_DEVICE int half_group() const { return (args_.group + 1) / 2; }  // lanes of a quad that hold heads
   KVLAPSE_DEVICE Tiles tiles_of(int n) const {
@@ -678,6 +678,7 @@ class DecodeCta {
     float query_scale[2];
     load_query(item, query, query_scale);
     fragment_offsets((lane_ & 7) + ((lane_ >> 3) & 1) * 8, lane_ >> 4, offsets);
+    const float scale[2] = {query_scale[0] * args_.logit_scale, query_scale[1] * args_.logit_scale};
     float sum[2] = {kEmptySum, kEmptySum};
     SmemAddress logits = logit_address(warp_, 0);
     bool waits = !Traits::kLeaveOneOut && turn > 0;
@@ -724,9 +725,8 @@ class DecodeCta {
         for (int block = 0; block < 2; ++block) {
           KVLAPSE_UNROLL
           for (int j = 0; j < 4; ++j) {
-            float product = even[block][j] + odd[block][j];
-            if constexpr (Traits::kFp8) product *= slot_scale[2 * block + j / 2] * query_scale[j % 2];
-            s[block][j] = product * args_.logit_scale;
+            s[block][j] = (even[block][j] + odd[block][j]) * scale[j % 2];
+            if constexpr (Traits::kFp8) s[block][j] *= slot_scale[2 * block + j / 2];
           }
         }
         if (first + kHalfSlots > info.n) {
@@ -783,7 +783,9 @@ class DecodeCta {
           remote_store4(remote_address(smem_address(small_.split_softmax[rank_][2 * t]), to),
                         {m[0], l[0], m[1], l[1]}, remote_address(bar(small_.softmax_bar), to));
       }
-      mbarrier_wait_cluster(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
+      // What others send arrives in this CTA's own memory, with the barrier's bytes: no wait over the
+      // cluster.
+      mbarrier_wait(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
       merge_rows(smem_address(small_.split_softmax[0][2 * t]), args_.n_splits, m, l);
     } else {
       Float4* scratch =
@@ -938,12 +940,23 @@ class DecodeCta {
         };
         if constexpr (!Traits::kFp8) pack(0, 1, 1), pack(1, 1, 1);
 
-        mbarrier_wait(bar(small_.full[at.stage]), at.phase);
         if (half_of_slot(info.slot) == half_of_slot(first)) {
+          mbarrier_wait(bar(small_.full[at.stage]), at.phase);
           write_row(at.stage, info.slot, item, rows.v, 1);
           note_new_token(at.stage, info, item, sides[visit]);
           wrote = true;
         }
+        // While V is on its way: behind the last tile of an item nothing but the output is left.
+        if (scores) {
+          float w[4];
+          KVLAPSE_UNROLL
+          for (int k = 0; k < 4; ++k)
+            w[k] = p[k / 2][k % 2 * 2] * softmax.inverse[0] + p[k / 2][k % 2 * 2 + 1] * softmax.inverse[1];
+          const uint32_t bits = score_half(lie, info, first, w, sides[visit]);
+          if (bits < best) best = bits, best_slot = static_cast<uint32_t>(first + own_slot());
+          sides[visit] = load_side(lie, info.n, tile + args_.tile_warps * args_.n_groups, tiles.end, half);
+        }
+        mbarrier_wait(bar(small_.full[at.stage]), at.phase);
         const SmemAddress data = half_of(at.stage, half);
         if (first + kHalfSlots > info.n) {
           clear_rows(at.stage, half, info.n - first);
@@ -953,13 +966,11 @@ class DecodeCta {
           float scale[4], largest = 0;
           KVLAPSE_UNROLL
           for (int k = 0; k < 4; ++k) {
-            scale[k] = first + g + k * 8 < info.n
-                           ? smem_load(scale_address(at.stage, half * kHalfSlots + g + k * 8))
-                           : 0.0f;
+            scale[k] = smem_load(scale_address(at.stage, half * kHalfSlots + g + k * 8));
             largest = larger(largest, scale[k]);
           }
-          const uint32_t above = power_above(warp_largest(float_bits(largest)));
-          if (above > top) {
+          if (warp_ballot(float_bits(largest) > top) != 0) {
+            const uint32_t above = power_above(warp_largest(float_bits(largest)));
             const float rescale = bits_float(top) * one_over_power(above);
             KVLAPSE_UNROLL
             for (int i = 0; i < Traits::kSteps; ++i)
@@ -1004,15 +1015,6 @@ class DecodeCta {
           at.step(args_.n_groups, args_.n_stages);
           wrote = false;
         }
-        if (scores) {
-          float w[4];
-          KVLAPSE_UNROLL
-          for (int k = 0; k < 4; ++k)
-            w[k] = p[k / 2][k % 2 * 2] * softmax.inverse[0] + p[k / 2][k % 2 * 2 + 1] * softmax.inverse[1];
-          const uint32_t bits = score_half(lie, info, first, w, sides[visit]);
-          if (bits < best) best = bits, best_slot = static_cast<uint32_t>(first + own_slot());
-          sides[visit] = load_side(lie, info.n, tile + args_.tile_warps * args_.n_groups, tiles.end, half);
-        }
       }
     }
     if constexpr (Traits::kFp8) {
@@ -1034,7 +1036,7 @@ class DecodeCta {
     return Traits::kFp8 ? step * 16 + row * 2 + second : step * 16 + row + second * 8;
   }
 
-  // Rows past the last valid slot may hold anything; 0 * NaN must not reach the sum.
+  // Rows and scales past the last valid slot may hold anything; 0 * NaN must not reach the sum.
   KVLAPSE_DEVICE void clear_rows(int stage, int half, int n_valid) {
     const SmemAddress data = ring_ + static_cast<uint32_t>(stage * Traits::kTileBytes);
     const int from = n_valid < 0 ? 0 : n_valid;
@@ -1043,6 +1045,8 @@ class DecodeCta {
       smem_store4(
           data + chunk_offset(half * kHalfSlots + from + i / Traits::kRowChunks, i % Traits::kRowChunks),
           {0, 0, 0, 0});
+    if constexpr (Traits::kFp8)
+      if (lane_ >= from) smem_store(scale_address(stage, half * kHalfSlots + lane_), 0);
     warp_sync();
   }
 
@@ -1222,7 +1226,7 @@ class DecodeCta {
         remote_store4(remote_address(received_address(rank_, owner, chunk / args_.n_splits), owner),
                       sum_of_warps(chunk), remote_address(bar(small_.output_bar), owner));
     }
-    mbarrier_wait_cluster(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
+    mbarrier_wait(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
     for (int i = thread_index(); i < own_chunks(rank_); i += n_threads_) {
       const int chunk = i * args_.n_splits + rank_;
       Float4 total{0, 0, 0, 0};
@@ -1371,7 +1375,7 @@ class DecodeCta {
       send(to, sum_of_warps(chunk), small_.output_bar, owner);
       send(to + 16, heaviest_of(chunk), small_.output_bar, owner);
     }
-    mbarrier_wait_cluster(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
+    mbarrier_wait(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
     for (int i = thread_index(); i < own_chunks(rank_); i += n_threads_) {
       const int chunk = i * args_.n_splits + rank_;
       Float4 others{0, 0, 0, 0}, heaviest{0, 0, 0, 0};
@@ -1389,7 +1393,7 @@ class DecodeCta {
       }
       store_output(item, chunk, left.output, 1);
     }
-    mbarrier_wait_cluster(bar(small_.gather_bar), static_cast<uint32_t>(turn) & 1);
+    mbarrier_wait(bar(small_.gather_bar), static_cast<uint32_t>(turn) & 1);
   }
   KVLAPSE_DEVICE void combine_output_in_memory(int item) {
     Float4* scratch = reinterpret_cast<Float4*>(args_.split_output) +

@@ -22,8 +22,9 @@ namespace kvlapse {
 inline constexpr int kMaxDecodeSplits = 16;
 inline constexpr int kMaxDecodeGroup = 8;  // query heads per kv head: the columns of one matrix instruction
 inline constexpr int kDecodeTileSlots = 64;
-inline constexpr int kMaxDecodeWarps = 8;  // that consume tiles, alone or two to a tile
-// Registers are dealt to four warps at a time: seven and the producer leave wide heads as many as they need.
+inline constexpr int kMaxDecodeWarps = 10;  // that consume tiles, alone or two to a tile
+// Registers are dealt to four warps at a time: from eight to eleven consumers cost the same, and seven leave
+// wide heads as many as they need.
 constexpr int max_decode_warps(int head_dim) {
   return head_dim > 128 ? 7 : kMaxDecodeWarps;
 }
@@ -106,7 +107,6 @@ struct DecodeArgs {
   bool io_bf16;      // q, new rows and out of an fp8 cache are bf16, otherwise fp16
   bool shared;       // the layer's heads share one victim
   bool early_state;  // the kernel just before this one in the stream does not write this state or K, V
-  bool clustered;    // splits of an item are a cluster; otherwise they are resident at once all the same
   bool state_ahead;  // the next item's state is read while this one streams (copy engine only)
   // Leave one out: of the output reduction, which lies behind the logits there. Last, so that the others'
   // code does not change.

@@ -9,7 +9,6 @@ namespace kvlapse {
 namespace {
 
 constexpr int kMinStages = 4;
-constexpr int kShortSplit = 12;  // tiles
 constexpr double kEnoughBlocks =
     0.75;                       // of the multiprocessors: deep rings keep the memory busy from fewer than all
 constexpr int kShortItem = 16;  // tiles: an item's fixed cost is about as long as its copies
@@ -101,15 +100,15 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   auto fixed_bytes = [&](int splits, const Consumers& c) {
     return kDecodeSmallBytes + logits_bytes(shape, splits, c) + split_output_bytes(shape, splits);
   };
-  // A stage belongs to one group, so stages come in multiples of the groups: as many of both as fit. Two
-  // warps share the tiles of short items, which a warp alone would take long for.
+  // A stage belongs to one group, so stages come in multiples of the groups: as many stages as fit that leave
+  // at most a fifth of the warps idle. Two warps to a tile were never slower than one (H200).
   auto cut = [&](int splits, int most_stages) {
     std::pair<Consumers, int> best{{}, 0};
     Consumers c;
-    c.tile_warps = tuning.tile_warps > 0 ? tuning.tile_warps : ceil_div(tiles, splits) < kShortSplit ? 2 : 1;
+    c.tile_warps = tuning.tile_warps > 0 ? tuning.tile_warps : 2;
     int groups = most_warps / c.tile_warps;
     if (tuning.groups > 0) groups = std::min(groups, tuning.groups);
-    for (c.n_groups = groups; c.n_groups > 0 && (2 * c.n_groups >= groups || best.second < kMinStages);
+    for (c.n_groups = groups; c.n_groups > 0 && (5 * c.n_groups >= 4 * groups || best.second < kMinStages);
          --c.n_groups) {
       int stages =
           std::min({(smem_bytes - fixed_bytes(splits, c)) / tile_bytes, most_stages, kMaxDecodeStages});
@@ -122,7 +121,7 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   auto threads = [&](int splits) { return (cut(splits, kMaxDecodeStages).first.warps() + 1) * 32; };
   auto resident = [&](int splits, int bytes) {
     const int most_blocks = limits.n_multiprocessors * per_multiprocessor;
-    return limits.resident_clusters && !tuning.through_memory
+    return limits.resident_clusters
                ? std::min(most_blocks / splits, limits.resident_clusters(splits, threads(splits), bytes))
                : most_blocks / splits;
   };
@@ -134,7 +133,7 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
     // More splits while blocks are few, as long as every item still has its cluster at once and the longest
     // split becomes shorter.
     const int least = splits, most_useful = std::min(most, per_multiprocessor == 1 ? tiles : tiles / 2);
-    const double enough = kEnoughBlocks * limits.n_multiprocessors * per_multiprocessor;
+    const double enough = kEnoughBlocks * limits.n_multiprocessors;
     for (int more = splits + 1; more <= most_useful && shape.n_items() * splits < enough; ++more)
       if (ceil_div(tiles, more) < ceil_div(tiles, splits) && resident(more, smem_bytes) >= shape.n_items())
         splits = more;
@@ -149,7 +148,6 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
         shape.n_slots, shape.group(), smem_bytes, splits, most);
 
   plan.n_splits = splits;
-  plan.clustered = plan.bulk && splits > 1 && !tuning.through_memory;
   const auto [consumers, stages] = cut(splits, tuning.stages > 0 ? tuning.stages : kMaxDecodeStages);
   plan.n_groups = consumers.n_groups;
   plan.tile_warps = consumers.tile_warps;

@@ -44,7 +44,6 @@ struct DecodeLimits {
 
 struct DecodePlan {
   bool bulk = true;
-  bool clustered = false;  // the splits of an item
   int n_groups = 0;
   int tile_warps = 0;
   int n_threads = 0;
@@ -71,7 +70,6 @@ struct DecodeTuning {
   int groups = 0;                     // of consumers, at most
   int tile_warps = 0;                 // consumers that share a tile: 1 or 2
   ReadAhead ahead = ReadAhead::chosen;
-  bool through_memory = false;  // splits exchange there, not in clusters
 };
 
 // Throws Error when the shape is not supported or does not fit.

@@ -24,7 +24,6 @@ void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, con
   args.logits_bytes = plan.logits_bytes;
   args.partial_offset = plan.partial_offset;
   args.small_offset = plan.small_offset;
-  args.clustered = plan.clustered;
   args.state_ahead = plan.state_ahead;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(p.shape.head_dim)));
   args.score_scale = p.score_scale();
