@@ -147,9 +147,6 @@ KVLAPSE_DEVICE void merge_rest(float& m, float& rest, float other_m, float other
   rest = (stays ? rest : other_rest) + (1 + (stays ? other_rest : rest)) * exp2_approximate(low - top);
   m = top;
 }
-KVLAPSE_DEVICE float larger(float a, float b) {
-  return a > b ? a : b;
-}
 KVLAPSE_DEVICE uint64_t min_key(uint64_t a, uint64_t b) {
   return a < b ? a : b;
 }
@@ -463,10 +460,10 @@ class DecodeCta {
       // Early: their latency is hidden by K, and by the kernel in front.
       SlotSide sides[2];
       if constexpr (!Traits::kLeaveOneOut) {
-        const int second = args_.tile_warps == 1 ? 0 : args_.n_groups;
-        sides[0] = load_side(side_rows(item), info.n, tiles.begin + group, tiles.end, first_half());
-        sides[1] = load_side(side_rows(item), info.n, tiles.begin + group + second, tiles.end,
-                             second == 0 ? 1 : first_half());
+        const int end = scored_end(info, tiles), first = (tiles.begin + group) * kTileSlots;
+        const int visit = args_.tile_warps == 1 ? kHalfSlots : args_.n_groups * kTileSlots;
+        sides[0] = load_side(side_rows(item), first + first_half() * kHalfSlots, end);
+        sides[1] = load_side(side_rows(item), first + first_half() * kHalfSlots + visit, end);
       }
       if (turn == 0) {
         wait_for_previous_kernel();
@@ -478,6 +475,7 @@ class DecodeCta {
       RingCursor at = ring;
       at.advance(group, args_.n_stages);
       attend_keys(item, turn, info, tiles, at, rows, softmax);
+      arrive_again(choice);
       combine_softmax(item, turn, softmax);
       choose_for_layer(choice);
 
@@ -867,7 +865,7 @@ class DecodeCta {
   // What a lane needs of its slot of a half tile (lane (g, t) owns slot g + 8t) beyond K and V, loaded two
   // visits ahead: memory answers later than a half is done. protect: bits of all 32 slots.
   struct SlotSide {
-    float norm = 0, accumulated = 0;
+    float norm = 1, accumulated = 0;
     uint32_t protect = 0;
   };
   KVLAPSE_DEVICE int own_slot() const { return lane_ / 4 + lane_ % 4 * 8; }
@@ -879,15 +877,19 @@ class DecodeCta {
   KVLAPSE_DEVICE SideRows side_rows(int item) const {
     return {slot_index(item, own_slot()), args_.protect + protect_index(item, 0)};
   }
-  KVLAPSE_DEVICE SlotSide load_side(const SideRows& rows, int n, int tile, int end, int half) const {
+  // first: of the half; end: of this split's valid slots, none where nothing is scored.
+  KVLAPSE_DEVICE SlotSide load_side(const SideRows& rows, int first, int end) const {
     SlotSide side;
-    const int first = tile * kTileSlots + half * kHalfSlots;
-    if (args_.score == FusedScore::none || tile < 0 || tile >= end || first >= n) return side;
-    side.protect = load_bits(rows.protect + first / 16);
-    if (first + own_slot() >= n) return side;
+    if (first >= end) return side;
+    side.protect = load_bits(rows.protect + (first >> 4));
+    if (first + own_slot() >= end) return side;
     if (score_uses_norm(args_.score)) side.norm = (args_.value_l1 + rows.slot)[first];
     if (score_accumulates(args_.score)) side.accumulated = (args_.accumulated + rows.slot)[first];
     return side;
+  }
+  KVLAPSE_DEVICE int scored_end(const ItemInfo& info, const Tiles& tiles) const {
+    const int end = tiles.end * kTileSlots;
+    return args_.score == FusedScore::none ? 0 : end < info.n ? end : info.n;
   }
 
   KVLAPSE_DEVICE uint64_t attend_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
@@ -899,6 +901,7 @@ class DecodeCta {
     fragment_offsets((lane_ & 7) + (lane_ >> 4) * 8, (lane_ >> 3) & 1, offsets);
     uint32_t best = kNoScore, best_slot = ~uint32_t{0};
     const SideRows lie = side_rows(item);
+    const int end = scored_end(info, tiles), ahead = args_.tile_warps * args_.n_groups * kTileSlots;
     uint32_t top = 0;  // fp8: power of two above the scales that this warp has met, as bits
     SmemAddress logits = logit_address(warp_, 0);
     const bool alone = args_.tile_warps == 1;
@@ -954,7 +957,7 @@ class DecodeCta {
             w[k] = p[k / 2][k % 2 * 2] * softmax.inverse[0] + p[k / 2][k % 2 * 2 + 1] * softmax.inverse[1];
           const uint32_t bits = score_half(lie, info, first, w, sides[visit]);
           if (bits < best) best = bits, best_slot = static_cast<uint32_t>(first + own_slot());
-          sides[visit] = load_side(lie, info.n, tile + args_.tile_warps * args_.n_groups, tiles.end, half);
+          sides[visit] = load_side(lie, first + ahead, end);
         }
         mbarrier_wait(bar(small_.full[at.stage]), at.phase);
         const SmemAddress data = half_of(at.stage, half);
@@ -1074,8 +1077,8 @@ class DecodeCta {
       if constexpr (Traits::kFp8) norm *= smem_load(scale_address(stage, info.slot % kTileSlots));
     }
     if (own_slot() == info.slot % kHalfSlots) {
-      side.norm = norm, side.accumulated = 0;
-      if (score_uses_norm(args_.score)) args_.value_l1[slot_index(item, info.slot)] = norm;
+      side.accumulated = 0;
+      if (score_uses_norm(args_.score)) side.norm = args_.value_l1[slot_index(item, info.slot)] = norm;
       if (args_.positions != nullptr) args_.positions[slot_index(item, info.slot)] = info.pos;
     }
   }
@@ -1095,11 +1098,9 @@ class DecodeCta {
     if (half_of_slot(info.slot) == half_of_slot(first) || half_of_slot(info.expired) == half_of_slot(first))
       protect = update_protection(rows, info, first, protect);
     const bool valid = first + own_slot() < info.n;
-    if (score_accumulates(args_.score)) {
-      score += side.accumulated;
-      if (valid) (args_.accumulated + rows.slot)[first] = score;
-    }
-    if (score_uses_norm(args_.score)) score *= side.norm;
+    score += side.accumulated;
+    if (score_accumulates(args_.score) && valid) (args_.accumulated + rows.slot)[first] = score;
+    score *= side.norm;
     score *= args_.score_scale;
     if (args_.importance != nullptr && valid) (args_.importance + rows.slot)[first] = score;
     return valid && ((protect >> own_slot()) & 1u) == 0 ? float_bits(score) : kNoScore;
@@ -1500,8 +1501,11 @@ class DecodeCta {
     const int group = tile_group(), t = lane_ % 4;
     const NewRows rows = load_new_rows<true>(item, info, tiles);
     const SideRows lie = side_rows(item);
-    SlotSide side = load_side(lie, info.n, tiles.end - 1 - group < tiles.begin ? -1 : tiles.end - 1 - group,
-                              tiles.end, first_half());
+    const int end = scored_end(info, tiles);
+    const auto side_of = [&](int tile, int half) {
+      return load_side(lie, tile < tiles.begin ? end : tile * kTileSlots + half * kHalfSlots, end);
+    };
+    SlotSide side = side_of(tiles.end - 1 - group, first_half());
     const OutputScale o = prepare_operand();
     float inverse[2],
         heaviest[2];  // heaviest: error of leaving out the slot that outweighs the others, or -1
@@ -1520,9 +1524,7 @@ class DecodeCta {
       for (int half = first_half(); half < 2; half += args_.tile_warps) {
         const int first = tile * kTileSlots + half * kHalfSlots;
         const bool inside = half + args_.tile_warps < 2;  // the next half is this tile's
-        const int next_tile = inside ? tile : tile - args_.n_groups;
-        const SlotSide next = load_side(lie, info.n, next_tile < tiles.begin ? -1 : next_tile, tiles.end,
-                                        inside ? 1 : first_half());
+        const SlotSide next = side_of(inside ? tile : tile - args_.n_groups, inside ? 1 : first_half());
         const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
         float sums[4];
         KVLAPSE_UNROLL
@@ -1663,18 +1665,33 @@ class DecodeCta {
     keep_state(item, info);
   }
 
-  // One thread, behind a barrier: this CTA's scores are in memory. True when all other heads' are.
+  // One thread, behind a barrier: this CTA's scores are in memory. True when all other heads' are, and the
+  // one that arrives twice has.
   KVLAPSE_DEVICE bool arrive_at_layer(int item) {
-    const uint32_t last = static_cast<uint32_t>(args_.n_kv_heads - 1);
+    const uint32_t last = static_cast<uint32_t>(args_.n_kv_heads - (twice_at_layer(item) < 0 ? 1 : 0));
     return count_arrival(args_.arrivals + item / args_.n_kv_heads * kMaxDecodeSplits + rank_, last) == last;
   }
+  // The item of a layer whose CTA arrives once more amid its next item, by turns: where blocks take many
+  // items the slowest would be the last to arrive, and become slower still, in every layer. -1: none, as
+  // there is no next item.
+  KVLAPSE_DEVICE int twice_at_layer(int item) const {
+    const int layer = item / args_.n_kv_heads, first = layer * args_.n_kv_heads;
+    const int twice = first + (first / item_stride_ + layer) % args_.n_kv_heads;
+    return twice + item_stride_ < args_.n_items ? twice : -1;
+  }
 
-  // The last of the layer's heads to arrive at this share of the slots sums their scores in head order and
-  // picks: behind the next barrier among consumers, as the warp that counts the arrival waits for memory.
+  // The last to arrive at this share of a layer's slots sums the heads' scores in order and picks: behind the
+  // next barrier among consumers, as the warp that counts the arrival waits for memory.
   struct LayerChoice {
     int item = 0, n = 0;
     bool due = false;
   };
+  KVLAPSE_DEVICE void arrive_again(const LayerChoice& choice) {
+    if (!choice.due || warp_ != consumer_warps() - 1) return;
+    if (lane_ == 0 && twice_at_layer(choice.item) == choice.item)
+      small_.last_arrival = arrive_at_layer(choice.item);
+    warp_sync();
+  }
   KVLAPSE_DEVICE void choose_for_layer(const LayerChoice& choice) {
     if (!choice.due || !small_.last_arrival) return;
     const int item = choice.item;

@@ -290,6 +290,9 @@ KVLAPSE_DEVICE float bits_float(uint32_t v) {
 KVLAPSE_DEVICE float exponential(float x) {
   return expf(x);
 }
+KVLAPSE_DEVICE float larger(float a, float b) {
+  return fmaxf(a, b);
+}
 KVLAPSE_DEVICE float square_root(float x) {
   return sqrtf(x);
 }

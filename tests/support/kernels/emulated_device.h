@@ -148,6 +148,9 @@ inline float bits_float(uint32_t bits) {
 inline float exponential(float x) {
   return std::exp(x);
 }
+inline float larger(float a, float b) {
+  return std::fmax(a, b);
+}
 inline float square_root(float x) {
   return std::sqrt(x);
 }
