@@ -141,6 +141,8 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.n_slots = args.budget = shape_.n_slots;
   args.n_splits = plan_.n_splits;
   args.n_groups = plan_.n_groups;
+  args.tile_warps = plan_.tile_warps;
+  args.warp_bytes = plan_.warp_bytes;
   args.n_stages = plan_.n_stages;
   args.logits_bytes = plan_.logits_bytes;
   args.partial_offset = plan_.partial_offset;
@@ -180,8 +182,8 @@ void DecodeKernel::launch(cudaStream_t stream, const CudaDecodeArgs& args, Launc
   shape.n_threads = plan_.n_threads;
   shape.smem_bytes = plan_.smem_bytes;
   shape.cluster = plan_.bulk ? plan_.n_splits : 1;
-  shape.cooperative = !plan_.bulk && plan_.n_splits > 1;
   shape.dependent = args.early_state && plan_.bulk;
+  shape.cooperative = !plan_.bulk && plan_.n_splits > 1;  // splits wait for each other through memory
   launch_kernel(stream, {"decode_step", decode_bytes(shape_, args.budget, args.score, args.shared), log},
                 shape, kernel_, args);
 }

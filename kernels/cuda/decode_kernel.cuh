@@ -4,7 +4,8 @@
 //
 // A CTA works on one (b, kv head) and one share ("split") of its 64-slot tiles; CTAs persist and take item
 // after item. One producer warp streams all K tiles, then all V tiles, through a ring in shared memory,
-// running ahead into the next item; groups of 4 consumer warps take tiles in turn, 16 slots a warp.
+// running ahead into the next item; consumer warps, alone or two to a tile, take tiles in turn, 32 slots at a
+// time: two independent rows of matrix instructions, and whatever is paid once a tile is paid by few warps.
 //   1. logits: K tile x Q^T on the matrix unit (slots are the rows, query heads the 8 columns); logits go to
 //   shared
 //      memory private to the lane, which keeps a running (max, sum) of its heads.
@@ -39,15 +40,16 @@
 namespace kvlapse::device {
 
 inline constexpr int kTileSlots = kDecodeTileSlots;
-inline constexpr int kGroupWarps = kDecodeGroupWarps;
+inline constexpr int kHalfSlots = kTileSlots / 2;
+static_assert(kHalfSlots == 32);
 inline constexpr int kMaxStages = kMaxDecodeStages;
+inline constexpr int kConsumerWarps = kMaxDecodeWarps;
 inline constexpr int kOutputPad = kDecodeOutputPad;
 inline constexpr float kNoMax = -1e30f;         // finite, so that an empty row gives 2^(x - x) and no NaN
 inline constexpr float kCancelled = 1.0f / 64;  // of |o|^2 + |v|^2: less is computed by subtraction
 inline constexpr int kConsumerBarrier = 1;
 
 // Small shared memory behind the ring, the logits and what other splits send.
-template <int kConsumerWarps>
 struct alignas(16) DecodeSmall {
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
@@ -55,24 +57,24 @@ struct alignas(16) DecodeSmall {
   uint64_t info_empty[2];
   uint64_t softmax_bar;
   uint64_t output_bar;
+  uint64_t drained_bar;  // the item's partial sums have been read
+  uint64_t gather_bar;   // leave one out: the whole output has arrived
   uint64_t keys[kConsumerWarps];
+  uint64_t layer_keys[kConsumerWarps];
   int32_t info[2][4];
   alignas(16) float warp_softmax[kConsumerWarps][kMaxDecodeGroup][2];  // (max, sum)
   alignas(16) float split_softmax[kMaxDecodeSplits][kMaxDecodeGroup][2];
   float inverse_sum[kMaxDecodeGroup];
   int32_t last_arrival;
-  uint64_t gather_bar;  // leave one out: the whole output has arrived
 };
+static_assert(sizeof(DecodeSmall) == kDecodeSmallBytes);
 
 template <int kHeadDimension, class ElementTag, bool kBulkCopy, bool kLeavesOut = false>
 struct DecodeTraits {
   using Element = ElementTag;
   static constexpr bool kLeaveOneOut = kLeavesOut;  // the score is FusedScore::leave_one_out
   static constexpr bool kFp8 = __is_same(Element, E4m3);
-  static constexpr int kConsumerWarps = max_decode_groups(kFp8 && !kLeaveOneOut) * kGroupWarps;  // at most
-  static constexpr int kThreads = (kConsumerWarps + 1) * 32;
-  using Small = DecodeSmall<kConsumerWarps>;
-  static_assert(sizeof(Small) == decode_small_bytes(kFp8 && !kLeaveOneOut));
+  static constexpr int kThreads = (max_decode_warps(kHeadDimension) + 1) * 32;  // at most
   static constexpr int kHeadDim = kHeadDimension;
   static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);
   static constexpr bool kBulk =
@@ -82,7 +84,9 @@ struct DecodeTraits {
   static constexpr int kBoxElements = kHeadDim / kBoxes;
   static constexpr int kBoxChunks = kBoxRowBytes / 16;  // 16-byte chunks of a row inside a box
   static constexpr int kRowChunks = kRowBytes / 16;
-  static constexpr int kNewChunks = kHeadDim / 8;  // of a row as it comes in
+  static constexpr int kLoads = kRowChunks / 2;     // of fragments over a row: 32 bytes each
+  static constexpr int kBoxLoads = kBoxChunks / 2;  // inside a box
+  static constexpr int kNewChunks = kHeadDim / 8;   // of a row as it comes in
   static constexpr uint32_t kSwizzle = kBoxRowBytes == 128 ? 0x70u : kBoxRowBytes == 64 ? 0x30u : 0x10u;
   static constexpr int kBoxBytes = kTileSlots * kBoxRowBytes;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
@@ -108,9 +112,19 @@ struct ItemInfo {
   int pos;
 };
 
+// Of a half tile among all of an item; -1 for -1.
+KVLAPSE_DEVICE int half_of_slot(int slot) {
+  return slot >> 5;
+}
+
 struct RingCursor {
   int stage = 0;
   uint32_t phase = 0;
+  // By at most the whole ring.
+  KVLAPSE_DEVICE void step(int n, int n_stages) {
+    stage += n;
+    if (stage >= n_stages) stage -= n_stages, phase ^= 1;
+  }
   KVLAPSE_DEVICE void advance(int n, int n_stages) {
     stage += n;
     if (stage >= n_stages) {
@@ -137,8 +151,10 @@ KVLAPSE_DEVICE uint64_t min_key(uint64_t a, uint64_t b) {
   return a < b ? a : b;
 }
 KVLAPSE_DEVICE uint64_t warp_min(uint64_t key) {
-  for (int mask = 16; mask > 0; mask >>= 1) key = min_key(key, shuffle_xor(key, mask));
-  return key;
+  const uint32_t high = static_cast<uint32_t>(key >> 32);
+  const uint32_t least = warp_smallest(high);
+  const uint32_t low = warp_smallest(high == least ? static_cast<uint32_t>(key) : ~uint32_t{0});
+  return (static_cast<uint64_t>(least) << 32) | low;
 }
 
 template <class Traits, class Args>
@@ -146,12 +162,12 @@ class DecodeCta {
  public:
   KVLAPSE_DEVICE DecodeCta(const Args& args, unsigned char* shared)
       : args_(args),
-        small_(*reinterpret_cast<typename Traits::Small*>(shared + args.small_offset)),
+        small_(*reinterpret_cast<DecodeSmall*>(shared + args.small_offset)),
         ring_(smem_address(shared)),
         scales_(ring_ + static_cast<uint32_t>(args.n_stages * Traits::kTileBytes)),
         logits_(scales_ + static_cast<uint32_t>(args.n_stages * Traits::kScaleBytes)),
         received_(logits_ + static_cast<uint32_t>(args.logits_bytes)),
-        n_threads_(args.n_groups * kGroupWarps * 32),
+        n_threads_(args.n_groups * args.tile_warps * 32),
         warp_(thread_index() / 32),
         lane_(thread_index() % 32),
         rank_(block_index() % args.n_splits),
@@ -159,13 +175,23 @@ class DecodeCta {
         item_stride_(block_count() / args.n_splits) {}
 
   KVLAPSE_DEVICE void run() {
-    if (thread_index() == 0) init_barriers();
-    block_sync();
-    if (clustered()) cluster_arrive();
-    if (warp_ == consumer_warps())
-      produce();
-    else
+    if (warp_ == consumer_warps()) {
+      if (Traits::kBulk && lane_ == 0) {
+        prefetch_tensor_map(&args_.k_map);
+        prefetch_tensor_map(&args_.v_map);
+      }
+      if (!args_.early_state) wait_for_previous_kernel();
+      ItemState first;
+      read_state(first_item_, first);  // on its way while barriers are made
+      block_sync();
+      if (clustered()) cluster_arrive();
+      produce(first);
+    } else {
+      if (warp_ == 0) init_barriers();
+      block_sync();
+      if (clustered()) cluster_arrive();
       consume();
+    }
   }
 
  private:
@@ -222,47 +248,51 @@ class DecodeCta {
     return static_cast<int64_t>(item) * ((args_.n_slots + kTileSlots - 1) / kTileSlots * 4) + group16;
   }
 
+  // All lanes of a warp.
   KVLAPSE_DEVICE void init_barriers() {
     const uint32_t fills = Traits::kBulk ? 1 : 32;
-    for (int i = 0; i < args_.n_stages; ++i) {
+    for (int i = lane_; i < args_.n_stages; i += 32) {
       mbarrier_init(bar(small_.full[i]), fills);
-      mbarrier_init(bar(small_.empty[i]), kGroupWarps * kReleases);
+      mbarrier_init(bar(small_.empty[i]), static_cast<uint32_t>(args_.tile_warps * kReleases));
     }
-    for (int i = 0; i < 2; ++i) {
-      mbarrier_init(bar(small_.info_full[i]), 1);
-      mbarrier_init(bar(small_.info_empty[i]), static_cast<uint32_t>(consumer_warps()));
+    if (lane_ < 2) {
+      mbarrier_init(bar(small_.info_full[lane_]), 1);
+      mbarrier_init(bar(small_.info_empty[lane_]), static_cast<uint32_t>(consumer_warps()));
     }
-    mbarrier_init(bar(small_.softmax_bar), 1);
-    mbarrier_init(bar(small_.output_bar), 1);
-    if constexpr (Traits::kLeaveOneOut) mbarrier_init(bar(small_.gather_bar), 1);
+    if (lane_ == 0) {
+      mbarrier_init(bar(small_.softmax_bar), 1);
+      mbarrier_init(bar(small_.output_bar), 1);
+      mbarrier_init(bar(small_.drained_bar), static_cast<uint32_t>(consumer_warps()));
+      if constexpr (Traits::kLeaveOneOut) mbarrier_init(bar(small_.gather_bar), 1);
+    }
     fence_barrier_init();
   }
 
   // ---- producer ----
-  KVLAPSE_DEVICE void produce() {
-    if (!args_.early_state) wait_for_previous_kernel();
-    if (Traits::kBulk && lane_ == 0) {
-      prefetch_tensor_map(&args_.k_map);
-      prefetch_tensor_map(&args_.v_map);
-    }
+  // An item's state before this step, as it is read: nobody writes it before every split has read it.
+  struct ItemState {
+    int pos = -1, held = 0, oldest = -1;
+    uint64_t key = ~uint64_t{0};  // of this lane
+  };
+
+  // The first item's state has been asked for already.
+  KVLAPSE_DEVICE void produce(ItemState state) {
     const uint64_t policy = Traits::kBulk ? evict_first_policy() : 0;
     // V that is read again shall stay in L2, before K and what has been read twice.
     const uint64_t keeps = Traits::kBulk && Traits::kLeaveOneOut ? evict_normal_policy() : policy;
     RingCursor ring;
     int turn = 0;
-    ItemState state;
     const bool ahead = Traits::kBulk && args_.state_ahead;
-    if (ahead) read_state(first_item_, state);
     KVLAPSE_NO_UNROLL
     for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
-      if (!ahead) read_state(item, state);
+      if (!ahead && turn > 0) read_state(item, state);
       const int n = valid_slots(state);
       const Tiles tiles = tiles_of(n);
       int tile = tiles.begin;
       if (turn == 0)  // the ring is empty: K is on its way before all of the state is here
         for (; tile < tiles.end && tile - tiles.begin < args_.n_stages; ++tile) {
           load_tile(0, item, tile, n, ring, policy);
-          ring.advance(1, args_.n_stages);
+          ring.step(1, args_.n_stages);
         }
       if (!ahead || turn == 0) read_oldest(item, state);
       const ItemInfo info = resolve(state, n);
@@ -279,14 +309,14 @@ class DecodeCta {
         KVLAPSE_NO_UNROLL
         for (; tile < tiles.end; ++tile) {
           load_tile(plane, item, tile, n, ring, Traits::kLeaveOneOut && plane == 1 ? keeps : policy);
-          ring.advance(1, args_.n_stages);
+          ring.step(1, args_.n_stages);
         }
       }
       if constexpr (Traits::kLeaveOneOut) {
         KVLAPSE_NO_UNROLL
         for (tile = tiles.end - 1; tile >= tiles.begin; --tile) {
           load_tile(1, item, tile, n, ring, policy);
-          ring.advance(1, args_.n_stages);
+          ring.step(1, args_.n_stages);
         }
       }
       warp_sync();
@@ -294,11 +324,6 @@ class DecodeCta {
     if (clustered()) cluster_wait();
   }
 
-  // An item's state before this step, as it is read: nobody writes it before every split has read it.
-  struct ItemState {
-    int pos = -1, held = 0, oldest = -1;
-    uint64_t key = ~uint64_t{0};  // of this lane
-  };
   // All that does not hang on the position, in flight together.
   KVLAPSE_DEVICE void read_state(int item, ItemState& state) const {
     if (item >= args_.n_items) return;
@@ -412,21 +437,34 @@ class DecodeCta {
   }
 
   // ---- consumers ----
+  // Warps that share a tile take a half each, a warp alone both in turn.
+  KVLAPSE_DEVICE int tile_group() const { return args_.tile_warps == 1 ? warp_ : warp_ >> 1; }
+  KVLAPSE_DEVICE int first_half() const { return args_.tile_warps == 1 ? 0 : warp_ & 1; }
+  KVLAPSE_DEVICE bool takes(const Tiles& tiles, int slot, bool last_first = false) const {
+    const int tile = slot / kTileSlots;
+    return slot >= 0 && tile >= tiles.begin && tile < tiles.end &&
+           (last_first ? tiles.end - 1 - tile : tile - tiles.begin) % args_.n_groups == tile_group() &&
+           (args_.tile_warps == 1 || slot / kHalfSlots % 2 == first_half());
+  }
+
   KVLAPSE_DEVICE void consume() {
-    const int group = warp_ / kGroupWarps;
+    const int group = tile_group();
     RingCursor ring;
     int turn = 0;
+    LayerChoice choice;
     KVLAPSE_NO_UNROLL
     for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
       const ItemInfo info = take_info(turn);  // behind the kernel in front, unless state may be read early
       const Tiles tiles = tiles_of(info.n);
       Softmax softmax{{kNoMax, kNoMax}, {0, 0}, {1, 1}};
       // Early: their latency is hidden by K, and by the kernel in front.
-      SlotSide sides[kSidesAhead];
-      KVLAPSE_UNROLL
-      for (int i = 0; i < kSidesAhead; ++i)
-        if constexpr (!Traits::kLeaveOneOut)
-          sides[i] = load_side(item, info.n, tiles, tiles.begin + group + i * args_.n_groups);
+      SlotSide sides[2];
+      if constexpr (!Traits::kLeaveOneOut) {
+        const int end = scored_end(info, tiles), first = (tiles.begin + group) * kTileSlots;
+        const int visit = args_.tile_warps == 1 ? kHalfSlots : args_.n_groups * kTileSlots;
+        sides[0] = load_side(side_rows(item), first + first_half() * kHalfSlots, end);
+        sides[1] = load_side(side_rows(item), first + first_half() * kHalfSlots + visit, end);
+      }
       if (turn == 0) {
         wait_for_previous_kernel();
         allow_next_kernel();
@@ -436,8 +474,10 @@ class DecodeCta {
       if constexpr (Traits::kLeaveOneOut) clear_heaviest();
       RingCursor at = ring;
       at.advance(group, args_.n_stages);
-      attend_keys(item, info, tiles, at, rows, softmax);
+      attend_keys(item, turn, info, tiles, at, rows, softmax);
+      arrive_again(choice);
       combine_softmax(item, turn, softmax);
+      choose_for_layer(choice);
 
       float output[Traits::kSteps][4];
       KVLAPSE_UNROLL
@@ -451,11 +491,16 @@ class DecodeCta {
         at = ring;
         at.advance(2 * tiles.count() + group, args_.n_stages);
         key = measure_values(item, info, tiles, at, softmax.max);
-        finish_choice(item, info, tiles, key);
+        finish_choice(item, info, key);
       } else {
-        finish(item, turn, info, tiles, key, output);
+        finish(item, turn, info, key, output);
       }
+      choice = {item, info.n, args_.score != FusedScore::none && info.pos >= 0 && args_.shared};
       ring.advance(Traits::kPlanes * tiles.count(), args_.n_stages);
+    }
+    if (choice.due) {
+      consumer_sync();
+      choose_for_layer(choice);
     }
   }
 
@@ -478,11 +523,38 @@ class DecodeCta {
     if (lane_ < kReleases) mbarrier_arrive(bar(small_.empty[at.stage]));
   }
 
-  // Where this lane keeps (slot g: heads 2t, 2t+1; slot g+8: the same) of a 16-slot group. A lane without
-  // heads reads where the last one with heads keeps its own.
-  KVLAPSE_DEVICE SmemAddress logit_address(int local_group16) const {
+  // Where this lane keeps the logits (heads 2t, 2t + 1) of slots g and g + 8, and behind them of the next 16
+  // slots: those of the halves that a warp visits follow each other. A lane without heads reads where the
+  // last one with heads keeps its own.
+  KVLAPSE_DEVICE uint32_t pair_bytes() const { return static_cast<uint32_t>(half_group()) * 128; }
+  KVLAPSE_DEVICE SmemAddress logit_address(int warp, int visit) const {
     const int lanes = half_group(), t = lane_ % 4 < lanes ? lane_ % 4 : lanes - 1;
-    return logits_ + static_cast<uint32_t>((local_group16 * 8 * lanes + (lane_ / 4) * lanes + t) * 16);
+    return logits_ + static_cast<uint32_t>(warp * args_.warp_bytes + ((lane_ / 4) * lanes + t) * 16) +
+           static_cast<uint32_t>(visit) * 2 * pair_bytes();
+  }
+  // Of any tile.
+  KVLAPSE_DEVICE SmemAddress logit_address_of(int local_tile, int half) const {
+    const int group = local_tile % args_.n_groups, round = local_tile / args_.n_groups;
+    return args_.tile_warps == 1 ? logit_address(group, 2 * round + half)
+                                 : logit_address(2 * group + half, round);
+  }
+
+  // Offsets in a half tile that this lane addresses for load_matrix4: 16 rows, 32 bytes of them. Every 16
+  // rows are swizzled alike.
+  KVLAPSE_DEVICE static void fragment_offsets(int row, int chunk, uint32_t (&offsets)[Traits::kBoxLoads]) {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < Traits::kBoxLoads; ++i) offsets[i] = chunk_offset(row, 2 * i + chunk);
+  }
+  KVLAPSE_DEVICE static SmemAddress fragment_address(SmemAddress rows,
+                                                     const uint32_t (&offsets)[Traits::kBoxLoads], int load,
+                                                     int block) {
+    return rows + offsets[load % Traits::kBoxLoads] +
+           static_cast<uint32_t>(load / Traits::kBoxLoads * Traits::kBoxBytes +
+                                 block * 16 * Traits::kBoxRowBytes);
+  }
+  KVLAPSE_DEVICE SmemAddress half_of(int stage, int half) const {
+    return ring_ +
+           static_cast<uint32_t>(stage * Traits::kTileBytes + half * kHalfSlots * Traits::kBoxRowBytes);
   }
 
   // The new token's rows, 16 bytes a lane; only in the warp that holds its slot.
@@ -492,11 +564,7 @@ class DecodeCta {
   template <bool kLastFirst>  // tiles in descending order
   KVLAPSE_DEVICE NewRows load_new_rows(int item, const ItemInfo& info, const Tiles& tiles) const {
     NewRows rows{};
-    const int tile = info.slot / kTileSlots;
-    if (info.slot < 0 || tile < tiles.begin || tile >= tiles.end || lane_ >= Traits::kNewChunks ||
-        (kLastFirst ? tiles.end - 1 - tile : tile - tiles.begin) % args_.n_groups != warp_ / kGroupWarps ||
-        info.slot % kTileSlots / 16 != warp_ % kGroupWarps)
-      return rows;
+    if (lane_ >= Traits::kNewChunks || !takes(tiles, info.slot, kLastFirst)) return rows;
     const int64_t at = static_cast<int64_t>(item) * Traits::kNewChunks + lane_;
     rows.k = static_cast<const Float4*>(args_.k_new)[at];
     rows.v = static_cast<const Float4*>(args_.v_new)[at];
@@ -601,70 +669,95 @@ class DecodeCta {
     }
   }
 
-  KVLAPSE_DEVICE void attend_keys(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
+  KVLAPSE_DEVICE void attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles, RingCursor at,
                                   const NewRows& rows, Softmax& softmax) {
-    const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, g = lane_ / 4, t = lane_ % 4;
-    uint32_t query[Traits::kSteps][2];
+    const int g = lane_ / 4, t = lane_ % 4;
+    uint32_t query[Traits::kSteps][2], offsets[Traits::kBoxLoads];
     float query_scale[2];
     load_query(item, query, query_scale);
-    const int row =
-        part * 16 + (lane_ & 7) + ((lane_ >> 3) & 1) * 8;  // that this lane addresses for load_matrix4
+    fragment_offsets((lane_ & 7) + ((lane_ >> 3) & 1) * 8, lane_ >> 4, offsets);
+    const float scale[2] = {query_scale[0] * args_.logit_scale, query_scale[1] * args_.logit_scale};
     float sum[2] = {kEmptySum, kEmptySum};
+    SmemAddress logits = logit_address(warp_, 0);
+    bool waits = !Traits::kLeaveOneOut && turn > 0;
     KVLAPSE_NO_UNROLL
-    for (int tile = tiles.begin + group; tile < tiles.end; tile += args_.n_groups) {
-      const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
+    for (int tile = tiles.begin + tile_group(); tile < tiles.end; tile += args_.n_groups) {
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-      const int first = tile * kTileSlots + part * 16;  // first slot of this warp
-      const bool writes = info.slot >= first && info.slot < first + 16;
-      if (writes) write_row(at.stage, info.slot, item, rows.k, 0);
-      float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
-      KVLAPSE_UNROLL
-      for (int i = 0; i < Traits::kSteps; ++i) {
-        if constexpr (Traits::kFp8) {
-          if (i % 2 != 0) continue;
-          uint32_t r[4], a[4], b[4];  // rows g and g + 8 of 16 dimensions, then of the next 16
-          load_matrix4(r, data + chunk_offset(row, i + (lane_ >> 4)));
-          widen_e4m3(r[0], a[0], a[2]);
-          widen_e4m3(r[1], a[1], a[3]);
-          multiply_add_16x8x16<Matrix>(even, a, query[i][0], query[i][1]);
-          widen_e4m3(r[2], b[0], b[2]);
-          widen_e4m3(r[3], b[1], b[3]);
-          multiply_add_16x8x16<Matrix>(odd, b, query[i + 1][0], query[i + 1][1]);
-        } else {
-          uint32_t a[4];
-          load_matrix4(a, data + chunk_offset(row, 2 * i + (lane_ >> 4)));
-          multiply_add_16x8x16<Matrix>(i % 2 ? odd : even, a, query[i][0], query[i][1]);
+      bool wrote = false;
+      KVLAPSE_NO_UNROLL
+      for (int half = first_half(); half < 2; half += args_.tile_warps) {
+        const int first = tile * kTileSlots + half * kHalfSlots;
+        if (half_of_slot(info.slot) == half_of_slot(first)) {
+          write_row(at.stage, info.slot, item, rows.k, 0);
+          wrote = true;
         }
-      }
-      float slot_scale[2] = {1, 1};
-      if constexpr (Traits::kFp8)
-        for (int j = 0; j < 2; ++j) slot_scale[j] = smem_load(scale_address(at.stage, part * 16 + g + j * 8));
-      release(at, writes);
-      at.advance(args_.n_groups, args_.n_stages);
+        const SmemAddress data = half_of(at.stage, half);
+        float even[2][4] = {}, odd[2][4] = {};
+        KVLAPSE_UNROLL
+        for (int i = 0; i < Traits::kLoads; ++i) {
+          KVLAPSE_UNROLL
+          for (int block = 0; block < 2; ++block) {
+            uint32_t r[4];
+            load_matrix4(r, fragment_address(data, offsets, i, block));
+            if constexpr (Traits::kFp8) {  // rows g and g + 8 of 16 dimensions, then of the next 16
+              uint32_t a[4], b[4];
+              widen_e4m3(r[0], a[0], a[2]);
+              widen_e4m3(r[1], a[1], a[3]);
+              multiply_add_16x8x16<Matrix>(even[block], a, query[2 * i][0], query[2 * i][1]);
+              widen_e4m3(r[2], b[0], b[2]);
+              widen_e4m3(r[3], b[1], b[3]);
+              multiply_add_16x8x16<Matrix>(odd[block], b, query[2 * i + 1][0], query[2 * i + 1][1]);
+            } else {
+              multiply_add_16x8x16<Matrix>(i % 2 ? odd[block] : even[block], r, query[i][0], query[i][1]);
+            }
+          }
+        }
+        float slot_scale[4] = {1, 1, 1, 1};
+        if constexpr (Traits::kFp8)
+          for (int k = 0; k < 4; ++k)
+            slot_scale[k] = smem_load(scale_address(at.stage, half * kHalfSlots + g + k * 8));
+        if (half + args_.tile_warps >= 2) release(at, wrote);
 
-      float s[4];
-      KVLAPSE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int slot = first + g + (j / 2) * 8;
-        float product = even[j] + odd[j];
-        if constexpr (Traits::kFp8) product *= slot_scale[j / 2] * query_scale[j % 2];
-        s[j] = slot < info.n ? product * args_.logit_scale : -kInfinity;
-      }
-      if (t < half_group())
-        smem_store4(logit_address((tile - tiles.begin) * kGroupWarps + part), {s[0], s[1], s[2], s[3]});
-      KVLAPSE_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        if constexpr (Traits::kLeaveOneOut) {
-          merge(softmax.max[j], sum[j], s[j], 0);
-          merge(softmax.max[j], sum[j], s[j + 2], 0);
-        } else {
-          float top = s[j] > s[j + 2] ? s[j] : s[j + 2];
-          top = top > softmax.max[j] ? top : softmax.max[j];
-          sum[j] = sum[j] * exp2_approximate(softmax.max[j] - top) + exp2_approximate(s[j] - top) +
-                   exp2_approximate(s[j + 2] - top);
-          softmax.max[j] = top;
+        float s[2][4];
+        KVLAPSE_UNROLL
+        for (int block = 0; block < 2; ++block) {
+          KVLAPSE_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            s[block][j] = (even[block][j] + odd[block][j]) * scale[j % 2];
+            if constexpr (Traits::kFp8) s[block][j] *= slot_scale[2 * block + j / 2];
+          }
+        }
+        if (first + kHalfSlots > info.n) {
+          KVLAPSE_UNROLL
+          for (int block = 0; block < 2; ++block)
+            for (int j = 0; j < 4; ++j)
+              if (first + block * 16 + g + j / 2 * 8 >= info.n) s[block][j] = -kInfinity;
+        }
+        if (waits) {  // the item in front has left its sums here
+          mbarrier_wait(bar(small_.drained_bar), static_cast<uint32_t>(turn - 1) & 1);
+          waits = false;
+        }
+        if (t < half_group()) {
+          smem_store4(logits, {s[0][0], s[0][1], s[0][2], s[0][3]});
+          smem_store4(logits + pair_bytes(), {s[1][0], s[1][1], s[1][2], s[1][3]});
+        }
+        logits += 2 * pair_bytes();
+        KVLAPSE_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          if constexpr (Traits::kLeaveOneOut) {
+            KVLAPSE_UNROLL
+            for (int k = 0; k < 4; ++k) merge(softmax.max[j], sum[j], s[k / 2][j + k % 2 * 2], 0);
+          } else {
+            const float top =
+                larger(larger(larger(s[0][j], s[0][j + 2]), larger(s[1][j], s[1][j + 2])), softmax.max[j]);
+            sum[j] = sum[j] * exp2_approximate(softmax.max[j] - top) +
+                     ((exp2_approximate(s[0][j] - top) + exp2_approximate(s[0][j + 2] - top)) +
+                      (exp2_approximate(s[1][j] - top) + exp2_approximate(s[1][j + 2] - top)));
+            softmax.max[j] = top;
+          }
         }
       }
+      at.step(args_.n_groups, args_.n_stages);
     }
     softmax.inverse[0] = sum[0], softmax.inverse[1] = sum[1];  // sums until combine_softmax
   }
@@ -674,19 +767,12 @@ class DecodeCta {
     const int g = lane_ / 4, t = lane_ % 4;
     float(&m)[2] = softmax.max;
     float(&l)[2] = softmax.inverse;
-    KVLAPSE_UNROLL
-    for (int mask = 4; mask < 32; mask *= 2) {
-      KVLAPSE_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const float other_m = shuffle_xor(m[j], mask), other_l = shuffle_xor(l[j], mask);
-        merge(m[j], l[j], other_m, other_l);
-      }
-    }
+    merge_lanes(m, l);
     if (g == 0) smem_store4(smem_address(small_.warp_softmax[warp_][2 * t]), {m[0], l[0], m[1], l[1]});
     consumer_sync();
     if (args_.n_splits == 1) {
       merge_rows(smem_address(small_.warp_softmax[0][2 * t]), consumer_warps(), m, l);
-    } else if (Traits::kBulk) {
+    } else if (clustered()) {
       if (warp_ == 0) {
         if (lane_ == 0)
           mbarrier_arrive_expect(bar(small_.softmax_bar), static_cast<uint32_t>(args_.n_splits) * kRowBytes);
@@ -695,7 +781,9 @@ class DecodeCta {
           remote_store4(remote_address(smem_address(small_.split_softmax[rank_][2 * t]), to),
                         {m[0], l[0], m[1], l[1]}, remote_address(bar(small_.softmax_bar), to));
       }
-      mbarrier_wait_cluster(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
+      // What others send arrives in this CTA's own memory, with the barrier's bytes: no wait over the
+      // cluster.
+      mbarrier_wait(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
       merge_rows(smem_address(small_.split_softmax[0][2 * t]), args_.n_splits, m, l);
     } else {
       Float4* scratch =
@@ -729,140 +817,207 @@ class DecodeCta {
       KVLAPSE_UNROLL
       for (int j = 0; j < 2; ++j) l[j] = 2 * t + j < args_.group && l[j] > 0 ? 1.0f / l[j] : 0.0f;
       if (warp_ == 0 && g == 0) small_.inverse_sum[2 * t] = l[0], small_.inverse_sum[2 * t + 1] = l[1];
+      if (t >= half_group()) m[0] = m[1] = kInfinity;  // so that every probability of theirs is zero
     }
   }
   static constexpr uint32_t kRowBytes = kMaxDecodeGroup * 2 * sizeof(float);
 
+  // Over the lanes with the same heads; all of them end with the same bits.
+  KVLAPSE_DEVICE static void merge_lanes(float (&m)[2], float (&l)[2]) {
+    if constexpr (Traits::kLeaveOneOut) {
+      KVLAPSE_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) {
+        KVLAPSE_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          const float other_m = shuffle_xor(m[j], mask), other_l = shuffle_xor(l[j], mask);
+          merge(m[j], l[j], other_m, other_l);
+        }
+      }
+    } else {
+      float top[2] = {m[0], m[1]};
+      KVLAPSE_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) {
+        KVLAPSE_UNROLL
+        for (int j = 0; j < 2; ++j) top[j] = larger(top[j], shuffle_xor(top[j], mask));
+      }
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j) l[j] *= exp2_approximate(m[j] - top[j]), m[j] = top[j];
+      KVLAPSE_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) {
+        KVLAPSE_UNROLL
+        for (int j = 0; j < 2; ++j) l[j] += shuffle_xor(l[j], mask);
+      }
+    }
+  }
+  // n rows of (max, sum), a lane reading every eighth; leave one out in order, as its sums are not symmetric.
   KVLAPSE_DEVICE void merge_rows(SmemAddress row, int n, float (&m)[2], float (&l)[2]) {
     m[0] = m[1] = kNoMax, l[0] = l[1] = kEmptySum;
-    for (int i = 0; i < n; ++i) {
+    const int from = Traits::kLeaveOneOut ? 0 : lane_ / 4, step = Traits::kLeaveOneOut ? 1 : 8;
+    KVLAPSE_NO_UNROLL
+    for (int i = from; i < n; i += step) {
       const Float4 v = smem_load4(row + static_cast<uint32_t>(i) * kRowBytes);
       merge(m[0], l[0], v.x, v.y);
       merge(m[1], l[1], v.z, v.w);
     }
+    if constexpr (!Traits::kLeaveOneOut) merge_lanes(m, l);
   }
 
-  // What a lane needs of "its" slot (lanes t = 0, 1 own slots g, g + 8) beyond K and V, loaded
-  // kSidesAhead tiles of the group ahead: memory answers later than a tile is done. Of fp8 a tile takes
-  // longer.
-  static constexpr int kSidesAhead = Traits::kFp8 || Traits::kLeaveOneOut ? 1 : 2;
+  // What a lane needs of its slot of a half tile (lane (g, t) owns slot g + 8t) beyond K and V, loaded two
+  // visits ahead: memory answers later than a half is done. protect: bits of all 32 slots.
   struct SlotSide {
-    float norm = 0, accumulated = 0;
+    float norm = 1, accumulated = 0;
     uint32_t protect = 0;
   };
-  KVLAPSE_DEVICE SlotSide load_side(int item, int n, const Tiles& tiles, int tile) const {
+  KVLAPSE_DEVICE int own_slot() const { return lane_ / 4 + lane_ % 4 * 8; }
+  // Where they lie: this lane's slot of the item's first half, and protection bits from there on.
+  struct SideRows {
+    int64_t slot;
+    uint16_t* protect;
+  };
+  KVLAPSE_DEVICE SideRows side_rows(int item) const {
+    return {slot_index(item, own_slot()), args_.protect + protect_index(item, 0)};
+  }
+  // first: of the half; end: of this split's valid slots, none where nothing is scored.
+  KVLAPSE_DEVICE SlotSide load_side(const SideRows& rows, int first, int end) const {
     SlotSide side;
-    if (tile < tiles.begin || tile >= tiles.end) return side;
-    const int part = warp_ % kGroupWarps;
-    const int slot = tile * kTileSlots + part * 16 + lane_ / 4 + (lane_ % 4) * 8;
-    if (args_.score == FusedScore::none || lane_ % 4 > 1 || slot >= n) return side;
-    if (score_uses_norm(args_.score)) side.norm = args_.value_l1[slot_index(item, slot)];
-    if (score_accumulates(args_.score)) side.accumulated = args_.accumulated[slot_index(item, slot)];
-    side.protect = args_.protect[protect_index(item, tile * kGroupWarps + part)];
+    if (first >= end) return side;
+    side.protect = load_bits(rows.protect + (first >> 4));
+    if (first + own_slot() >= end) return side;
+    if (score_uses_norm(args_.score)) side.norm = (args_.value_l1 + rows.slot)[first];
+    if (score_accumulates(args_.score)) side.accumulated = (args_.accumulated + rows.slot)[first];
     return side;
+  }
+  KVLAPSE_DEVICE int scored_end(const ItemInfo& info, const Tiles& tiles) const {
+    const int end = tiles.end * kTileSlots;
+    return args_.score == FusedScore::none ? 0 : end < info.n ? end : info.n;
   }
 
   KVLAPSE_DEVICE uint64_t attend_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
-                                        const NewRows& rows, const Softmax& softmax,
-                                        SlotSide (&sides)[kSidesAhead], float (&output)[Traits::kSteps][4]) {
-    const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, t = lane_ % 4;
-    const int row = part * 16 + (lane_ & 7) + (lane_ >> 4) * 8;
+                                        const NewRows& rows, const Softmax& softmax, SlotSide (&sides)[2],
+                                        float (&output)[Traits::kSteps][4]) {
+    const int g = lane_ / 4, t = lane_ % 4;
     const bool scores = !Traits::kLeaveOneOut && args_.score != FusedScore::none;
-    uint64_t best = ~uint64_t{0};
+    uint32_t offsets[Traits::kBoxLoads];
+    fragment_offsets((lane_ & 7) + (lane_ >> 4) * 8, (lane_ >> 3) & 1, offsets);
+    uint32_t best = kNoScore, best_slot = ~uint32_t{0};
+    const SideRows lie = side_rows(item);
+    const int end = scored_end(info, tiles), ahead = args_.tile_warps * args_.n_groups * kTileSlots;
     uint32_t top = 0;  // fp8: power of two above the scales that this warp has met, as bits
-    const int stride = args_.n_groups;
+    SmemAddress logits = logit_address(warp_, 0);
+    const bool alone = args_.tile_warps == 1;
+    bool wrote = false;
     KVLAPSE_NO_UNROLL
-    for (int first_tile = tiles.begin + group; first_tile < tiles.end; first_tile += kSidesAhead * stride) {
+    for (int pair = tiles.begin + tile_group(); pair < tiles.end; pair += args_.tile_warps * args_.n_groups) {
       KVLAPSE_UNROLL
-      for (int i_side = 0; i_side < kSidesAhead; ++i_side) {  // so that sides[] are registers
-        const int tile = first_tile + i_side * stride;
+      for (int visit = 0; visit < 2; ++visit) {  // so that sides[] are registers that nobody copies
+        const int tile = alone ? pair : pair + visit * args_.n_groups, half = alone ? visit : first_half();
         if (tile >= tiles.end) break;
-        const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
-        const int first = tile * kTileSlots + part * 16;
-        const Float4 s = smem_load4(logit_address((tile - tiles.begin) * kGroupWarps + part));
-        float p[4] = {exp2_approximate(s.x - softmax.max[0]), exp2_approximate(s.y - softmax.max[1]),
-                      exp2_approximate(s.z - softmax.max[0]), exp2_approximate(s.w - softmax.max[1])};
-        bool heaviest[4] = {false, false, false, false};  // leave one out: outweighs the head's others
-        if constexpr (Traits::kLeaveOneOut) {
-          const float logits[4] = {s.x, s.y, s.z, s.w};
+        const int first = tile * kTileSlots + half * kHalfSlots;
+        float p[2][4];
+        bool heaviest[2][4];  // leave one out: outweighs the head's others
+        KVLAPSE_UNROLL
+        for (int block = 0; block < 2; ++block) {
+          const Float4 s = smem_load4(logits + static_cast<uint32_t>(block) * pair_bytes());
+          const float l[4] = {s.x, s.y, s.z, s.w};
           KVLAPSE_UNROLL
           for (int j = 0; j < 4; ++j) {
-            const float gain = softmax.gain[j % 2];
-            heaviest[j] = gain <= 0 && logits[j] == softmax.max[j % 2];
-            p[j] = heaviest[j] ? 0 : p[j] * (gain < 0 ? -gain : gain);
+            p[block][j] = exp2_approximate(l[j] - softmax.max[j % 2]);
+            heaviest[block][j] = false;
+            if constexpr (Traits::kLeaveOneOut) {
+              const float gain = softmax.gain[j % 2];
+              heaviest[block][j] = gain <= 0 && l[j] == softmax.max[j % 2];
+              p[block][j] =
+                  heaviest[block][j] || t >= half_group() ? 0 : p[block][j] * (gain < 0 ? -gain : gain);
+            }
           }
         }
-        if (t >= half_group()) p[0] = p[1] = p[2] = p[3] = 0;
-        uint32_t b0 = 0, b1 = 0, c0 = 0, c1 = 0;  // c: what rounding b took away
-        if constexpr (!Traits::kFp8) {
-          b0 = transpose_matrix(pack2<Matrix>(p[0], p[1]));
-          b1 = transpose_matrix(pack2<Matrix>(p[2], p[3]));
+        logits += 2 * pair_bytes();
+        uint32_t b[2][2], c[2][2];  // c: what rounding b took away
+        const auto pack = [&](int block, float low, float high) {
+          b[block][0] = transpose_matrix(pack2<Matrix>(p[block][0] * low, p[block][1] * low));
+          b[block][1] = transpose_matrix(pack2<Matrix>(p[block][2] * high, p[block][3] * high));
           if constexpr (Traits::kLeaveOneOut) {
-            c0 = transpose_matrix(pack_rest(p[0], p[1]));
-            c1 = transpose_matrix(pack_rest(p[2], p[3]));
+            c[block][0] = transpose_matrix(pack_rest(p[block][0] * low, p[block][1] * low));
+            c[block][1] = transpose_matrix(pack_rest(p[block][2] * high, p[block][3] * high));
           }
-        }
+        };
+        if constexpr (!Traits::kFp8) pack(0, 1, 1), pack(1, 1, 1);
 
-        mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-        const bool writes = info.slot >= first && info.slot < first + 16;
-        const bool tail = first + 16 > info.n;
-        if (writes) {
+        if (half_of_slot(info.slot) == half_of_slot(first)) {
+          mbarrier_wait(bar(small_.full[at.stage]), at.phase);
           write_row(at.stage, info.slot, item, rows.v, 1);
-          note_new_token(at.stage, info, item, sides[i_side]);
+          note_new_token(at.stage, info, item, sides[visit]);
+          wrote = true;
         }
-        if (tail) clear_rows(data, part, info.n - first);
-        if constexpr (Traits::kFp8) {
-          const int g = lane_ / 4;
-          float scale[2];
+        // While V is on its way: behind the last tile of an item nothing but the output is left.
+        if (scores) {
+          float w[4];
           KVLAPSE_UNROLL
-          for (int j = 0; j < 2; ++j)
-            scale[j] =
-                first + g + j * 8 < info.n ? smem_load(scale_address(at.stage, part * 16 + g + j * 8)) : 0.0f;
-          const uint32_t above =
-              power_above(warp_largest(float_bits(scale[0] > scale[1] ? scale[0] : scale[1])));
-          if (above > top) {
+          for (int k = 0; k < 4; ++k)
+            w[k] = p[k / 2][k % 2 * 2] * softmax.inverse[0] + p[k / 2][k % 2 * 2 + 1] * softmax.inverse[1];
+          const uint32_t bits = score_half(lie, info, first, w, sides[visit]);
+          if (bits < best) best = bits, best_slot = static_cast<uint32_t>(first + own_slot());
+          sides[visit] = load_side(lie, first + ahead, end);
+        }
+        mbarrier_wait(bar(small_.full[at.stage]), at.phase);
+        const SmemAddress data = half_of(at.stage, half);
+        if (first + kHalfSlots > info.n) {
+          clear_rows(at.stage, half, info.n - first);
+          wrote = true;
+        }
+        if constexpr (Traits::kFp8) {
+          float scale[4], largest = 0;
+          KVLAPSE_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            scale[k] = smem_load(scale_address(at.stage, half * kHalfSlots + g + k * 8));
+            largest = larger(largest, scale[k]);
+          }
+          if (warp_ballot(float_bits(largest) > top) != 0) {
+            const uint32_t above = power_above(warp_largest(float_bits(largest)));
             const float rescale = bits_float(top) * one_over_power(above);
             KVLAPSE_UNROLL
             for (int i = 0; i < Traits::kSteps; ++i)
               for (int j = 0; j < 4; ++j) output[i][j] *= rescale;
             top = above;
           }
-          const float low = scale[0] * one_over_power(top), high = scale[1] * one_over_power(top);
-          b0 = transpose_matrix(pack2<Matrix>(p[0] * low, p[1] * low));
-          b1 = transpose_matrix(pack2<Matrix>(p[2] * high, p[3] * high));
-          if constexpr (Traits::kLeaveOneOut) {
-            c0 = transpose_matrix(pack_rest(p[0] * low, p[1] * low));
-            c1 = transpose_matrix(pack_rest(p[2] * high, p[3] * high));
-          }
+          const float inverse = one_over_power(top);
+          pack(0, scale[0] * inverse, scale[1] * inverse);
+          pack(1, scale[2] * inverse, scale[3] * inverse);
         }
-        if constexpr (Traits::kLeaveOneOut) keep_heaviest(at.stage, heaviest);
+        if constexpr (Traits::kLeaveOneOut) {
+          keep_heaviest(at.stage, half * kHalfSlots, heaviest[0]);
+          keep_heaviest(at.stage, half * kHalfSlots + 16, heaviest[1]);
+        }
         KVLAPSE_UNROLL
-        for (int i = 0; i < Traits::kSteps; ++i) {
-          if constexpr (Traits::kFp8) {
-            if (i % 2 != 0) continue;
-            uint32_t r[4], a[4],
-                b[4];  // pairs of dimensions of slots 2t, 2t + 1; of 16 dimensions, of the next 16
-            load_matrix4_transposed(r, data + chunk_offset(row, i + ((lane_ >> 3) & 1)));
-            widen_e4m3(r[0], a[0], a[1]);
-            widen_e4m3(r[2], a[2], a[3]);
-            multiply_add_16x8x16<Matrix>(output[i], a, b0, b1);
-            if constexpr (Traits::kLeaveOneOut) multiply_add_16x8x16<Matrix>(output[i], a, c0, c1);
-            widen_e4m3(r[1], b[0], b[1]);
-            widen_e4m3(r[3], b[2], b[3]);
-            multiply_add_16x8x16<Matrix>(output[i + 1], b, b0, b1);
-            if constexpr (Traits::kLeaveOneOut) multiply_add_16x8x16<Matrix>(output[i + 1], b, c0, c1);
-          } else {
-            uint32_t a[4];
-            load_matrix4_transposed(a, data + chunk_offset(row, 2 * i + ((lane_ >> 3) & 1)));
-            multiply_add_16x8x16<Matrix>(output[i], a, b0, b1);
-            if constexpr (Traits::kLeaveOneOut) multiply_add_16x8x16<Matrix>(output[i], a, c0, c1);
+        for (int block = 0; block < 2; ++block) {
+          KVLAPSE_UNROLL
+          for (int i = 0; i < Traits::kLoads; ++i) {
+            uint32_t r[4];
+            load_matrix4_transposed(r, fragment_address(data, offsets, i, block));
+            const auto add = [&](int step, const uint32_t(&a)[4]) {
+              multiply_add_16x8x16<Matrix>(output[step], a, b[block][0], b[block][1]);
+              if constexpr (Traits::kLeaveOneOut)
+                multiply_add_16x8x16<Matrix>(output[step], a, c[block][0], c[block][1]);
+            };
+            if constexpr (Traits::kFp8) {  // pairs of dimensions of slots 2t, 2t + 1; of 16 dimensions, of
+                                           // the next
+              uint32_t low[4], high[4];
+              widen_e4m3(r[0], low[0], low[1]);
+              widen_e4m3(r[2], low[2], low[3]);
+              add(2 * i, low);
+              widen_e4m3(r[1], high[0], high[1]);
+              widen_e4m3(r[3], high[2], high[3]);
+              add(2 * i + 1, high);
+            } else {
+              add(i, r);
+            }
           }
         }
-        release(at, writes || tail);
-        at.advance(args_.n_groups, args_.n_stages);
-        if (scores) best = min_key(best, score_slots(item, info, tile, p, softmax, sides[i_side]));
-        if constexpr (!Traits::kLeaveOneOut)
-          sides[i_side] = load_side(item, info.n, tiles, tile + kSidesAhead * stride);
+        if (!alone || visit == 1) {
+          release(at, wrote);
+          at.step(args_.n_groups, args_.n_stages);
+          wrote = false;
+        }
       }
     }
     if constexpr (Traits::kFp8) {
@@ -870,7 +1025,7 @@ class DecodeCta {
       for (int i = 0; i < Traits::kSteps; ++i)
         for (int j = 0; j < 4; ++j) output[i][j] *= bits_float(top);
     }
-    return best;
+    return (static_cast<uint64_t>(best) << 32) | best_slot;
   }
   // What is left of two numbers once they are rounded to the matrix type.
   KVLAPSE_DEVICE static uint32_t pack_rest(float low, float high) {
@@ -884,12 +1039,17 @@ class DecodeCta {
     return Traits::kFp8 ? step * 16 + row * 2 + second : step * 16 + row + second * 8;
   }
 
-  // Rows past the last valid slot may hold anything; 0 * NaN must not reach the sum.
-  KVLAPSE_DEVICE void clear_rows(SmemAddress data, int part, int n_valid) {
+  // Rows and scales past the last valid slot may hold anything; 0 * NaN must not reach the sum.
+  KVLAPSE_DEVICE void clear_rows(int stage, int half, int n_valid) {
+    const SmemAddress data = ring_ + static_cast<uint32_t>(stage * Traits::kTileBytes);
     const int from = n_valid < 0 ? 0 : n_valid;
-    for (int i = lane_; i < (16 - from) * Traits::kRowChunks; i += 32)
-      smem_store4(data + chunk_offset(part * 16 + from + i / Traits::kRowChunks, i % Traits::kRowChunks),
-                  {0, 0, 0, 0});
+    KVLAPSE_NO_UNROLL
+    for (int i = lane_; i < (kHalfSlots - from) * Traits::kRowChunks; i += 32)
+      smem_store4(
+          data + chunk_offset(half * kHalfSlots + from + i / Traits::kRowChunks, i % Traits::kRowChunks),
+          {0, 0, 0, 0});
+    if constexpr (Traits::kFp8)
+      if (lane_ >= from) smem_store(scale_address(stage, half * kHalfSlots + lane_), 0);
     warp_sync();
   }
 
@@ -916,91 +1076,84 @@ class DecodeCta {
       for (int mask = 16; mask > 0; mask >>= 1) norm += shuffle_xor(norm, mask);
       if constexpr (Traits::kFp8) norm *= smem_load(scale_address(stage, info.slot % kTileSlots));
     }
-    const int slot = info.slot % 16;
-    if (lane_ == (slot % 8) * 4 + slot / 8) {
-      side.norm = norm, side.accumulated = 0;
-      if (score_uses_norm(args_.score)) args_.value_l1[slot_index(item, info.slot)] = norm;
+    if (own_slot() == info.slot % kHalfSlots) {
+      side.accumulated = 0;
+      if (score_uses_norm(args_.score)) side.norm = args_.value_l1[slot_index(item, info.slot)] = norm;
       if (args_.positions != nullptr) args_.positions[slot_index(item, info.slot)] = info.pos;
     }
   }
 
-  // All lanes; the key of the slot that this lane owns (t = 0: g, t = 1: g + 8).
-  KVLAPSE_DEVICE uint64_t score_slots(int item, const ItemInfo& info, int tile, const float (&p)[4],
-                                      const Softmax& softmax, const SlotSide& side) {
-    const int part = warp_ % kGroupWarps, g = lane_ / 4, t = lane_ % 4;
-    float low = p[0] * softmax.inverse[0] + p[1] * softmax.inverse[1];
-    float high = p[2] * softmax.inverse[0] + p[3] * softmax.inverse[1];
-    low += shuffle_xor(low, 1), high += shuffle_xor(high, 1);
-    low += shuffle_xor(low, 2), high += shuffle_xor(high, 2);
-    const int first = tile * kTileSlots + part * 16;
-    const int slot = first + g + t * 8;
-    const uint32_t protect = updated_protection(item, info, tile * kGroupWarps + part, first, side.protect);
-    const bool owns = t < 2 && slot < info.n;
-    float score = t == 0 ? low : high;
-    if (score_accumulates(args_.score)) {
-      score += side.accumulated;
-      if (owns) args_.accumulated[slot_index(item, slot)] = score;
-    }
-    if (score_uses_norm(args_.score)) score *= side.norm;
+  static constexpr uint32_t kNoScore = ~uint32_t{0};
+  // All lanes. w: of slots g + 8k of a half tile, summed over this lane's heads. Bits of the score of the
+  // slot that this lane owns, kNoScore when it may not be taken.
+  KVLAPSE_DEVICE uint32_t score_half(const SideRows& rows, const ItemInfo& info, int first,
+                                     const float (&w)[4], const SlotSide& side) {
+    const int t = lane_ % 4;
+    // Lanes of a quad exchange halves, so that each ends with the sum of one slot.
+    const bool upper = (t & 2) != 0, odd = (t & 1) != 0;
+    const float a = (upper ? w[2] : w[0]) + shuffle_xor(upper ? w[0] : w[2], 2);
+    const float b = (upper ? w[3] : w[1]) + shuffle_xor(upper ? w[1] : w[3], 2);
+    float score = (odd ? b : a) + shuffle_xor(odd ? a : b, 1);
+    uint32_t protect = side.protect;
+    if (half_of_slot(info.slot) == half_of_slot(first) || half_of_slot(info.expired) == half_of_slot(first))
+      protect = update_protection(rows, info, first, protect);
+    const bool valid = first + own_slot() < info.n;
+    score += side.accumulated;
+    if (score_accumulates(args_.score) && valid) (args_.accumulated + rows.slot)[first] = score;
+    score *= side.norm;
     score *= args_.score_scale;
-    if (args_.importance != nullptr && owns) args_.importance[slot_index(item, slot)] = score;
-    const bool candidate = owns && ((protect >> (slot - first)) & 1u) == 0;
-    return candidate ? (static_cast<uint64_t>(float_bits(score)) << 32) | static_cast<uint32_t>(slot)
-                     : ~uint64_t{0};
+    if (args_.importance != nullptr && valid) (args_.importance + rows.slot)[first] = score;
+    return valid && ((protect >> own_slot()) & 1u) == 0 ? float_bits(score) : kNoScore;
   }
 
-  // Bits of 16 slots after this step: the new token's set when it is protected, cleared when it is not (it
+  // Bits of 32 slots after this step: the new token's set when it is protected, cleared when it is not (it
   // may take the slot of an unprotected victim only, so clear already), the expired one's cleared.
-  KVLAPSE_DEVICE uint32_t updated_protection(int item, const ItemInfo& info, int group16, int first,
-                                             uint32_t bits) {
-    const int added = info.slot - first, removed = info.expired - first;
-    const bool adds = added >= 0 && added < 16 && (args_.recent > 0 || info.pos < args_.pinned);
-    const bool removes = info.expired >= 0 && removed >= 0 && removed < 16;
+  KVLAPSE_DEVICE uint32_t update_protection(const SideRows& rows, const ItemInfo& info, int first,
+                                            uint32_t bits) {
+    const bool adds =
+        half_of_slot(info.slot) == half_of_slot(first) && (args_.recent > 0 || info.pos < args_.pinned);
+    const bool removes = half_of_slot(info.expired) == half_of_slot(first);
     if (!adds && !removes) return bits;
-    // Lanes t > 1 did not load the bits; lane 0 did when the group's first slot is valid, which it is here.
-    if (removes) bits &= ~(1u << removed);
-    if (adds) bits |= 1u << added;
-    if (lane_ == 0) args_.protect[protect_index(item, group16)] = static_cast<uint16_t>(bits);
+    if (removes) bits &= ~(1u << (info.expired - first));
+    if (adds) bits |= 1u << (info.slot - first);
+    if (lane_ == 0) store_bits(rows.protect + first / 16, bits);
     return bits;
   }
 
   // ---- end of an item ----
-  KVLAPSE_DEVICE void finish(int item, int turn, const ItemInfo& info, const Tiles& tiles, uint64_t key,
+  KVLAPSE_DEVICE void finish(int item, int turn, const ItemInfo& info, uint64_t key,
                              const float (&output)[Traits::kSteps][4]) {
-    const int thread = thread_index();
-    if (clustered() && thread == 0)
+    if (clustered() && thread_index() == 0)
       mbarrier_arrive_expect(bar(small_.output_bar),
                              static_cast<uint32_t>((args_.n_splits - 1) * own_chunks(rank_) * 16));
+    store_partial(output);  // over the warp's own logits
     key = warp_min(key);
     if (lane_ == 0) small_.keys[warp_] = key;
-    consumer_sync();  // logits are dead from here on; global scores are written
-    const bool chooses = args_.score != FusedScore::none && info.pos >= 0;
-    const bool shared = chooses && args_.shared;
-    store_partial(output);
-    if (thread == 0 && chooses && !shared) write_key(item);
-    if (thread == 0 && rank_ == 0) note_item(item, info);
-    consumer_sync();
-    if (shared && thread == n_threads_ - 1) small_.last_arrival = arrive_at_layer(item);
+    consumer_sync();  // global scores are written
+    keep_state(item, info);
     if (args_.n_splits == 1)
       write_output(item);
-    else if (Traits::kBulk)
+    else if (clustered())
       exchange_output_in_cluster(item, turn);
     else
       exchange_output_in_memory(item);
-    if (shared) {
-      consumer_sync();
-      if (small_.last_arrival) choose_for_layer(item, info, tiles);
-    }
-    if (item + item_stride_ < args_.n_items) consumer_sync();  // buffers are reused
+    warp_sync();
+    if (lane_ == 0) mbarrier_arrive(bar(small_.drained_bar));
   }
 
-  KVLAPSE_DEVICE uint64_t block_min_key() const {
-    uint64_t key = ~uint64_t{0};
-    for (int w = 0; w < consumer_warps(); ++w) key = min_key(key, small_.keys[w]);
-    return key;
-  }
-  KVLAPSE_DEVICE void write_key(int item) {
-    args_.victim_keys[item * kMaxDecodeSplits + rank_] = block_min_key();
+  // By the last warp, behind a barrier: what this CTA leaves for the next step. Others go on meanwhile.
+  KVLAPSE_DEVICE void keep_state(int item, const ItemInfo& info) {
+    if (warp_ != consumer_warps() - 1) return;
+    const bool chooses = args_.score != FusedScore::none && info.pos >= 0;
+    if (chooses && !args_.shared) {
+      const uint64_t key = warp_min(lane_ < consumer_warps() ? small_.keys[lane_] : ~uint64_t{0});
+      if (lane_ == 0) args_.victim_keys[item * kMaxDecodeSplits + rank_] = key;
+    }
+    if (lane_ == 0) {
+      if (rank_ == 0) note_item(item, info);
+      if (chooses && args_.shared) small_.last_arrival = arrive_at_layer(item);
+    }
+    warp_sync();
   }
 
   // State that all splits have read by now. A sequence that is skipped keeps its own.
@@ -1011,10 +1164,15 @@ class DecodeCta {
     if (args_.count != nullptr) args_.count[item] = info.n;
   }
 
-  // [warp][head][D + pad] fp32 over the logits; behind them where they are needed again.
+  // [head][D + pad] fp32 over each warp's logits; behind all of them where they are needed again.
   KVLAPSE_DEVICE SmemAddress partial_address(int warp, int head, int d) const {
-    return logits_ + (Traits::kLeaveOneOut ? static_cast<uint32_t>(args_.partial_offset) : 0u) +
-           static_cast<uint32_t>(((warp * args_.group + head) * (Traits::kHeadDim + kOutputPad) + d) * 4);
+    if constexpr (Traits::kLeaveOneOut)
+      return logits_ +
+             static_cast<uint32_t>(args_.partial_offset +
+                                   ((warp * args_.group + head) * (Traits::kHeadDim + kOutputPad) + d) * 4);
+    else
+      return logits_ + static_cast<uint32_t>(warp * args_.warp_bytes +
+                                             (head * (Traits::kHeadDim + kOutputPad) + d) * 4);
   }
   KVLAPSE_DEVICE void store_partial(const float (&output)[Traits::kSteps][4]) {
     const int g = lane_ / 4, t = lane_ % 4;
@@ -1069,7 +1227,7 @@ class DecodeCta {
         remote_store4(remote_address(received_address(rank_, owner, chunk / args_.n_splits), owner),
                       sum_of_warps(chunk), remote_address(bar(small_.output_bar), owner));
     }
-    mbarrier_wait_cluster(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
+    mbarrier_wait(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
     for (int i = thread_index(); i < own_chunks(rank_); i += n_threads_) {
       const int chunk = i * args_.n_splits + rank_;
       Float4 total{0, 0, 0, 0};
@@ -1134,8 +1292,8 @@ class DecodeCta {
     }
   }
 
-  // All lanes. flags: of slots g, g + 8 and heads 2t, 2t + 1.
-  KVLAPSE_DEVICE void keep_heaviest(int stage, const bool (&flags)[4]) {
+  // All lanes. flags: of rows g, g + 8 behind the first and heads 2t, 2t + 1.
+  KVLAPSE_DEVICE void keep_heaviest(int stage, int first_row, const bool (&flags)[4]) {
     if (warp_ballot(flags[0] || flags[1] || flags[2] || flags[3]) == 0) return;
     const SmemAddress data = ring_ + static_cast<uint32_t>(stage * Traits::kTileBytes);
     KVLAPSE_NO_UNROLL
@@ -1143,7 +1301,7 @@ class DecodeCta {
       uint32_t found = warp_ballot(j < 2 ? (j == 0 ? flags[0] : flags[1]) : (j == 2 ? flags[2] : flags[3]));
       for (int lane = 0; found != 0; ++lane, found >>= 1) {
         if ((found & 1u) == 0) continue;
-        const int row = warp_ % kGroupWarps * 16 + lane / 4 + j / 2 * 8, head = lane % 4 * 2 + j % 2;
+        const int row = first_row + lane / 4 + j / 2 * 8, head = lane % 4 * 2 + j % 2;
         float scale = 1;
         if constexpr (Traits::kFp8) scale = smem_load(scale_address(stage, row));
         if (lane_ >= Traits::kRowChunks) continue;
@@ -1197,7 +1355,7 @@ class DecodeCta {
         keep_left(chunk, left);
         store_output(item, chunk, left.output, 1);
       }
-    } else if (Traits::kBulk) {
+    } else if (clustered()) {
       combine_output_in_cluster(item, turn);
     } else {
       combine_output_in_memory(item);
@@ -1218,7 +1376,7 @@ class DecodeCta {
       send(to, sum_of_warps(chunk), small_.output_bar, owner);
       send(to + 16, heaviest_of(chunk), small_.output_bar, owner);
     }
-    mbarrier_wait_cluster(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
+    mbarrier_wait(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
     for (int i = thread_index(); i < own_chunks(rank_); i += n_threads_) {
       const int chunk = i * args_.n_splits + rank_;
       Float4 others{0, 0, 0, 0}, heaviest{0, 0, 0, 0};
@@ -1236,7 +1394,7 @@ class DecodeCta {
       }
       store_output(item, chunk, left.output, 1);
     }
-    mbarrier_wait_cluster(bar(small_.gather_bar), static_cast<uint32_t>(turn) & 1);
+    mbarrier_wait(bar(small_.gather_bar), static_cast<uint32_t>(turn) & 1);
   }
   KVLAPSE_DEVICE void combine_output_in_memory(int item) {
     Float4* scratch = reinterpret_cast<Float4*>(args_.split_output) +
@@ -1325,7 +1483,7 @@ class DecodeCta {
     unpack2<Matrix>(a[1], high[0], high[1]);
     unpack2<Matrix>(a[3], high[2], high[3]);
   }
-  // Step i of a tile as the first operand; of fp8 an even step's load serves the odd one behind it.
+  // Step i of 16 rows as the first operand; of fp8 an even step's load serves the odd one behind it.
   KVLAPSE_DEVICE void load_rows(SmemAddress data, int row, int i, uint32_t (&loaded)[4],
                                 uint32_t (&a)[4]) const {
     if constexpr (Traits::kFp8) {
@@ -1340,10 +1498,14 @@ class DecodeCta {
   // The third pass: every slot's error. Tiles come last first.
   KVLAPSE_DEVICE uint64_t measure_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
                                          const float (&max)[2]) {
-    const int group = warp_ / kGroupWarps, part = warp_ % kGroupWarps, g = lane_ / 4, t = lane_ % 4;
-    const int row = part * 16 + (lane_ & 7) + ((lane_ >> 3) & 1) * 8;
+    const int group = tile_group(), t = lane_ % 4;
     const NewRows rows = load_new_rows<true>(item, info, tiles);
-    SlotSide side = load_side(item, group < tiles.count() ? info.n : 0, tiles, tiles.end - 1 - group);
+    const SideRows lie = side_rows(item);
+    const int end = scored_end(info, tiles);
+    const auto side_of = [&](int tile, int half) {
+      return load_side(lie, tile < tiles.begin ? end : tile * kTileSlots + half * kHalfSlots, end);
+    };
+    SlotSide side = side_of(tiles.end - 1 - group, first_half());
     const OutputScale o = prepare_operand();
     float inverse[2],
         heaviest[2];  // heaviest: error of leaving out the slot that outweighs the others, or -1
@@ -1357,74 +1519,101 @@ class DecodeCta {
     uint64_t best = ~uint64_t{0};
     KVLAPSE_NO_UNROLL
     for (int tile = tiles.end - 1 - group; tile >= tiles.begin; tile -= args_.n_groups) {
-      const bool more = tile - args_.n_groups >= tiles.begin;
-      const SlotSide next = load_side(item, more ? info.n : 0, tiles, tile - args_.n_groups);
-      const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
-      const int first = tile * kTileSlots + part * 16;
-      // Factors w / (1 - w); the slot that outweighs the others has its error already.
-      float factor[4] = {0, 0, 0, 0}, known[4] = {0, 0, 0, 0};
-      if (t < half_group()) {
-        const Float4 s = smem_load4(logit_address((tile - tiles.begin) * kGroupWarps + part));
-        const float logits[4] = {s.x, s.y, s.z, s.w};
-        KVLAPSE_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const float w = exp2_approximate(logits[j] - max[j % 2]) * inverse[j % 2];
-          const bool outweighs = heaviest[j % 2] >= 0 && logits[j] == max[j % 2];
-          factor[j] = outweighs ? 0 : w / (1 - w);
-          known[j] = outweighs ? heaviest[j % 2] : 0;
-        }
-      }
-      mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-      const bool writes = info.slot >= first && info.slot < first + 16;
-      if (writes) write_row(at.stage, info.slot, item, rows.v, 1);
-      float cross[4] = {0, 0, 0, 0}, cross_rest[4] = {0, 0, 0, 0}, square[2] = {0, 0};
-      constexpr int kAtOnce = Traits::kSteps < 4 ? Traits::kSteps : 4;
+      bool wrote = false;
       KVLAPSE_NO_UNROLL
-      for (int block = 0; block < Traits::kSteps; block += kAtOnce) {
-        uint32_t loaded[4];
+      for (int half = first_half(); half < 2; half += args_.tile_warps) {
+        const int first = tile * kTileSlots + half * kHalfSlots;
+        const bool inside = half + args_.tile_warps < 2;  // the next half is this tile's
+        const SlotSide next = side_of(inside ? tile : tile - args_.n_groups, inside ? 1 : first_half());
+        const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
+        float sums[4];
         KVLAPSE_UNROLL
-        for (int u = 0; u < kAtOnce; ++u) {
-          uint32_t a[4];
-          load_rows(data, row, block + u, loaded, a);
-          const Float4 parts = smem_load4(operand_address(block + u, operand_head()));
-          multiply_add_16x8x16<Matrix>(cross, a, float_bits(parts.x), float_bits(parts.y));
-          multiply_add_16x8x16<Matrix>(cross_rest, a, float_bits(parts.z), float_bits(parts.w));
-          float low[4], high[4];
-          unpack_rows(a, low, high);
-          KVLAPSE_UNROLL
-          for (int k = 0; k < 4; ++k) square[0] += low[k] * low[k], square[1] += high[k] * high[k];
+        for (int block = 0; block < 2; ++block) {
+          // Factors w / (1 - w); the slot that outweighs the others has its error already.
+          float factor[4] = {0, 0, 0, 0}, known[4] = {0, 0, 0, 0};
+          if (t < half_group()) {
+            const Float4 s = smem_load4(logit_address_of(tile - tiles.begin, half) +
+                                        static_cast<uint32_t>(block) * pair_bytes());
+            const float logits[4] = {s.x, s.y, s.z, s.w};
+            KVLAPSE_UNROLL
+            for (int j = 0; j < 4; ++j) {
+              const float w = exp2_approximate(logits[j] - max[j % 2]) * inverse[j % 2];
+              const bool outweighs = heaviest[j % 2] >= 0 && logits[j] == max[j % 2];
+              factor[j] = outweighs ? 0 : w / (1 - w);
+              known[j] = outweighs ? heaviest[j % 2] : 0;
+            }
+          }
+          if (block == 0) {
+            mbarrier_wait(bar(small_.full[at.stage]), at.phase);
+            if (half_of_slot(info.slot) == half_of_slot(first)) {
+              write_row(at.stage, info.slot, item, rows.v, 1);
+              wrote = true;
+            }
+          }
+          const int first_row = half * kHalfSlots + block * 16;
+          float error[4];
+          measure_block(info, tile * kTileSlots, first_row, at.stage, o, factor, known, data, error);
+          sums[2 * block] = error[0] + error[1], sums[2 * block + 1] = error[2] + error[3];
         }
+        if (half + args_.tile_warps >= 2) release(at, wrote);
+        const uint32_t bits = score_half(lie, info, first, sums, side);
+        if (bits != kNoScore)
+          best =
+              min_key(best, (static_cast<uint64_t>(bits) << 32) | static_cast<uint32_t>(first + own_slot()));
+        side = next;
       }
-      float slot_scale[2] = {1, 1};
-      KVLAPSE_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        square[k] += shuffle_xor(square[k], 1);
-        square[k] += shuffle_xor(square[k], 2);
-        if constexpr (Traits::kFp8) {
-          slot_scale[k] = smem_load(scale_address(at.stage, part * 16 + g + k * 8));
-          square[k] *= slot_scale[k] * slot_scale[k];
-        }
-      }
-      float distance[4];  // squares
-      bool cancelled[4];
-      KVLAPSE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const float product = (cross[j] + cross_rest[j]) * o.scale[j % 2] * slot_scale[j / 2];
-        const float both = o.square[j % 2] + square[j / 2];
-        distance[j] = both - 2 * product;
-        cancelled[j] = factor[j] > 0 && first + g + j / 2 * 8 < info.n && !(distance[j] >= kCancelled * both);
-      }
-      if (warp_ballot(cancelled[0] || cancelled[1] || cancelled[2] || cancelled[3]) != 0)
-        subtract_output(data, row, slot_scale, cancelled, distance);
-      release(at, writes);
-      at.advance(args_.n_groups, args_.n_stages);
-      float error[4];
-      KVLAPSE_UNROLL
-      for (int j = 0; j < 4; ++j) error[j] = factor[j] > 0 ? factor[j] * square_root(distance[j]) : known[j];
-      best = min_key(best, score_slots(item, info, tile, error, {{0, 0}, {1, 1}, {}}, side));
-      side = next;
+      at.step(args_.n_groups, args_.n_stages);
     }
     return best;
+  }
+
+  // Errors of rows g and g + 8 behind `first_row`, heads 2t and 2t + 1.
+  KVLAPSE_DEVICE void measure_block(const ItemInfo& info, int tile_slot, int first_row, int stage,
+                                    const OutputScale& o, const float (&factor)[4], const float (&known)[4],
+                                    SmemAddress data, float (&error)[4]) {
+    const int g = lane_ / 4, row = first_row + (lane_ & 7) + ((lane_ >> 3) & 1) * 8;
+    float cross[4] = {0, 0, 0, 0}, cross_rest[4] = {0, 0, 0, 0}, square[2] = {0, 0};
+    constexpr int kAtOnce = Traits::kSteps < 4 ? Traits::kSteps : 4;
+    KVLAPSE_NO_UNROLL
+    for (int at = 0; at < Traits::kSteps; at += kAtOnce) {
+      uint32_t loaded[4];
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        uint32_t a[4];
+        load_rows(data, row, at + u, loaded, a);
+        const Float4 parts = smem_load4(operand_address(at + u, operand_head()));
+        multiply_add_16x8x16<Matrix>(cross, a, float_bits(parts.x), float_bits(parts.y));
+        multiply_add_16x8x16<Matrix>(cross_rest, a, float_bits(parts.z), float_bits(parts.w));
+        float low[4], high[4];
+        unpack_rows(a, low, high);
+        KVLAPSE_UNROLL
+        for (int k = 0; k < 4; ++k) square[0] += low[k] * low[k], square[1] += high[k] * high[k];
+      }
+    }
+    float slot_scale[2] = {1, 1};
+    KVLAPSE_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      square[k] += shuffle_xor(square[k], 1);
+      square[k] += shuffle_xor(square[k], 2);
+      if constexpr (Traits::kFp8) {
+        slot_scale[k] = smem_load(scale_address(stage, first_row + g + k * 8));
+        square[k] *= slot_scale[k] * slot_scale[k];
+      }
+    }
+    float distance[4];  // squares
+    bool cancelled[4];
+    KVLAPSE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const float product = (cross[j] + cross_rest[j]) * o.scale[j % 2] * slot_scale[j / 2];
+      const float both = o.square[j % 2] + square[j / 2];
+      distance[j] = both - 2 * product;
+      cancelled[j] = factor[j] > 0 && tile_slot + first_row + g + j / 2 * 8 < info.n &&
+                     !(distance[j] >= kCancelled * both);
+    }
+    if (warp_ballot(cancelled[0] || cancelled[1] || cancelled[2] || cancelled[3]) != 0)
+      subtract_output(data, row, slot_scale, cancelled, distance);
+    KVLAPSE_UNROLL
+    for (int j = 0; j < 4; ++j) error[j] = factor[j] > 0 ? factor[j] * square_root(distance[j]) : known[j];
   }
 
   // |o - v|^2 element by element where it is asked for: a slot's error does not depend on its neighbours'.
@@ -1469,33 +1658,46 @@ class DecodeCta {
     return square;
   }
 
-  KVLAPSE_DEVICE void finish_choice(int item, const ItemInfo& info, const Tiles& tiles, uint64_t key) {
-    const int thread = thread_index();
+  KVLAPSE_DEVICE void finish_choice(int item, const ItemInfo& info, uint64_t key) {
     key = warp_min(key);
     if (lane_ == 0) small_.keys[warp_] = key;
-    consumer_sync();  // global scores are written
-    const bool chooses = info.pos >= 0, shared = chooses && args_.shared;
-    if (thread == 0 && chooses && !shared) write_key(item);
-    if (thread == 0 && rank_ == 0) note_item(item, info);
-    if (shared) {
-      if (thread == n_threads_ - 1) small_.last_arrival = arrive_at_layer(item);
-      consumer_sync();
-      if (small_.last_arrival) choose_for_layer(item, info, tiles);
-    }
-    if (item + item_stride_ < args_.n_items) consumer_sync();  // buffers are reused
+    consumer_sync();  // global scores are written; buffers may be used again
+    keep_state(item, info);
   }
 
-  // One thread, behind a barrier: this CTA's scores are in memory. True when all other heads' are.
+  // One thread, behind a barrier: this CTA's scores are in memory. True when all other heads' are, and the
+  // one that arrives twice has.
   KVLAPSE_DEVICE bool arrive_at_layer(int item) {
-    const uint32_t last = static_cast<uint32_t>(args_.n_kv_heads - 1);
+    const uint32_t last = static_cast<uint32_t>(args_.n_kv_heads - (twice_at_layer(item) < 0 ? 1 : 0));
     return count_arrival(args_.arrivals + item / args_.n_kv_heads * kMaxDecodeSplits + rank_, last) == last;
   }
+  // The item of a layer whose CTA arrives once more amid its next item, by turns: where blocks take many
+  // items the slowest would be the last to arrive, and become slower still, in every layer. -1: none, as
+  // there is no next item.
+  KVLAPSE_DEVICE int twice_at_layer(int item) const {
+    const int layer = item / args_.n_kv_heads, first = layer * args_.n_kv_heads;
+    const int twice = first + (first / item_stride_ + layer) % args_.n_kv_heads;
+    return twice + item_stride_ < args_.n_items ? twice : -1;
+  }
 
-  // The last of the layer's heads to arrive at this share of the slots sums their scores in head order and
-  // picks.
-  KVLAPSE_DEVICE void choose_for_layer(int item, const ItemInfo& info, const Tiles& tiles) {
+  // The last to arrive at this share of a layer's slots sums the heads' scores in order and picks: behind the
+  // next barrier among consumers, as the warp that counts the arrival waits for memory.
+  struct LayerChoice {
+    int item = 0, n = 0;
+    bool due = false;
+  };
+  KVLAPSE_DEVICE void arrive_again(const LayerChoice& choice) {
+    if (!choice.due || warp_ != consumer_warps() - 1) return;
+    if (lane_ == 0 && twice_at_layer(choice.item) == choice.item)
+      small_.last_arrival = arrive_at_layer(choice.item);
+    warp_sync();
+  }
+  KVLAPSE_DEVICE void choose_for_layer(const LayerChoice& choice) {
+    if (!choice.due || !small_.last_arrival) return;
+    const int item = choice.item;
+    const Tiles tiles = tiles_of(choice.n);
     const int first_item = item / args_.n_kv_heads * args_.n_kv_heads;
-    const int end = tiles.end * kTileSlots < info.n ? tiles.end * kTileSlots : info.n;
+    const int end = tiles.end * kTileSlots < choice.n ? tiles.end * kTileSlots : choice.n;
     uint64_t best = ~uint64_t{0};
     const auto protection = [&](int slot) -> uint32_t {
       return static_cast<uint32_t>(args_.protect[protect_index(item, slot / 16)]) >> (slot % 16);
@@ -1510,43 +1712,62 @@ class DecodeCta {
       consider(slot + 2, score.z, bits >> 2);
       consider(slot + 3, score.w, bits >> 3);
     };
+    // All heads' loads are in flight before the first is added.
+    constexpr int kHeads = Traits::kBulk ? 8 : 4;
     const auto scores4 = [&](int h, int slot) {
-      return load_shared_by_device(
-          reinterpret_cast<const Float4*>(args_.importance + slot_index(first_item + h, slot)));
+      return h < args_.n_kv_heads ? load_shared_by_device(reinterpret_cast<const Float4*>(
+                                        args_.importance + slot_index(first_item + h, slot)))
+                                  : Float4{0, 0, 0, 0};
     };
     const int begin = tiles.begin * kTileSlots, step = n_threads_ * 4;
-    if (args_.n_slots % 4 ==
-        0) {  // rows are aligned: two times four slots at once, all loads in flight together
+    if (args_.n_slots % 4 == 0) {  // rows are aligned: two times four slots at once
+      KVLAPSE_NO_UNROLL
       for (int slot = begin + thread_index() * 4; slot < end; slot += 2 * step) {
-        const bool two = slot + step < end;
-        const uint32_t bits = protection(slot), more_bits = two ? protection(slot + step) : 0;
+        const int second = slot + step < end ? slot + step : slot;
+        const uint32_t bits = protection(slot), more_bits = protection(second);
         Float4 score{0, 0, 0, 0}, more{0, 0, 0, 0};
-        KVLAPSE_UNROLL_8
-        for (int h = 0; h < args_.n_kv_heads; ++h) {
-          add(score, scores4(h, slot));
-          if (two) add(more, scores4(h, slot + step));
+        KVLAPSE_NO_UNROLL
+        for (int h = 0; h < args_.n_kv_heads; h += kHeads) {
+          Float4 loaded[2][kHeads];
+          KVLAPSE_UNROLL
+          for (int u = 0; u < kHeads; ++u)
+            loaded[0][u] = scores4(h + u, slot), loaded[1][u] = scores4(h + u, second);
+          KVLAPSE_UNROLL
+          for (int u = 0; u < kHeads; ++u) add(score, loaded[0][u]), add(more, loaded[1][u]);
         }
         consider4(slot, score, bits);
-        if (two) consider4(slot + step, more, more_bits);
+        consider4(second, more, more_bits);
       }
     } else {
+      KVLAPSE_NO_UNROLL
       for (int slot = begin + thread_index(); slot < end; slot += n_threads_) {
         float score = 0;
-        for (int h = 0; h < args_.n_kv_heads; ++h)
-          score += load_shared_by_device(args_.importance + slot_index(first_item + h, slot));
+        KVLAPSE_NO_UNROLL
+        for (int h = 0; h < args_.n_kv_heads; h += kHeads) {
+          float loaded[kHeads];
+          KVLAPSE_UNROLL
+          for (int u = 0; u < kHeads; ++u)
+            loaded[u] = h + u < args_.n_kv_heads
+                            ? load_shared_by_device(args_.importance + slot_index(first_item + h + u, slot))
+                            : 0.0f;
+          KVLAPSE_UNROLL
+          for (int u = 0; u < kHeads; ++u) score += loaded[u];
+        }
         consider(slot, score, protection(slot));
       }
     }
     best = warp_min(best);
-    if (lane_ == 0) small_.keys[warp_] = best;
+    if (lane_ == 0) small_.layer_keys[warp_] = best;
     consumer_sync();
-    if (thread_index() == 0) write_key(first_item);
+    if (warp_ != 0) return;
+    best = warp_min(lane_ < consumer_warps() ? small_.layer_keys[lane_] : ~uint64_t{0});
+    if (lane_ == 0) args_.victim_keys[first_item * kMaxDecodeSplits + rank_] = best;
   }
 
   static constexpr float kInfinity = __builtin_huge_valf();
 
   const Args& args_;
-  typename Traits::Small& small_;
+  DecodeSmall& small_;
   const SmemAddress ring_, scales_, logits_, received_;
   const int n_threads_;  // that consume
   const int warp_, lane_, rank_, first_item_, item_stride_;

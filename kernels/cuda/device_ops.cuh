@@ -300,6 +300,9 @@ KVLAPSE_DEVICE float bits_float(uint32_t v) {
 KVLAPSE_DEVICE float exponential(float x) {
   return expf(x);
 }
+KVLAPSE_DEVICE float larger(float a, float b) {
+  return fmaxf(a, b);
+}
 KVLAPSE_DEVICE float square_root(float x) {
   return sqrtf(x);
 }
@@ -338,6 +341,9 @@ KVLAPSE_DEVICE T shuffle_from(T v, int lane) {
 }
 KVLAPSE_DEVICE uint32_t warp_largest(uint32_t v) {
   return __reduce_max_sync(0xffffffffu, v);
+}
+KVLAPSE_DEVICE uint32_t warp_smallest(uint32_t v) {
+  return __reduce_min_sync(0xffffffffu, v);
 }
 KVLAPSE_DEVICE void warp_sync() {
   __syncwarp();
@@ -411,6 +417,13 @@ KVLAPSE_DEVICE float load_shared_by_device(const float* p) {
 KVLAPSE_DEVICE Float4 load_shared_by_device(const Float4* p) {
   const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
   return {v.x, v.y, v.z, v.w};
+}
+// 32 bits that are kept as two times 16, the lower ones first; 4-byte aligned.
+KVLAPSE_DEVICE uint32_t load_bits(const uint16_t* p) {
+  return *reinterpret_cast<const uint32_t*>(p);
+}
+KVLAPSE_DEVICE void store_bits(uint16_t* p, uint32_t bits) {
+  *reinterpret_cast<uint32_t*>(p) = bits;
 }
 // Programmatic dependent launch: waits until the kernels before this one are complete and visible; lets the
 // next one start.

@@ -22,16 +22,15 @@ namespace kvlapse {
 inline constexpr int kMaxDecodeSplits = 16;
 inline constexpr int kMaxDecodeGroup = 8;  // query heads per kv head: the columns of one matrix instruction
 inline constexpr int kDecodeTileSlots = 64;
-inline constexpr int kDecodeGroupWarps = 4;  // consumer warps that share a tile, 16 slots each
-inline constexpr int kMaxDecodeStages = 16;
-// Groups of them in a block, which take tiles in turn. Widening fp8 takes longer than copying it.
-constexpr int max_decode_groups(bool fp8) {
-  return fp8 ? 3 : 2;
+inline constexpr int kMaxDecodeWarps = 10;  // that consume tiles, alone or two to a tile
+// Registers are dealt to four warps at a time: from eight to eleven consumers cost the same, and seven leave
+// wide heads as many as they need.
+constexpr int max_decode_warps(int head_dim) {
+  return head_dim > 128 ? 7 : kMaxDecodeWarps;
 }
+inline constexpr int kMaxDecodeStages = 24;
 // Barriers and exchange buffers behind the ring.
-constexpr int decode_small_bytes(bool fp8) {
-  return 1408 + 288 * max_decode_groups(fp8);
-}
+inline constexpr int kDecodeSmallBytes = 16 * kMaxDecodeStages + 80 * kMaxDecodeWarps + 1168;
 inline constexpr int kDecodeOutputPad =
     4;  // floats between heads of the output reduction, against bank conflicts
 // Leave one out: others that weigh less than this of the largest together count as nothing.
@@ -83,7 +82,7 @@ struct DecodeArgs {
   uint64_t* victim_keys;    // [B, H, kMaxDecodeSplits]; when shared by the layer, head 0's serve all
   uint32_t* arrivals;       // [B, kMaxDecodeSplits] zero between launches
   uint32_t* flags;          // sticky DecodeFlag bits
-  // Exchange between splits for devices without clusters; zero between launches where it counts.
+  // Exchange between splits that are no cluster; zero between launches where it counts.
   float* split_softmax;     // [B*H, kMaxDecodeSplits, 8, 2]
   float* split_output;      // [B*H, n_splits, G*D]; twice that for leave one out
   uint32_t* split_barrier;  // [B*H]
@@ -96,9 +95,11 @@ struct DecodeArgs {
   int32_t recent;        // newest tokens that are never evicted
   int32_t pinned;        // positions below it are never evicted (sinks, prompt)
   int32_t n_splits;      // CTAs that share one (b, h)
-  int32_t n_groups;      // consumer groups of a block
+  int32_t n_groups;      // consumer groups of a block, which take tiles in turn
+  int32_t tile_warps;    // warps of a group: 1, or 2 that take half a tile each
   int32_t n_stages;      // tiles of the ring in shared memory; a multiple of n_groups
-  int32_t logits_bytes;  // shared memory for logits and the output reduction
+  int32_t warp_bytes;    // of a warp's logits in shared memory, or of its partial output over them
+  int32_t logits_bytes;  // of all warps; leave one out: and the output reduction
   int32_t small_offset;  // of the barriers and exchange buffers in shared memory
   float logit_scale;     // log2(e) / sqrt(D)
   float score_scale;     // factor of the published mean

@@ -1,6 +1,7 @@
 #include "kernels/decode/decode_plan.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "core/base/error.h"
 
@@ -23,24 +24,28 @@ int split_output_bytes(const DecodeShape& shape, int n_splits) {
          (shape.leave_one_out ? 32 : 16);
 }
 
-int logits_alone_bytes(const DecodeShape& shape, int n_splits) {
+// How consumers share the tiles of a split.
+struct Consumers {
+  int tile_warps = 1, n_groups = 1;
+  int warps() const { return tile_warps * n_groups; }
+};
+
+int partial_bytes(const DecodeShape& shape) {
+  return shape.group() * (shape.head_dim + kDecodeOutputPad) * 4;
+}
+// Of a warp: the logits of the tiles that it takes, and later its part of the output over them; leave one out
+// keeps both.
+int warp_bytes(const DecodeShape& shape, int n_splits, const Consumers& c) {
   const int tiles = ceil_div(ceil_div(shape.n_slots, kDecodeTileSlots), n_splits);
-  return tiles * kDecodeTileSlots * ((shape.group() + 1) / 2) * 8;
+  const int logits =
+      ceil_div(tiles, c.n_groups) * (kDecodeTileSlots / c.tile_warps) * ((shape.group() + 1) / 2) * 8;
+  return shape.leave_one_out ? logits : std::max(logits, partial_bytes(shape));
 }
-
-int logits_bytes(const DecodeShape& shape, int n_splits, int n_groups) {
-  const int logits = logits_alone_bytes(shape, n_splits);
-  const int row = shape.group() * (shape.head_dim + kDecodeOutputPad) * 4;
-  const int output = n_groups * kDecodeGroupWarps * row;
+int logits_bytes(const DecodeShape& shape, int n_splits, const Consumers& c) {
+  int all = c.warps() * warp_bytes(shape, n_splits, c);
   // Of the slots that outweigh a head's others, the whole output, what is left; sums of 8 heads.
-  const int all =
-      shape.leave_one_out ? logits + output + 3 * row + kMaxDecodeGroup * 4 : std::max(logits, output);
+  if (shape.leave_one_out) all += (c.warps() + 3) * partial_bytes(shape) + kMaxDecodeGroup * 4;
   return ceil_div(all, 128) * 128;
-}
-
-// Whether a third group of consumers helps: leave one out needs its registers.
-bool widens(const DecodeShape& shape) {
-  return shape.fp8() && !shape.leave_one_out;
 }
 
 // Leave one out keeps the reduction beside logits and ring: wide heads leave room for one group's.
@@ -88,20 +93,36 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
 
   DecodePlan plan;
   plan.bulk = limits.clusters;
-  plan.n_groups = per_multiprocessor == 1 && !keeps_much(shape) ? max_decode_groups(widens(shape)) : 1;
-  if (tuning.groups > 0) plan.n_groups = std::min(plan.n_groups, tuning.groups);
-  plan.n_threads = (plan.n_groups * kDecodeGroupWarps + 1) * 32;
+  const int most_warps =
+      per_multiprocessor == 1 && !keeps_much(shape) ? max_decode_warps(shape.head_dim) : kMaxDecodeWarps / 2;
   // The system keeps 1 KB of every block's shared memory.
   const int smem_bytes = (limits.smem_bytes + 1024) / per_multiprocessor - 1024;
-  auto fixed_bytes = [&](int splits) {
-    return decode_small_bytes(widens(shape)) + logits_bytes(shape, splits, plan.n_groups) +
-           split_output_bytes(shape, splits);
+  auto fixed_bytes = [&](int splits, const Consumers& c) {
+    return kDecodeSmallBytes + logits_bytes(shape, splits, c) + split_output_bytes(shape, splits);
   };
-  auto fits = [&](int splits) { return fixed_bytes(splits) + kMinStages * tile_bytes <= smem_bytes; };
+  // A stage belongs to one group, so stages come in multiples of the groups: as many stages as fit that leave
+  // at most a fifth of the warps idle. Two warps to a tile were never slower than one (H200).
+  auto cut = [&](int splits, int most_stages) {
+    std::pair<Consumers, int> best{{}, 0};
+    Consumers c;
+    c.tile_warps = tuning.tile_warps > 0 ? tuning.tile_warps : 2;
+    int groups = most_warps / c.tile_warps;
+    if (tuning.groups > 0) groups = std::min(groups, tuning.groups);
+    for (c.n_groups = groups; c.n_groups > 0 && (5 * c.n_groups >= 4 * groups || best.second < kMinStages);
+         --c.n_groups) {
+      int stages =
+          std::min({(smem_bytes - fixed_bytes(splits, c)) / tile_bytes, most_stages, kMaxDecodeStages});
+      stages -= stages % c.n_groups;
+      if (stages > best.second) best = {c, stages};
+    }
+    return best;
+  };
+  auto fits = [&](int splits) { return cut(splits, kMaxDecodeStages).second >= kMinStages; };
+  auto threads = [&](int splits) { return (cut(splits, kMaxDecodeStages).first.warps() + 1) * 32; };
   auto resident = [&](int splits, int bytes) {
     const int most_blocks = limits.n_multiprocessors * per_multiprocessor;
     return limits.resident_clusters
-               ? std::min(most_blocks / splits, limits.resident_clusters(splits, plan.n_threads, bytes))
+               ? std::min(most_blocks / splits, limits.resident_clusters(splits, threads(splits), bytes))
                : most_blocks / splits;
   };
 
@@ -112,7 +133,7 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
     // More splits while blocks are few, as long as every item still has its cluster at once and the longest
     // split becomes shorter.
     const int least = splits, most_useful = std::min(most, per_multiprocessor == 1 ? tiles : tiles / 2);
-    const double enough = kEnoughBlocks * limits.n_multiprocessors * per_multiprocessor;
+    const double enough = kEnoughBlocks * limits.n_multiprocessors;
     for (int more = splits + 1; more <= most_useful && shape.n_items() * splits < enough; ++more)
       if (ceil_div(tiles, more) < ceil_div(tiles, splits) && resident(more, smem_bytes) >= shape.n_items())
         splits = more;
@@ -127,13 +148,16 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
         shape.n_slots, shape.group(), smem_bytes, splits, most);
 
   plan.n_splits = splits;
-  plan.logits_bytes = logits_bytes(shape, splits, plan.n_groups);
-  plan.partial_offset = shape.leave_one_out ? logits_alone_bytes(shape, splits) : 0;
-  plan.n_stages = std::min((smem_bytes - fixed_bytes(splits)) / tile_bytes, kMaxDecodeStages);
-  if (tuning.stages > 0) plan.n_stages = std::min(tuning.stages, plan.n_stages);
-  plan.n_stages -= plan.n_stages % plan.n_groups;
+  const auto [consumers, stages] = cut(splits, tuning.stages > 0 ? tuning.stages : kMaxDecodeStages);
+  plan.n_groups = consumers.n_groups;
+  plan.tile_warps = consumers.tile_warps;
+  plan.n_threads = (consumers.warps() + 1) * 32;
+  plan.warp_bytes = warp_bytes(shape, splits, consumers);
+  plan.logits_bytes = logits_bytes(shape, splits, consumers);
+  plan.partial_offset = shape.leave_one_out ? consumers.warps() * plan.warp_bytes : 0;
+  plan.n_stages = stages;
   plan.small_offset = plan.n_stages * tile_bytes + plan.logits_bytes + split_output_bytes(shape, splits);
-  plan.smem_bytes = plan.small_offset + decode_small_bytes(widens(shape));
+  plan.smem_bytes = plan.small_offset + kDecodeSmallBytes;
 
   // Short items wait for state that they did not ask for early; long ones, and cp.async, whose copies share a
   // scoreboard with pending loads, lose by asking (H100).

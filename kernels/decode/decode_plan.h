@@ -45,10 +45,12 @@ struct DecodeLimits {
 struct DecodePlan {
   bool bulk = true;
   int n_groups = 0;
+  int tile_warps = 0;
   int n_threads = 0;
   int n_splits = 1;
   int n_ctas = 0;  // a multiple of n_splits
   int n_stages = 0;
+  int warp_bytes = 0;
   int logits_bytes = 0;  // with the output reduction
   int partial_offset = 0;
   int small_offset = 0;
@@ -64,8 +66,9 @@ struct DecodeTuning {
   int splits = 0;
   int stages = 0;
   int ctas = 0;
-  int blocks_per_multiprocessor = 0;  // 1, or 2: half the shared memory, one consumer group each
+  int blocks_per_multiprocessor = 0;  // 1, or 2: half the shared memory and half the consumers each
   int groups = 0;                     // of consumers, at most
+  int tile_warps = 0;                 // consumers that share a tile: 1 or 2
   ReadAhead ahead = ReadAhead::chosen;
 };
 

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -74,14 +75,10 @@ TEST_P(GpuDecodePath, LeaveOneOutAsDefinedAndRepeatable) {
   expect_as_defined_and_repeatable(fp8_cases(leave_one_out_cases(/*small=*/true)), GetParam());
 }
 
-// One launch of every small case, without repeats: short enough for compute-sanitizer.
-TEST_P(GpuDecodePath, SmallCases) {
-  std::vector<NamedDecodeCase> cases = decode_cases(/*small=*/true), fp8 = fp8_decode_cases(/*small=*/true);
-  const std::vector<NamedDecodeCase> left_out = leave_one_out_cases(/*small=*/true);
-  for (size_t i = 0; i < fp8.size(); i += 2) cases.push_back(fp8[i]);
-  for (size_t i = 0; i < left_out.size(); i += 2) cases.push_back(left_out[i]);
+// One launch each, without repeats.
+void expect_as_defined_once(const std::vector<NamedDecodeCase>& cases, DecodePath path) {
   for (const NamedDecodeCase& c : cases) {
-    const DecodeKernel kernel(c.decode.shape, GetParam(), {.splits = c.splits});
+    const DecodeKernel kernel(c.decode.shape, path, {.splits = c.splits});
     const DecodeProblem before = make_decode_problem(c.decode, kernel.plan().n_splits);
     DecodeProblem after = before;
     Stream stream;
@@ -91,6 +88,30 @@ TEST_P(GpuDecodePath, SmallCases) {
     gpu.download(after);
     EXPECT_EQ(check_decode_step(before, after).failure, "") << c.name;
   }
+}
+// Short enough for compute-sanitizer's memcheck.
+TEST_P(GpuDecodePath, SmallCases) {
+  std::vector<NamedDecodeCase> cases = decode_cases(/*small=*/true), fp8 = fp8_decode_cases(/*small=*/true);
+  const std::vector<NamedDecodeCase> left_out = leave_one_out_cases(/*small=*/true);
+  for (size_t i = 0; i < fp8.size(); i += 2) cases.push_back(fp8[i]);
+  for (size_t i = 0; i < left_out.size(); i += 2) cases.push_back(left_out[i]);
+  expect_as_defined_once(cases, GetParam());
+}
+
+// What threads and blocks hand each other, a case for each way; short enough for racecheck.
+TEST_P(GpuDecodePath, CasesOfExchange) {
+  std::vector<NamedDecodeCase> cases;
+  const auto add = [&](const std::vector<NamedDecodeCase>& from, std::initializer_list<const char*> names) {
+    for (const char* name : names) {
+      const auto at = std::find_if(from.begin(), from.end(), [&](const auto& c) { return c.name == name; });
+      ASSERT_NE(at, from.end()) << name;
+      cases.push_back(*at);
+    }
+  };
+  add(decode_cases(/*small=*/true), {"plain", "shared four splits", "growing, splits", "filling up"});
+  add(fp8_decode_cases(/*small=*/true), {"shared one split, fp8", "ragged heads, fp8"});
+  add(leave_one_out_cases(/*small=*/true), {"protected, shared", "steep, three splits 15"});
+  expect_as_defined_once(cases, GetParam());
 }
 
 // What only a tuned plan chooses: split counts that are no power of two, every ring depth, two blocks a
@@ -124,6 +145,8 @@ TEST_P(GpuDecodePath, TunedPlansAsDefined) {
   for (int splits = 1; splits <= 16; ++splits)
     for (int blocks : {1, 2}) check(c, {.splits = splits, .blocks_per_multiprocessor = blocks});
   for (int stages : {4, 6, 8, 10}) check(c, {.splits = 2, .stages = stages});
+  for (int tile_warps : {1, 2})
+    for (int groups : {1, 3, 5, 10}) check(c, {.splits = 3, .groups = groups, .tile_warps = tile_warps});
   c.score = FusedScore::leave_one_out, c.shape.leave_one_out = true;
   for (int splits = 1; splits <= 16; splits += 3)
     for (int blocks : {1, 2}) check(c, {.splits = splits, .blocks_per_multiprocessor = blocks});

@@ -58,10 +58,12 @@ stage replay 30 && { ours 90 "$here/kvlapse" bench replay --device cuda --config
 stage sweep 20 && { ours 45 "$here/attention_bench" "$out/sweep.jsonl" sweep 2>&1 || status=1; }
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
+    cases=SmallCases
+    [ $tool = racecheck ] && cases=CasesOfExchange
     for path in bulk cp_async; do
       stage "$tool $path" 30 || continue
       ours 90 compute-sanitizer --tool $tool --error-exitcode 9 "$here/gpu_tests" --gtest_brief=1 \
-        --gtest_filter="*SmallCases*/$path" >"$out/$tool.$path.log" 2>&1 || { echo "exit status $?"; status=1; }
+        --gtest_filter="*$cases*/$path" >"$out/$tool.$path.log" 2>&1 || { echo "exit status $?"; status=1; }
       tail -n 4 "$out/$tool.$path.log"
     done
     stage "$tool rkv" 15 || continue

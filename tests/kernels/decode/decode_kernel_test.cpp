@@ -28,11 +28,12 @@ void expect_as_defined(const std::vector<NamedDecodeCase>& cases, bool bulk) {
     const NamedDecodeCase& c = cases[i];
     DecodeLimits l = limits(bulk);
     if (c.splits == 8) l.n_multiprocessors = 8;
-    // Alternately one block with two groups of consumers, and two with one.
+    // Alternately one block and two with half the consumers each, a warp alone and two to a tile.
     const DecodePlan plan = plan_decode(
         c.decode.shape, l,
         {.splits = c.splits,
          .blocks_per_multiprocessor = c.decode.shape.head_dim < 256 ? static_cast<int>(1 + i % 2) : 1,
+         .tile_warps = static_cast<int>(1 + i / 2 % 2),
          .ahead = i % 3 == 0 ? ReadAhead::no : ReadAhead::yes});
     const DecodeProblem before = make_decode_problem(c.decode, plan.n_splits);
     DecodeProblem after = before;
@@ -68,12 +69,15 @@ TEST_P(EmulatedDecode, ResultDoesNotDependOnTheOrderOfEvents) {
       c.tokens = {1000, 200, 999};
       c.recent = 3;
       c.shared = true;
-      // Few stages: the ring is always full. One group of consumers, then two.
+      // Few stages: the ring is always full. Three groups of consumers of a warp each, then two of two.
       const int blocks = splits == 1 ? 1 : 2;
-      const DecodePlan plan =
-          plan_decode(c.shape, limits(GetParam()),
-                      {.splits = splits, .stages = blocks + 1, .blocks_per_multiprocessor = blocks});
-      ASSERT_EQ(plan.n_groups, 3 - blocks);
+      const DecodePlan plan = plan_decode(c.shape, limits(GetParam()),
+                                          {.splits = splits,
+                                           .stages = 4 - blocks,
+                                           .blocks_per_multiprocessor = blocks,
+                                           .tile_warps = blocks});
+      ASSERT_EQ(plan.n_groups, 4 - blocks);
+      ASSERT_EQ(plan.tile_warps, blocks);
       const DecodeProblem before = make_decode_problem(c, splits);
       DecodeProblem first = before;
       run_decode_emulated(first, plan, 1);
@@ -120,13 +124,14 @@ TEST(DecodePlan, LeavingOutFitsBesideTheRingAndReadsVTwice) {
         EXPECT_LE(plan.smem_bytes, 232448);
         // Partial sums begin behind the logits of the longest split.
         const int tiles = (slots + 63) / 64, most = (tiles + plan.n_splits - 1) / plan.n_splits;
-        EXPECT_EQ(plan.partial_offset, most * 64 * ((group + 1) / 2) * 8);
+        EXPECT_EQ(plan.partial_offset, plan.n_groups * plan.tile_warps * plan.warp_bytes);
+        EXPECT_GE(plan.partial_offset, most * 64 * ((group + 1) / 2) * 8);
         EXPECT_EQ(decode_bytes(shape, slots, FusedScore::leave_one_out, false),
                   decode_bytes(plain, slots, FusedScore::attention, false) + plain.kv_bytes(slots) / 2);
       }
 }
 
-// What was fastest on an H100, with the clusters that it holds.
+// With the clusters that an H100 holds.
 TEST(DecodePlan, ShapesThatWereMeasured) {
   const auto plan = [](int batch, int slots) {
     DecodeLimits h100;
@@ -140,21 +145,22 @@ TEST(DecodePlan, ShapesThatWereMeasured) {
   struct Row {
     int batch, slots, splits, groups;
   };
-  for (const Row& row : {Row{1, 1024, 8, 1},
-                         {1, 3276, 7, 2},
-                         {1, 16384, 9, 2},
-                         {8, 1024, 3, 1},
-                         {8, 3276, 2, 2},
-                         {8, 16384, 2, 2},
-                         {16, 1024, 1, 2},
-                         {16, 3276, 1, 2},
-                         {32, 1024, 1, 1},
-                         {32, 3276, 1, 2},
-                         {64, 1024, 1, 1},
-                         {128, 1024, 1, 2},
-                         {128, 3276, 1, 2}}) {
+  for (const Row& row : {Row{1, 1024, 8, 2},
+                         {1, 3276, 7, 4},
+                         {1, 16384, 9, 5},
+                         {8, 1024, 2, 2},
+                         {8, 3276, 2, 4},
+                         {8, 16384, 2, 5},
+                         {16, 1024, 1, 4},
+                         {16, 3276, 1, 5},
+                         {32, 1024, 1, 2},
+                         {32, 3276, 1, 5},
+                         {64, 1024, 1, 2},
+                         {128, 1024, 1, 4},
+                         {128, 3276, 1, 5}}) {
     EXPECT_EQ(plan(row.batch, row.slots).n_splits, row.splits) << row.batch << " " << row.slots;
     EXPECT_EQ(plan(row.batch, row.slots).n_groups, row.groups) << row.batch << " " << row.slots;
+    EXPECT_EQ(plan(row.batch, row.slots).tile_warps, 2) << row.batch << " " << row.slots;
     const bool long_items = row.slots / row.splits > 1024;
     EXPECT_EQ(plan(row.batch, row.slots).state_ahead, !long_items) << row.batch << " " << row.slots;
   }

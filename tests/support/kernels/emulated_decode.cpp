@@ -16,7 +16,7 @@ void run_kernel(const DecodeArgs<device::TensorMap>& args, const DecodePlan& pla
   device::EmulatedLaunch launch;
   launch.n_blocks = plan.n_ctas;
   launch.n_threads = plan.n_threads;
-  launch.cluster = kBulk ? plan.n_splits : 1;
+  launch.cluster = plan.bulk ? plan.n_splits : 1;
   launch.smem_bytes = plan.smem_bytes;
   launch.seed = seed;
   device::run_emulated(launch, [&](unsigned char* shared) {

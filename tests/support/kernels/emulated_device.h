@@ -155,6 +155,9 @@ inline float bits_float(uint32_t bits) {
 inline float exponential(float x) {
   return std::exp(x);
 }
+inline float larger(float a, float b) {
+  return std::fmax(a, b);
+}
 inline float square_root(float x) {
   return std::sqrt(x);
 }
@@ -218,6 +221,11 @@ inline int32_t warp_sum(int32_t v) {
   for (int i = 0; i < 32; ++i) v += all[i];
   return v;
 }
+inline uint32_t warp_smallest(uint32_t v) {
+  const uint32_t* all = warp_exchange("smallest", v);
+  for (int i = 0; i < 32; ++i) v = all[i] < v ? all[i] : v;
+  return v;
+}
 inline void warp_sync() {
   warp_exchange("sync", 0);
 }
@@ -238,6 +246,12 @@ inline float load_shared_by_device(const float* p) {
 }
 inline Float4 load_shared_by_device(const Float4* p) {
   return *p;
+}
+inline uint32_t load_bits(const uint16_t* p) {
+  return p[0] | static_cast<uint32_t>(p[1]) << 16;
+}
+inline void store_bits(uint16_t* p, uint32_t bits) {
+  p[0] = static_cast<uint16_t>(bits), p[1] = static_cast<uint16_t>(bits >> 16);
 }
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
