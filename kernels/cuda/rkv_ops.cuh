@@ -21,9 +21,6 @@ KVLAPSE_DEVICE void remote_add(SmemAddress to, int32_t v) {
 KVLAPSE_DEVICE int32_t warp_sum(int32_t v) {
   return __reduce_add_sync(0xffffffffu, v);
 }
-KVLAPSE_DEVICE float larger(float a, float b) {
-  return fmaxf(a, b);
-}
 KVLAPSE_DEVICE int32_t round_to_int(float v) {
   return __float2int_rn(v);
 }

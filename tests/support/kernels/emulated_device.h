@@ -192,9 +192,6 @@ inline int32_t shared_add_before(int32_t* to, int32_t v) {
   *to += v;
   return *to - v;
 }
-inline float larger(float a, float b) {
-  return std::fmax(a, b);
-}
 inline int32_t round_to_int(float v) {
   return static_cast<int32_t>(std::lrint(v));
 }
