@@ -34,6 +34,7 @@
 #pragma once
 
 #include "core/base/fp8.h"
+#include "kernels/cuda/ring_cursor.cuh"
 #include "kernels/decode/decode_args.h"
 
 namespace kvlapse::device {
@@ -106,19 +107,6 @@ struct ItemInfo {
   int slot;     // of the new token, or -1
   int expired;  // slot that leaves the recent window, or -1
   int pos;
-};
-
-struct RingCursor {
-  int stage = 0;
-  uint32_t phase = 0;
-  KVLAPSE_DEVICE void advance(int n, int n_stages) {
-    stage += n;
-    if (stage >= n_stages) {
-      const int turns = stage / n_stages;
-      stage -= turns * n_stages;
-      phase ^= static_cast<uint32_t>(turns & 1);
-    }
-  }
 };
 
 KVLAPSE_DEVICE void merge_softmax(float& m, float& l, float other_m, float other_l) {

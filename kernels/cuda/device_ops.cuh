@@ -303,6 +303,9 @@ KVLAPSE_DEVICE float exponential(float x) {
 KVLAPSE_DEVICE float square_root(float x) {
   return sqrtf(x);
 }
+KVLAPSE_DEVICE float inverse_square_root(float x) {
+  return rsqrtf(x);
+}
 // Set bits of the lowest n.
 KVLAPSE_DEVICE int bits_below(uint32_t bits, int n) {
   return __popc(n < 32 ? bits & ((1u << n) - 1) : bits);
@@ -323,6 +326,9 @@ KVLAPSE_DEVICE void shared_increment(uint32_t* to) {
 }
 KVLAPSE_DEVICE void global_max(int32_t* to, int32_t v) {
   atomicMax(to, v);
+}
+KVLAPSE_DEVICE void global_max(uint64_t* to, uint64_t v) {
+  atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(v));
 }
 // The count before this one.
 KVLAPSE_DEVICE uint32_t shared_append(uint32_t* count) {
