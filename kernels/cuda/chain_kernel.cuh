@@ -85,15 +85,17 @@ class ProductChain {
       const int tiles = tiles_of(phase);
       const uint16_t* from = phase.weights + static_cast<int64_t>(mine.begin) * tiles * kChainTileElements;
       KVLAPSE_NO_UNROLL
-      for (int group = mine.begin; group < mine.end; ++group) KVLAPSE_NO_UNROLL
-      for (int tile = 0; tile < tiles; tile += kChainChunkTiles) {
-        const int n = tiles - tile < kChainChunkTiles ? tiles - tile : kChainChunkTiles;
-        mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1u);
-        mbarrier_arrive_expect(bar(small_.full[ring.stage]), static_cast<uint32_t>(n * kChainTileBytes));
-        bulk_load(stage_address(ring.stage), from, static_cast<uint32_t>(n * kChainTileBytes),
-                  bar(small_.full[ring.stage]), policy);
-        from += n * kChainTileElements;
-        ring.advance(1, args_.n_stages);
+      for (int group = mine.begin; group < mine.end; ++group) {
+        KVLAPSE_NO_UNROLL
+        for (int tile = 0; tile < tiles; tile += kChainChunkTiles) {
+          const int n = tiles - tile < kChainChunkTiles ? tiles - tile : kChainChunkTiles;
+          mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1u);
+          mbarrier_arrive_expect(bar(small_.full[ring.stage]), static_cast<uint32_t>(n * kChainTileBytes));
+          bulk_load(stage_address(ring.stage), from, static_cast<uint32_t>(n * kChainTileBytes),
+                    bar(small_.full[ring.stage]), policy);
+          from += n * kChainTileElements;
+          ring.advance(1, args_.n_stages);
+        }
       }
     }
   }
