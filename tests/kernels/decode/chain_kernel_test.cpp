@@ -194,22 +194,22 @@ class Chain {
   void finish_heads(int b, std::vector<double>& all) const {
     const int half = g.head_dim / 2;
     for (int h = 0; h < g.n_heads(); ++h) {
-      double* head = all.data() + h * g.head_dim;
+      double* row = all.data() + h * g.head_dim;
       const bool is_v = h >= g.n_q_heads + g.n_kv_heads;
       double squares = 0;
       for (int d = 0; d < g.head_dim; ++d) {
-        if (g.bias) head[d] += bias[h * g.head_dim + d];
-        squares += head[d] * head[d];
+        if (g.bias) row[d] += bias[h * g.head_dim + d];
+        squares += row[d] * row[d];
       }
       if (is_v) continue;
       if (g.qk_norm)
         for (int d = 0; d < g.head_dim; ++d)
-          head[d] *= (h < g.n_q_heads ? q_norm : k_norm)[d] / std::sqrt(squares / g.head_dim + kEps);
+          row[d] *= (h < g.n_q_heads ? q_norm : k_norm)[d] / std::sqrt(squares / g.head_dim + kEps);
       for (int d = 0; d < half; ++d) {
-        const double low = head[d], high = head[d + half], c = rope[pos[b] * g.head_dim + d],
+        const double low = row[d], high = row[d + half], c = rope[pos[b] * g.head_dim + d],
                      s = rope[pos[b] * g.head_dim + half + d];
-        head[d] = low * c - high * s;
-        head[d + half] = high * c + low * s;
+        row[d] = low * c - high * s;
+        row[d + half] = high * c + low * s;
       }
     }
   }
