@@ -139,6 +139,9 @@ class ProductChain {
           const int first = chunk * kChainChunkTiles;
           const SmemAddress from = activations + static_cast<uint32_t>(first * 32);
           const SmemAddress weights = stage_address(at.stage) + static_cast<uint32_t>(lane_ * 16);
+          // Copies arrive in any order: this stage's turn before ours may still be under way, and a wait by
+          // parity would take it for ours finished. It is over once its warp has emptied the stage.
+          mbarrier_wait(bar(small_.empty[at.stage]), at.phase ^ 1u);
           mbarrier_wait(bar(small_.full[at.stage]), at.phase);
           if (tiles - first >= kChainChunkTiles) {
             multiply_tiles(weights, from, has_column, sums);

@@ -280,6 +280,13 @@ TEST(ProductChain, ManyColumnsAndAnyNumberOfBlocks) {
   expect_right({}, true, 13, 8, 32);
 }
 
+// Stages go from warp to warp: a chunk lands while an older one of the same stage is still under way.
+TEST(ProductChain, RingsOfAnyDepthWithCopiesInAnyOrder) {
+  const Geometry g{.width = 2048, .ffn = 112, .n_q_heads = 1, .n_kv_heads = 1};
+  for (int stages : {8, 9, 11, 15, 17})
+    for (uint64_t seed : {1, 2, 3}) expect_right(g, false, 2, seed, stages);
+}
+
 TEST(ProductChain, HeadsWithBiasWithoutNormAndOfEverySize) {
   for (int head_dim : {32, 64, 128, 256})
     expect_right({.n_q_heads = 2, .n_kv_heads = 1, .head_dim = head_dim, .qk_norm = false, .bias = true},
