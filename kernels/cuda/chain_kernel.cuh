@@ -77,7 +77,8 @@ class ProductChain {
   KVLAPSE_DEVICE void copy() {
     if (lane_ != 0) return;
     const uint64_t policy = evict_first_policy();
-    RingCursor ring;
+    RingCursor ring, landed;
+    int n_landed = -kChainCopiesAtOnce;
     KVLAPSE_NO_UNROLL
     for (int p = 0; p < args_.n_phases; ++p) {
       const ChainPhase& phase = args_.phases[p];
@@ -89,6 +90,10 @@ class ProductChain {
         KVLAPSE_NO_UNROLL
         for (int tile = 0; tile < tiles; tile += kChainChunkTiles) {
           const int n = tiles - tile < kChainChunkTiles ? tiles - tile : kChainChunkTiles;
+          if (n_landed++ >= 0) {
+            mbarrier_wait(bar(small_.full[landed.stage]), landed.phase);
+            landed.advance(1, args_.n_stages);
+          }
           mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1u);
           mbarrier_arrive_expect(bar(small_.full[ring.stage]), static_cast<uint32_t>(n * kChainTileBytes));
           bulk_load(stage_address(ring.stage), from, static_cast<uint32_t>(n * kChainTileBytes),

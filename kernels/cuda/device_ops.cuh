@@ -404,12 +404,12 @@ KVLAPSE_DEVICE uint32_t count_arrival(uint32_t* counter, uint32_t last) {
 // A barrier among `n` resident blocks on one zero-initialised word, reusable (as cooperative_groups' grid
 // barrier: the top bit flips when all have arrived). Called by one thread of each block.
 KVLAPSE_DEVICE void resident_barrier(uint32_t* word, int rank, int n) {
-  __threadfence();
   const uint32_t add = rank == 0 ? 0x80000000u - static_cast<uint32_t>(n - 1) : 1u;
-  const uint32_t old = atomicAdd(word, add);
-  while (((old ^ *reinterpret_cast<volatile uint32_t*>(word)) & 0x80000000u) == 0) {
-  }
-  __threadfence();
+  const size_t at = __cvta_generic_to_global(word);
+  uint32_t old, now;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(at), "r"(add) : "memory");
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
+  while (((old ^ now) & 0x80000000u) == 0);
 }
 KVLAPSE_DEVICE float load_shared_by_device(const float* p) {
   return __ldcg(p);

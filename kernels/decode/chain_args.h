@@ -20,6 +20,11 @@ inline constexpr int kChainStageBytes = kChainChunkTiles * kChainTileBytes;
 inline constexpr int kChainWarps = 8;                         // that multiply
 inline constexpr int kChainThreads = (kChainWarps + 2) * 32;  // one more copies, one finishes outputs
 inline constexpr int kChainMostStages = 32;
+// Copies under way at a time, of the stages of the ring. What a multiprocessor must have asked for to read at
+// the device's rate is rate x latency, 30 to 40 KB; every byte beyond waits in the memory system's queues, in
+// front of the loads that a barrier and the next phase's input consist of, and in front of the copies of the
+// block that the others will wait for. The ring is deeper: it fills while a barrier is passed.
+inline constexpr int kChainCopiesAtOnce = 64 * 1024 / kChainStageBytes;
 inline constexpr int kChainMostPhases = 4;
 // Sequences: each has two of the matrix instruction's eight columns, because an fp32 activation enters as the
 // sum of two bf16 values.

@@ -8,6 +8,7 @@ int plan_chain(ChainArgs& args, int smem_bytes) {
   // A warp takes a chunk once it has the one before, which was copied into an emptied stage: so all stages'
   // turns before last are over (waits by parity need that) when neighbouring chunks of a warp are at most
   // this far from each other.
+  static_assert(kChainCopiesAtOnce <= kChainWarps);  // as many stages as that, too
   int least_stages = kChainWarps;
   int input_bytes = 0;
   for (int p = 0; p < args.n_phases; ++p) {
