@@ -35,6 +35,7 @@
 #pragma once
 
 #include "core/base/fp8.h"
+#include "kernels/cuda/ring_cursor.cuh"
 #include "kernels/decode/decode_args.h"
 
 namespace kvlapse::device {
@@ -116,24 +117,6 @@ struct ItemInfo {
 KVLAPSE_DEVICE int half_of_slot(int slot) {
   return slot >> 5;
 }
-
-struct RingCursor {
-  int stage = 0;
-  uint32_t phase = 0;
-  // By at most the whole ring.
-  KVLAPSE_DEVICE void step(int n, int n_stages) {
-    stage += n;
-    if (stage >= n_stages) stage -= n_stages, phase ^= 1;
-  }
-  KVLAPSE_DEVICE void advance(int n, int n_stages) {
-    stage += n;
-    if (stage >= n_stages) {
-      const int turns = stage / n_stages;
-      stage -= turns * n_stages;
-      phase ^= static_cast<uint32_t>(turns & 1);
-    }
-  }
-};
 
 KVLAPSE_DEVICE void merge_softmax(float& m, float& l, float other_m, float other_l) {
   const float top = m > other_m ? m : other_m;

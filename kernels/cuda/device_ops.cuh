@@ -306,6 +306,9 @@ KVLAPSE_DEVICE float larger(float a, float b) {
 KVLAPSE_DEVICE float square_root(float x) {
   return sqrtf(x);
 }
+KVLAPSE_DEVICE float inverse_square_root(float x) {
+  return rsqrtf(x);
+}
 // Set bits of the lowest n.
 KVLAPSE_DEVICE int bits_below(uint32_t bits, int n) {
   return __popc(n < 32 ? bits & ((1u << n) - 1) : bits);
@@ -326,6 +329,9 @@ KVLAPSE_DEVICE void shared_increment(uint32_t* to) {
 }
 KVLAPSE_DEVICE void global_max(int32_t* to, int32_t v) {
   atomicMax(to, v);
+}
+KVLAPSE_DEVICE void global_max(uint64_t* to, uint64_t v) {
+  atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(v));
 }
 // The count before this one.
 KVLAPSE_DEVICE uint32_t shared_append(uint32_t* count) {
@@ -404,12 +410,12 @@ KVLAPSE_DEVICE uint32_t count_arrival(uint32_t* counter, uint32_t last) {
 // A barrier among `n` resident blocks on one zero-initialised word, reusable (as cooperative_groups' grid
 // barrier: the top bit flips when all have arrived). Called by one thread of each block.
 KVLAPSE_DEVICE void resident_barrier(uint32_t* word, int rank, int n) {
-  __threadfence();
   const uint32_t add = rank == 0 ? 0x80000000u - static_cast<uint32_t>(n - 1) : 1u;
-  const uint32_t old = atomicAdd(word, add);
-  while (((old ^ *reinterpret_cast<volatile uint32_t*>(word)) & 0x80000000u) == 0) {
-  }
-  __threadfence();
+  const size_t at = __cvta_generic_to_global(word);
+  uint32_t old, now;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(at), "r"(add) : "memory");
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
+  while (((old ^ now) & 0x80000000u) == 0);
 }
 KVLAPSE_DEVICE float load_shared_by_device(const float* p) {
   return __ldcg(p);

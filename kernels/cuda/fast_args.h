@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/decode/chain_args.h"
 
 namespace kvlapse {
 
@@ -62,10 +63,11 @@ void launch_fast_silu(cudaStream_t stream, const FastSiluArgs& args, LaunchLog* 
 
 // x[b] = embedding[tokens[b]].
 struct FastEmbedArgs {
-  const __nv_bfloat16* embedding;
+  const __nv_bfloat16* embedding;  // rows, or tiles as chain_index says
   const int32_t* tokens;
   float* x;
   int32_t n_rows, width;
+  bool tiles;
 };
 void launch_fast_embed(cudaStream_t stream, const FastEmbedArgs& args, LaunchLog* log = nullptr);
 
@@ -88,6 +90,11 @@ struct FastAdvanceArgs {
   int32_t n_rows, ring_steps;
 };
 void launch_fast_advance(cudaStream_t stream, const FastAdvanceArgs& args, LaunchLog* log = nullptr);
+
+// The products between two attentions, on a device of compute capability 9.0: one block a multiprocessor, all
+// of them resident.
+void launch_product_chain(cudaStream_t stream, const ChainArgs& args, int smem_bytes, int n_multiprocessors,
+                          LaunchLog* log = nullptr);
 
 // n values, roughly normal with that deviation.
 void launch_fill_normal(cudaStream_t stream, __nv_bfloat16* data, uint64_t n, uint64_t seed, float deviation);

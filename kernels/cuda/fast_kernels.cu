@@ -254,7 +254,9 @@ __global__ void __launch_bounds__(256) fast_embed_kernel(const __grid_constant__
   device::allow_next_kernel();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (i >= static_cast<int64_t>(a.n_rows) * a.width) return;
-  a.x[i] = __bfloat162float(a.embedding[static_cast<int64_t>(a.tokens[i / a.width]) * a.width + i % a.width]);
+  const int64_t token = a.tokens[i / a.width], column = i % a.width;
+  a.x[i] =
+      __bfloat162float(a.embedding[a.tiles ? chain_index(token, column, a.width) : token * a.width + column]);
 }
 
 constexpr int kArgmaxBlocks = 32;  // a row

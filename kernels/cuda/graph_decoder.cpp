@@ -27,17 +27,39 @@ int attribute(cudaDeviceAttr what) {
   return value;
 }
 
-// Rows of a matrix as bf16, behind one another in a buffer.
-void upload_rows(const Matrix& matrix, Bf16Buffer& to, size_t first_row) {
-  const auto columns = static_cast<size_t>(matrix.columns);
-  std::vector<float> row(columns);
-  std::vector<uint16_t> rounded(columns * static_cast<size_t>(matrix.rows));
-  for (int64_t r = 0; r < matrix.rows; ++r) {
-    matrix_row(matrix, r, row.data());
-    for (size_t c = 0; c < columns; ++c) rounded[static_cast<size_t>(r) * columns + c] = f32_to_bf16(row[c]);
+// A matrix of a step on its way to the device, as bf16: rows one behind the other, or tiles as chain_index
+// says.
+class HostMatrix {
+ public:
+  HostMatrix(size_t elements, int64_t columns, bool tiles)
+      : values_(elements), columns_(columns), tiles_(tiles) {}
+  // Row r of `matrix` becomes row place(r).
+  template <class Place>
+  void add(const Matrix& matrix, Place place) {
+    std::vector<float> row(static_cast<size_t>(columns_));
+    for (int64_t r = 0; r < matrix.rows; ++r) {
+      matrix_row(matrix, r, row.data());
+      const int64_t to = place(r);
+      for (int64_t c = 0; c < columns_; ++c)
+        values_[static_cast<size_t>(tiles_ ? chain_index(to, c, columns_) : to * columns_ + c)] =
+            f32_to_bf16(row[static_cast<size_t>(c)]);
+    }
   }
-  KVLAPSE_CUDA_CHECK(cudaMemcpy(to.data() + first_row * columns, rounded.data(), rounded.size() * 2,
-                                cudaMemcpyHostToDevice));
+  void add(const Matrix& matrix, int64_t first_row = 0) {
+    add(matrix, [=](int64_t r) { return first_row + r; });
+  }
+  void upload(Bf16Buffer& to) const {
+    KVLAPSE_CUDA_CHECK(cudaMemcpy(to.data(), values_.data(), values_.size() * 2, cudaMemcpyHostToDevice));
+  }
+
+ private:
+  std::vector<uint16_t> values_;
+  int64_t columns_;
+  bool tiles_;
+};
+
+uint16_t* bits(const Bf16Buffer& buffer) {
+  return reinterpret_cast<uint16_t*>(buffer.data());
 }
 
 }  // namespace
@@ -69,6 +91,11 @@ struct GraphDecoder::Impl {
     DeviceBuffer<int32_t> recent;
     DeviceBuffer<uint64_t> keys;
     CudaDecodeArgs attention{};
+  };
+
+  struct Chain {
+    ChainArgs args;
+    int smem_bytes;
   };
 
   Impl(const DecoderShape& s, const GraphDecoderOptions& o)
@@ -108,11 +135,15 @@ struct GraphDecoder::Impl {
     arrivals = DeviceBuffer<uint32_t>(rows * kMaxDecodeSplits);
     flags = DeviceBuffer<uint32_t>(1);
     barrier = DeviceBuffer<uint32_t>(rows * s.n_kv_heads);
+    chain_barrier = DeviceBuffer<uint32_t>(1);
+    head_arrivals = DeviceBuffer<uint32_t>(static_cast<size_t>(s.n_q_heads + 2 * s.n_kv_heads));
     for (auto* zero : {&tokens, &pos, &ring, &step}) zero->fill_bytes(0);
     best.fill_bytes(0);
     arrivals.fill_bytes(0);
     flags.fill_bytes(0);
     barrier.fill_bytes(0);
+    chain_barrier.fill_bytes(0);
+    head_arrivals.fill_bytes(0);
     x.fill_bytes(0);
 
     const auto dim = static_cast<size_t>(s.head_dim), half = dim / 2;
@@ -122,8 +153,10 @@ struct GraphDecoder::Impl {
       s.rope.angles(Pos{p}, row.first(half), row.last(half));
     }
     rope = DeviceBuffer<float>(angles);
+    chained = o.batch <= kChainMostRows && attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+              s.width % kChainTileColumns == 0 && s.ffn_width % kChainTileColumns == 0 && plan_chains();
     if (o.batch > kGemvMostRows) lt = CublasLt::load(without_lt);
-    if (!lt) {
+    if (!lt && !chained) {
       gemv_rows = std::min(o.batch, kGemvMostRows);
       const int widest = std::max({s.width, s.ffn_width, static_cast<int>(q_rows())});
       while (gemv_rows > 1 && !gemv_fits(gemv_rows, widest, smem_bytes)) --gemv_rows;
@@ -135,12 +168,15 @@ struct GraphDecoder::Impl {
   size_t q_rows() const { return static_cast<size_t>(shape.n_q_heads) * shape.head_dim; }
   size_t kv_rows() const { return static_cast<size_t>(shape.n_kv_heads) * shape.head_dim; }
   size_t qkv_rows() const { return q_rows() + 2 * kv_rows(); }
+  bool tiled_embedding() const { return chained && shape.tied; }
   const __nv_bfloat16* head_matrix() const { return shape.tied ? embedding.data() : head.data(); }
 
   void make_matrices() {
     const auto width = static_cast<size_t>(shape.width), ffn = static_cast<size_t>(shape.ffn_width);
-    embedding = Bf16Buffer(static_cast<size_t>(shape.n_vocab) * width);
-    if (!shape.tied) head = Bf16Buffer(embedding.size());
+    const size_t vocab =
+        static_cast<size_t>(chained ? chain_groups(shape.n_vocab) * kChainTileRows : int64_t{shape.n_vocab});
+    embedding = Bf16Buffer((tiled_embedding() ? vocab : static_cast<size_t>(shape.n_vocab)) * width);
+    if (!shape.tied) head = Bf16Buffer(vocab * width);
     final_norm = DeviceBuffer<float>(width);
     layers = std::vector<Layer>(static_cast<size_t>(shape.n_layers));
     for (Layer& l : layers) {
@@ -211,7 +247,68 @@ struct GraphDecoder::Impl {
       plans[3] = plan(width, ffn, false, true, l.down.data(), act.data(), x.data());
       plans[4] = plan(shape.n_vocab, width, false, false, head_matrix(), normed.data(), logits.data());
     }
+    if (chained) make_chains();
     graph.emplace(stream, [&] { launch_step(nullptr); });
+  }
+
+  // The products behind attention `layer` (-1: before the first): of its rest and of the next one's q, k, v,
+  // or of the logits. Weights may be missing when only the plan is asked for.
+  ChainArgs chain_of(int layer) const {
+    const int ffn = shape.ffn_width, width = shape.width;
+    const auto q_width = static_cast<int>(q_rows()), qkv_width = static_cast<int>(qkv_rows());
+    ChainArgs a{};
+    auto groups = [](int64_t rows) { return static_cast<int32_t>(chain_groups(rows)); };
+    auto add = [&](const ChainPhase& phase) { a.phases[a.n_phases++] = phase; };
+    if (layer >= 0) {
+      const Layer* l = layers.empty() ? nullptr : &layers[static_cast<size_t>(layer)];
+      add({l ? bits(l->o) : nullptr, nullptr, bits(attended), groups(width), q_width, width,
+           ChainOutput::residual});
+      add({l ? bits(l->gate_up) : nullptr, l ? l->ffn_norm.data() : x.data(), nullptr, groups(2 * ffn), width,
+           ffn, ChainOutput::gated});
+      add({l ? bits(l->down) : nullptr, nullptr, bits(act), groups(width), ffn, width,
+           ChainOutput::residual});
+    }
+    if (layer + 1 < shape.n_layers) {
+      const Layer* l = layers.empty() ? nullptr : &layers[static_cast<size_t>(layer + 1)];
+      add({l ? bits(l->qkv) : nullptr, l ? l->input_norm.data() : x.data(), nullptr, groups(qkv_width), width,
+           qkv_width, ChainOutput::heads});
+      if (l) a.bias = l->bias.data(), a.q_norm = l->q_norm.data(), a.k_norm = l->k_norm.data();
+    } else {
+      add({reinterpret_cast<const uint16_t*>(head_matrix()),
+           final_norm.size() > 0 ? final_norm.data() : x.data(), nullptr, groups(shape.n_vocab), width,
+           shape.n_vocab, ChainOutput::logits});
+    }
+    a.x = x.data();
+    a.act = bits(act);
+    a.logits = logits.data();
+    a.best = reinterpret_cast<uint64_t*>(best.data());
+    a.qkv = qkv.data();
+    a.rope = rope.data();
+    a.pos = pos.data();
+    a.q = bits(q), a.k = bits(k_new), a.v = bits(v_new);
+    a.head_arrivals = head_arrivals.data();
+    a.barrier = chain_barrier.data();
+    a.n_rows = options.batch;
+    a.n_q_heads = shape.n_q_heads;
+    a.n_kv_heads = shape.n_kv_heads;
+    a.head_dim = shape.head_dim;
+    a.eps = shape.norm_eps;
+    return a;
+  }
+  // Whether the device's shared memory holds every chain.
+  bool plan_chains() const {
+    for (int layer = -1; layer < shape.n_layers; ++layer) {
+      ChainArgs a = chain_of(layer);
+      if (plan_chain(a, smem_bytes) == 0) return false;
+    }
+    return true;
+  }
+  void make_chains() {
+    for (int layer = -1; layer < shape.n_layers; ++layer) {
+      Chain chain{chain_of(layer), 0};
+      chain.smem_bytes = plan_chain(chain.args, smem_bytes);
+      chains.push_back(chain);
+    }
   }
 
   void fill(int held, uint64_t seed) {
@@ -283,9 +380,27 @@ struct GraphDecoder::Impl {
 
   void launch_step(LaunchLog* log) {
     cudaStream_t s = stream.get();
+    const int n = options.batch, width = shape.width;
+    launch_fast_embed(s, {embedding.data(), tokens.data(), x.data(), n, width, tiled_embedding()}, log);
+    if (chained)
+      launch_chains(log);
+    else
+      launch_products(log);
+    launch_fast_advance(s, {best.data(), tokens.data(), pos.data(), ring.data(), step.data(), n, kRingSteps},
+                        log);
+  }
+
+  void launch_chains(LaunchLog* log) {
+    for (size_t i = 0; i < chains.size(); ++i) {
+      if (i > 0) kernel.launch(stream.get(), layers[i - 1].attention, log);
+      launch_product_chain(stream.get(), chains[i].args, chains[i].smem_bytes, n_multiprocessors, log);
+    }
+  }
+
+  void launch_products(LaunchLog* log) {
+    cudaStream_t s = stream.get();
     const int n = options.batch, width = shape.width, ffn = shape.ffn_width;
     const int q_width = static_cast<int>(q_rows());
-    launch_fast_embed(s, {embedding.data(), tokens.data(), x.data(), n, width}, log);
     for (const Layer& l : layers) {
       multiply(0,
                {.w = l.qkv,
@@ -315,8 +430,6 @@ struct GraphDecoder::Impl {
               .out = logits.data()},
              log);
     launch_fast_argmax(s, {logits.data(), best.data(), n, shape.n_vocab}, log);
-    launch_fast_advance(s, {best.data(), tokens.data(), pos.data(), ring.data(), step.data(), n, kRingSteps},
-                        log);
   }
 
   void check_room(int n) const {
@@ -344,7 +457,9 @@ struct GraphDecoder::Impl {
   Bf16Buffer normed, q, k_new, v_new, attended, both, act;
   DeviceBuffer<unsigned long long> best;
   DeviceBuffer<int32_t> tokens, pos, ring, step;
-  DeviceBuffer<uint32_t> arrivals, flags, barrier;
+  DeviceBuffer<uint32_t> arrivals, flags, barrier, chain_barrier, head_arrivals;
+  bool chained = false;       // products go through the chain, matrices lie in its tiles
+  std::vector<Chain> chains;  // before the first layer, behind each
   std::optional<Graph> graph;
 };
 
@@ -379,19 +494,30 @@ GraphDecoder::GraphDecoder(const DecoderShape& shape, const GraphDecoderOptions&
 GraphDecoder::GraphDecoder(const TransformerWeights& w, const GraphDecoderOptions& options)
     : impl_(std::make_unique<Impl>(shape_of(w), options)) {
   impl_->make_matrices();
-  upload_rows(w.embedding, impl_->embedding, 0);
-  if (!impl_->shape.tied) upload_rows(w.head, impl_->head, 0);
+  const bool chained = impl_->chained;
+  const auto upload = [](Bf16Buffer& to, int columns, bool tiles, auto fill) {
+    HostMatrix matrix(to.size(), columns, tiles);
+    fill(matrix);
+    matrix.upload(to);
+  };
+  upload(impl_->embedding, w.width, impl_->tiled_embedding(), [&](HostMatrix& m) { m.add(w.embedding); });
+  if (!impl_->shape.tied) upload(impl_->head, w.width, chained, [&](HostMatrix& m) { m.add(w.head); });
   impl_->final_norm.upload(w.final_norm);
+  const auto q_rows = static_cast<int64_t>(impl_->q_rows()), kv_rows = static_cast<int64_t>(impl_->kv_rows());
   for (size_t i = 0; i < w.layers.size(); ++i) {
     const LayerWeights& from = w.layers[i];
     Impl::Layer& to = impl_->layers[i];
-    upload_rows(from.q, to.qkv, 0);
-    upload_rows(from.k, to.qkv, impl_->q_rows());
-    upload_rows(from.v, to.qkv, impl_->q_rows() + impl_->kv_rows());
-    upload_rows(from.o, to.o, 0);
-    upload_rows(from.gate, to.gate_up, 0);
-    upload_rows(from.up, to.gate_up, static_cast<size_t>(w.ffn_width));
-    upload_rows(from.down, to.down, 0);
+    upload(to.qkv, w.width, chained, [&](HostMatrix& m) {
+      m.add(from.q);
+      m.add(from.k, q_rows);
+      m.add(from.v, q_rows + kv_rows);
+    });
+    upload(to.o, static_cast<int>(q_rows), chained, [&](HostMatrix& m) { m.add(from.o); });
+    upload(to.gate_up, w.width, chained, [&](HostMatrix& m) {
+      m.add(from.gate, [&](int64_t r) { return chained ? chain_gated_row(r, false) : r; });
+      m.add(from.up, [&](int64_t r) { return chained ? chain_gated_row(r, true) : w.ffn_width + r; });
+    });
+    upload(to.down, w.ffn_width, chained, [&](HostMatrix& m) { m.add(from.down); });
     to.input_norm.upload(from.input_norm);
     to.ffn_norm.upload(from.ffn_norm);
     to.q_norm.upload(from.q_norm);
@@ -461,6 +587,7 @@ uint64_t GraphDecoder::kv_bytes() const {
 }
 
 std::string GraphDecoder::products() const {
+  if (impl_->chained) return "chain";
   if (impl_->lt) return "cublasLt";
   return impl_->without_lt.empty() ? "gemv" : "gemv (" + impl_->without_lt + ")";
 }

@@ -1,7 +1,8 @@
 // GraphDecoder: the fast decode step: bf16 weights and K/V, fp32 sums in whatever order is fast, attention
 // with the fused step (append, attend, score, next victim), the whole step of all layers one CUDA graph in
-// which each chosen token feeds the next step, so that nothing waits for the host. Matrix products: cuBLASLt
-// for batches above kGemvMostRows, own matrix-vector kernels below, or when cuBLASLt is not found.
+// which each chosen token feeds the next step, so that nothing waits for the host. Matrix products: of up to
+// kChainMostRows sequences one launch between two attentions (sm_90, kernels/decode/chain_args.h); cuBLASLt
+// for batches above kGemvMostRows; own matrix-vector kernels otherwise.
 //
 // Results agree with the exact backend within rounding, not bit for bit. Weights come from a model, or are
 // random by seed, made on the device. One thread; the current device.
@@ -59,7 +60,7 @@ class GraphDecoder {
 
   uint64_t weight_bytes() const;  // that a step reads; the embedding's rows aside
   uint64_t kv_bytes() const;      // that the next step reads
-  std::string products() const;   // what multiplies: "gemv", "cublasLt"
+  std::string products() const;   // what multiplies: "chain", "gemv", "cublasLt"
   int n_splits() const;
   std::vector<LaunchRecord> launches();  // of one step, with the bytes that each should move
 

@@ -64,6 +64,11 @@ inline void smem_store_u64(SmemAddress at, uint64_t v) {
   std::memcpy(smem_pointer(at, 8), &v, 8);
 }
 
+inline uint64_t smem_load_u64(SmemAddress at) {
+  uint64_t v;
+  std::memcpy(&v, smem_pointer(at, 8), 8);
+  return v;
+}
 inline float smem_load(SmemAddress at) {
   float v;
   std::memcpy(&v, smem_pointer(at, 4), 4);
@@ -161,6 +166,9 @@ inline float larger(float a, float b) {
 inline float square_root(float x) {
   return std::sqrt(x);
 }
+inline float inverse_square_root(float x) {
+  return 1.0f / std::sqrt(x);
+}
 inline int bits_below(uint32_t bits, int n) {
   return __builtin_popcount(n < 32 ? bits & ((1u << n) - 1) : bits);
 }
@@ -177,6 +185,9 @@ inline void shared_increment(uint32_t* to) {
   ++*to;
 }
 inline void global_max(int32_t* to, int32_t v) {
+  if (v > *to) *to = v;
+}
+inline void global_max(uint64_t* to, uint64_t v) {
   if (v > *to) *to = v;
 }
 inline uint32_t shared_append(uint32_t* count) {
