@@ -2,10 +2,10 @@
 // device_ops.cuh only; include that (or the emulator) first.
 //
 // One block a multiprocessor, all resident. One warp copies the block's groups of all phases through a ring
-// in shared memory and waits for nobody but the ring: weights are constants, so they arrive while a barrier
-// is passed, and before the kernel in front has ended. Eight warps multiply: a chunk of a group's columns
-// each, weights as the 16 x 16 operand of the matrix instruction, activations as the other. One warp sums the
-// eight warps' parts of a group in fixed order, writes outputs and passes the barriers.
+// in shared memory and waits for nobody but the ring: weights are constants, so they arrive while a phase
+// waits for its input, and before the kernel in front has ended. Eight warps multiply: a chunk of a group's
+// columns each, weights as the 16 x 16 operand of the matrix instruction, activations as the other. One warp
+// sums the eight warps' parts of a group in fixed order and writes outputs.
 //
 // Columns of the matrix instruction: 2b and 2b + 1 are the two bf16 parts of sequence b's activations (the
 // second is zero for bf16 inputs), so that lane (g, t) of a result holds rows g and g + 8 of sequence t.
@@ -65,7 +65,6 @@ class ProductChain {
       mbarrier_init(bar(small_.full[i]), 1);
       mbarrier_init(bar(small_.empty[i]), 1);
     }
-    for (int i = 0; i < kChainMostPhases; ++i) mbarrier_init(bar(small_.ready[i]), 1);
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(bar(small_.sums_full[i]), kChainWarps);
       mbarrier_init(bar(small_.sums_empty[i]), 1);
@@ -120,6 +119,8 @@ class ProductChain {
         if (p == 0) wait_for_previous_kernel();
         continue;
       }
+      // Parts of the input come from other blocks before all warps of this one have done with the last.
+      if (p > 0) named_barrier(kChainConsumerBarrier, kChainWarps * 32);
       const bool normed = phase.norm_weight != nullptr;
       if (normed)
         load_normed(p, phase);
@@ -205,67 +206,87 @@ class ProductChain {
     if (lane_ == 0) mbarrier_arrive(bar(small_.sums_full[buffer]));
   }
 
-  KVLAPSE_DEVICE void wait_for_input(int p) {
-    if (p == 0)
-      wait_for_previous_kernel();
-    else
-      mbarrier_wait(bar(small_.ready[p]), 0);
+  // ---- a phase's input ----
+  // Behind the launch before this one its values are plain; those of this launch come as words
+  // (chain_args.h), in pairs that are asked for until all are there.
+  static constexpr int kPairs = 8;  // asked for at once by a thread
+  static constexpr int kPairStep = kChainWarps * 32;
+  // Calls prepare(i, pair), then use(i, pair, values) with i < kPairs known when compiled.
+  template <class Prepare, class Use>
+  KVLAPSE_DEVICE void take_words(const uint64_t* words, int n_pairs, uint32_t tag, Prepare prepare, Use use) {
+    KVLAPSE_NO_UNROLL
+    for (int first = thread_index(); first < n_pairs; first += kPairs * kPairStep) {
+      const uint64_t* at = words + 2 * static_cast<int64_t>(first);
+      TaggedPair found[kPairs];
+      uint32_t missing = 0;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kPairs; ++i)
+        if (first + i * kPairStep < n_pairs) {
+          missing |= 1u << i;
+          prepare(i, first + i * kPairStep);
+        }
+      do {
+        KVLAPSE_UNROLL
+        for (int i = 0; i < kPairs; ++i)
+          if ((missing >> i & 1) != 0) found[i] = load_tagged(at + 2 * i * kPairStep, tag);
+        KVLAPSE_UNROLL
+        for (int i = 0; i < kPairs; ++i)
+          if ((missing >> i & 1) != 0 && found[i].tags[0] == tag && found[i].tags[1] == tag)
+            missing &= ~(1u << i);
+      } while (missing != 0);
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kPairs; ++i)
+        if (first + i * kPairStep < n_pairs) use(i, first + i * kPairStep, found[i].values);
+    }
   }
-
-  // A thread prepares 16 neighbouring columns at a time: those of a tile, in the order in which a lane of the
-  // matrix instruction takes them: columns 2t, 2t + 1, 2t + 8, 2t + 9 for t = 0 .. 3.
-  struct TileValues {
-    uint32_t words[8];  // pairs of bf16: columns 2i, 2i + 1
-  };
-  KVLAPSE_DEVICE static void store_tile(SmemAddress to, const TileValues& v) {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 2; ++i)
-      smem_store4(to + static_cast<uint32_t>(i * 16),
-                  {bits_float(v.words[2 * i]), bits_float(v.words[2 * i + 4]), bits_float(v.words[2 * i + 1]),
-                   bits_float(v.words[2 * i + 5])});
+  // Columns 2i and 2i + 1 of a row: a lane t of the matrix instruction takes columns 2t, 2t + 1, 2t + 8 and
+  // 2t + 9 of a tile at once.
+  KVLAPSE_DEVICE static void store_pair(SmemAddress plane, int i, uint32_t pair) {
+    smem_store(plane + static_cast<uint32_t>(i / 8 * 32 + i % 4 * 8 + i / 4 % 2 * 4), bits_float(pair));
   }
 
   // x times the norm's weights, in two parts; 1 / rms is a factor of the product. Its squares go to the
   // finishing warp.
+  struct alignas(8) Scale {
+    float low, high;
+  };
   KVLAPSE_DEVICE void load_normed(int p, const ChainPhase& phase) {
-    const int tiles = tiles_of(phase);
-    Float4 scale[4];
-    int scaled = thread_index();  // the tile whose weights are in `scale`
-    if (scaled < tiles) load_scale(phase, scaled, scale);
-    wait_for_input(p);
+    const int n_pairs = phase.columns / 2;
+    const Scale* weights = reinterpret_cast<const Scale*>(phase.norm_weight);
+    if (p == 0) wait_for_previous_kernel();
     KVLAPSE_NO_UNROLL
     for (int b = 0; b < args_.n_rows; ++b) {
-      const float* x = args_.x + static_cast<int64_t>(b) * phase.columns;
+      const int64_t row = static_cast<int64_t>(b) * phase.columns;
       const SmemAddress high = input_ + static_cast<uint32_t>(2 * b) * plane_bytes(phase),
                         low = high + plane_bytes(phase);
       float squares = 0;
-      KVLAPSE_NO_UNROLL
-      for (int tile = thread_index(); tile < tiles; tile += kChainWarps * 32) {
-        if (tile != scaled) load_scale(phase, scaled = tile, scale);
-        const Float4* from = reinterpret_cast<const Float4*>(x + tile * kChainTileColumns);
-        Float4 v[4];
-        KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i) v[i] = load_shared_by_device(from + i);
-        TileValues parts[2];
-        KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          squares += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
-          split(v[i].x * scale[i].x, v[i].y * scale[i].y, parts[0].words[2 * i], parts[1].words[2 * i]);
-          split(v[i].z * scale[i].z, v[i].w * scale[i].w, parts[0].words[2 * i + 1],
-                parts[1].words[2 * i + 1]);
+      const auto use = [&](int pair, float v, float w, const Scale& scale) {
+        squares += v * v + w * w;
+        uint32_t parts[2];
+        split(v * scale.low, w * scale.high, parts[0], parts[1]);
+        store_pair(high, pair, parts[0]);
+        store_pair(low, pair, parts[1]);
+      };
+      if (p == 0) {
+        KVLAPSE_NO_UNROLL
+        for (int pair = thread_index(); pair < n_pairs; pair += kPairStep) {
+          const uint64_t bits =
+              load_shared_by_device(reinterpret_cast<const uint64_t*>(args_.x + row) + pair);
+          use(pair, bits_float(static_cast<uint32_t>(bits)), bits_float(static_cast<uint32_t>(bits >> 32)),
+              weights[pair]);
         }
-        store_tile(high + static_cast<uint32_t>(tile * 32), parts[0]);
-        store_tile(low + static_cast<uint32_t>(tile * 32), parts[1]);
+      } else {
+        Scale scale[kPairs];
+        take_words(
+            args_.x_words + row, n_pairs, tag_of(p - 1), [&](int i, int pair) { scale[i] = weights[pair]; },
+            [&](int i, int pair, const uint32_t(&v)[2]) {
+              use(pair, bits_float(v[0]), bits_float(v[1]), scale[i]);
+            });
       }
       KVLAPSE_UNROLL
       for (int mask = 16; mask > 0; mask >>= 1) squares += shuffle_xor(squares, mask);
       if (lane_ == 0) small_.squares[b][warp_] = squares;
     }
-  }
-  KVLAPSE_DEVICE static void load_scale(const ChainPhase& phase, int tile, Float4 (&scale)[4]) {
-    const Float4* from = reinterpret_cast<const Float4*>(phase.norm_weight + tile * kChainTileColumns);
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) scale[i] = from[i];
   }
   // Each as the sum of two bf16 values.
   KVLAPSE_DEVICE static void split(float a, float b, uint32_t& high, uint32_t& low) {
@@ -276,36 +297,41 @@ class ProductChain {
   }
 
   KVLAPSE_DEVICE void load_rows(int p, const ChainPhase& phase) {
-    constexpr int kAtOnce = 4, kStep = kChainWarps * 32;  // tiles of a thread: one wait for all
-    wait_for_input(p);
-    const int tiles = tiles_of(phase);
+    if (p == 0) wait_for_previous_kernel();
     KVLAPSE_NO_UNROLL
     for (int b = 0; b < args_.n_rows; ++b) {
-      const Float4* rows =
-          reinterpret_cast<const Float4*>(phase.input + static_cast<int64_t>(b) * phase.columns);
+      const int64_t row = static_cast<int64_t>(b) * phase.columns;
       const SmemAddress plane = input_ + static_cast<uint32_t>(b) * plane_bytes(phase);
-      KVLAPSE_NO_UNROLL
-      for (int first = thread_index(); first < tiles; first += kAtOnce * kStep) {
-        Float4 v[kAtOnce][2];
-        KVLAPSE_UNROLL
-        for (int i = 0; i < kAtOnce; ++i)
-          if (first + i * kStep < tiles) {
-            v[i][0] = load_shared_by_device(rows + 2 * (first + i * kStep));
-            v[i][1] = load_shared_by_device(rows + 2 * (first + i * kStep) + 1);
-          }
-        KVLAPSE_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (first + i * kStep >= tiles) continue;
-          TileValues values;
+      if (p == 0) {
+        constexpr int kAtOnce = 4;
+        const uint64_t* from = reinterpret_cast<const uint64_t*>(phase.input + row);
+        KVLAPSE_NO_UNROLL
+        for (int first = thread_index(); first < phase.columns / 4; first += kAtOnce * kPairStep) {
+          uint64_t bits[kAtOnce];
           KVLAPSE_UNROLL
-          for (int j = 0; j < 2; ++j) {
-            values.words[4 * j] = float_bits(v[i][j].x), values.words[4 * j + 1] = float_bits(v[i][j].y);
-            values.words[4 * j + 2] = float_bits(v[i][j].z), values.words[4 * j + 3] = float_bits(v[i][j].w);
+          for (int i = 0; i < kAtOnce; ++i)
+            if (first + i * kPairStep < phase.columns / 4)
+              bits[i] = load_shared_by_device(from + first + i * kPairStep);
+          KVLAPSE_UNROLL
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int four = first + i * kPairStep;
+            if (four >= phase.columns / 4) continue;
+            store_pair(plane, 2 * four, static_cast<uint32_t>(bits[i]));
+            store_pair(plane, 2 * four + 1, static_cast<uint32_t>(bits[i] >> 32));
           }
-          store_tile(plane + static_cast<uint32_t>((first + i * kStep) * 32), values);
         }
+      } else {
+        take_words(
+            args_.act_words + row / 2, phase.columns / 4, tag_of(p - 1), [](int, int) {},
+            [&](int, int four, const uint32_t(&v)[2]) {
+              store_pair(plane, 2 * four, v[0]);
+              store_pair(plane, 2 * four + 1, v[1]);
+            });
       }
     }
+  }
+  KVLAPSE_DEVICE uint32_t tag_of(int p) const {
+    return static_cast<uint32_t>(args_.number * kChainMostPhases + p);
   }
 
   // ---- the finishing warp ----
@@ -326,17 +352,9 @@ class ProductChain {
         receive(received++, sums);
         if (group == mine.begin && phase.norm_weight != nullptr) factor = norm_factor(phase);
         sums[0] *= factor, sums[1] *= factor;
-        write(phase, group, sums, residual, best);
+        write(phase, group, sums, residual, tag_of(p), best);
       }
       if (phase.output == ChainOutput::logits) write_best(best);
-      if (p + 1 < args_.n_phases) {
-        warp_sync();
-        if (lane_ == 0) {
-          resident_barrier(args_.barrier, block_index(), block_count());
-          mbarrier_arrive(bar(small_.ready[p + 1]));
-        }
-        warp_sync();
-      }
     }
   }
   // Rows g and g + 8 of a group, sequence t.
@@ -381,12 +399,13 @@ class ProductChain {
   }
 
   KVLAPSE_DEVICE void write(const ChainPhase& phase, int group, const float (&sums)[2],
-                            const Residual& residual, uint64_t& best) {
+                            const Residual& residual, uint32_t tag, uint64_t& best) {
     if (phase.output == ChainOutput::gated) {
       const int row = group * 8 + lane_ / 4;
-      if (writes(phase, row))
-        args_.act[output_index(phase, row)] = static_cast<uint16_t>(
-            pack2<Bf16>(sums[0] / (1.0f + exponential(-sums[0])) * sums[1], 0.0f) & 0xffffu);
+      const float value = sums[0] / (1.0f + exponential(-sums[0])) * sums[1];
+      const float next = shuffle_xor(value, 4);  // of row ^ 1
+      if (row % 2 == 0 && writes(phase, row))
+        store_tagged(args_.act_words + output_index(phase, row) / 2, pack2<Bf16>(value, next), tag);
       return;
     }
     float* out = phase.output == ChainOutput::residual ? args_.x
@@ -396,7 +415,10 @@ class ProductChain {
     for (int i = 0; i < 2; ++i) {
       const int row = row_of(group, i);
       if (!writes(phase, row)) continue;
-      out[output_index(phase, row)] = residual.old[i] + sums[i];
+      const float value = residual.old[i] + sums[i];
+      if (phase.output == ChainOutput::residual)
+        store_tagged(args_.x_words + output_index(phase, row), float_bits(value), tag);
+      out[output_index(phase, row)] = value;
       if (phase.output != ChainOutput::logits) continue;
       const uint32_t bits = float_bits(sums[i]);
       const uint32_t ordered = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
@@ -425,7 +447,7 @@ class ProductChain {
     KVLAPSE_NO_UNROLL
     for (int b = 0; b < args_.n_rows; ++b) finish_head(phase, head, b);
   }
-  static constexpr int kPairs = 4;  // of a lane: head_dim up to 256
+  static constexpr int kHeadPairs = 4;  // of a lane: head_dim up to 256
   KVLAPSE_DEVICE void finish_head(const ChainPhase& phase, int head, int b) {
     const int dim = args_.head_dim, half = dim / 2;
     const bool is_q = head < args_.n_q_heads, is_v = head >= args_.n_q_heads + args_.n_kv_heads;
@@ -439,9 +461,9 @@ class ProductChain {
                     : is_v ? args_.v
                            : args_.k) +
                    (static_cast<int64_t>(b) * n_heads + head - first) * dim;
-    float low[kPairs], high[kPairs], squares = 0;
+    float low[kHeadPairs], high[kHeadPairs], squares = 0;
     KVLAPSE_UNROLL
-    for (int i = 0; i < kPairs; ++i) {
+    for (int i = 0; i < kHeadPairs; ++i) {
       const int d = lane_ + 32 * i;
       low[i] = d < half ? load_shared_by_device(from + d) : 0;
       high[i] = d < half ? load_shared_by_device(from + d + half) : 0;
@@ -453,7 +475,7 @@ class ProductChain {
     const float factor =
         norm != nullptr ? inverse_square_root(squares / static_cast<float>(dim) + args_.eps) : 1.0f;
     KVLAPSE_UNROLL
-    for (int i = 0; i < kPairs; ++i) {
+    for (int i = 0; i < kHeadPairs; ++i) {
       const int d = lane_ + 32 * i;
       if (d >= half) continue;
       float x = low[i], y = high[i];

@@ -431,6 +431,28 @@ KVLAPSE_DEVICE uint32_t load_bits(const uint16_t* p) {
 KVLAPSE_DEVICE void store_bits(uint16_t* p, uint32_t bits) {
   *reinterpret_cast<uint32_t*>(p) = bits;
 }
+KVLAPSE_DEVICE uint64_t load_shared_by_device(const uint64_t* p) {
+  return __ldcg(reinterpret_cast<const unsigned long long*>(p));
+}
+// Words of a value and a tag, each written and read as one; a pair is 16-byte aligned. A pair is as it is
+// now: who wants `tag` in both asks again.
+struct TaggedPair {
+  uint32_t values[2], tags[2];
+};
+KVLAPSE_DEVICE void store_tagged(uint64_t* to, uint32_t value, uint32_t tag) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)),
+               "l"(static_cast<uint64_t>(tag) << 32 | value)
+               : "memory");
+}
+KVLAPSE_DEVICE TaggedPair load_tagged(const uint64_t* pair, uint32_t) {
+  uint64_t a, b;
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+               : "=l"(a), "=l"(b)
+               : "l"(__cvta_generic_to_global(pair))
+               : "memory");
+  return {{static_cast<uint32_t>(a), static_cast<uint32_t>(b)},
+          {static_cast<uint32_t>(a >> 32), static_cast<uint32_t>(b >> 32)}};
+}
 // Programmatic dependent launch: waits until the kernels before this one are complete and visible; lets the
 // next one start.
 KVLAPSE_DEVICE void wait_for_previous_kernel() {

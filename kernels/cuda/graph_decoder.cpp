@@ -135,14 +135,12 @@ struct GraphDecoder::Impl {
     arrivals = DeviceBuffer<uint32_t>(rows * kMaxDecodeSplits);
     flags = DeviceBuffer<uint32_t>(1);
     barrier = DeviceBuffer<uint32_t>(rows * s.n_kv_heads);
-    chain_barrier = DeviceBuffer<uint32_t>(1);
     head_arrivals = DeviceBuffer<uint32_t>(static_cast<size_t>(s.n_q_heads + 2 * s.n_kv_heads));
     for (auto* zero : {&tokens, &pos, &ring, &step}) zero->fill_bytes(0);
     best.fill_bytes(0);
     arrivals.fill_bytes(0);
     flags.fill_bytes(0);
     barrier.fill_bytes(0);
-    chain_barrier.fill_bytes(0);
     head_arrivals.fill_bytes(0);
     x.fill_bytes(0);
 
@@ -155,6 +153,12 @@ struct GraphDecoder::Impl {
     rope = DeviceBuffer<float>(angles);
     chained = o.batch <= kChainMostRows && attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
               s.width % kChainTileColumns == 0 && s.ffn_width % kChainTileColumns == 0 && plan_chains();
+    if (chained) {
+      x_words = DeviceBuffer<uint64_t>(rows * width);
+      act_words = DeviceBuffer<uint64_t>(rows * ffn / 2);
+      x_words.fill_bytes(0);
+      act_words.fill_bytes(0);
+    }
     if (o.batch > kGemvMostRows) lt = CublasLt::load(without_lt);
     if (!lt && !chained) {
       gemv_rows = std::min(o.batch, kGemvMostRows);
@@ -265,8 +269,7 @@ struct GraphDecoder::Impl {
            ChainOutput::residual});
       add({l ? bits(l->gate_up) : nullptr, l ? l->ffn_norm.data() : x.data(), nullptr, groups(2 * ffn), width,
            ffn, ChainOutput::gated});
-      add({l ? bits(l->down) : nullptr, nullptr, bits(act), groups(width), ffn, width,
-           ChainOutput::residual});
+      add({l ? bits(l->down) : nullptr, nullptr, nullptr, groups(width), ffn, width, ChainOutput::residual});
     }
     if (layer + 1 < shape.n_layers) {
       const Layer* l = layers.empty() ? nullptr : &layers[static_cast<size_t>(layer + 1)];
@@ -279,7 +282,8 @@ struct GraphDecoder::Impl {
            shape.n_vocab, ChainOutput::logits});
     }
     a.x = x.data();
-    a.act = bits(act);
+    a.x_words = x_words.data();
+    a.act_words = act_words.data();
     a.logits = logits.data();
     a.best = reinterpret_cast<uint64_t*>(best.data());
     a.qkv = qkv.data();
@@ -287,7 +291,7 @@ struct GraphDecoder::Impl {
     a.pos = pos.data();
     a.q = bits(q), a.k = bits(k_new), a.v = bits(v_new);
     a.head_arrivals = head_arrivals.data();
-    a.barrier = chain_barrier.data();
+    a.number = layer + 1;
     a.n_rows = options.batch;
     a.n_q_heads = shape.n_q_heads;
     a.n_kv_heads = shape.n_kv_heads;
@@ -295,8 +299,9 @@ struct GraphDecoder::Impl {
     a.eps = shape.norm_eps;
     return a;
   }
-  // Whether the device's shared memory holds every chain.
+  // Whether the device's shared memory holds every chain. Of a single layer, two steps' words would be alike.
   bool plan_chains() const {
+    if (shape.n_layers == 1) return false;
     for (int layer = -1; layer < shape.n_layers; ++layer) {
       ChainArgs a = chain_of(layer);
       if (plan_chain(a, smem_bytes) == 0) return false;
@@ -457,9 +462,10 @@ struct GraphDecoder::Impl {
   Bf16Buffer normed, q, k_new, v_new, attended, both, act;
   DeviceBuffer<unsigned long long> best;
   DeviceBuffer<int32_t> tokens, pos, ring, step;
-  DeviceBuffer<uint32_t> arrivals, flags, barrier, chain_barrier, head_arrivals;
+  DeviceBuffer<uint32_t> arrivals, flags, barrier, head_arrivals;
   bool chained = false;       // products go through the chain, matrices lie in its tiles
   std::vector<Chain> chains;  // before the first layer, behind each
+  DeviceBuffer<uint64_t> x_words, act_words;
   std::optional<Graph> graph;
 };
 

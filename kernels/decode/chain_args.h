@@ -2,7 +2,11 @@
 // the emulator.
 //
 // The matrix products between two attentions of a few sequences, one after another in one launch: every phase
-// is a product whose input the phase before it made, with a barrier among all blocks between them. A matrix
+// is a product whose input the phase before it made, in all blocks. These hand it over as words of 64 bits, a
+// value and a tag that says which launch and phase made it: who reads a word finds either both or neither, so
+// a value is there as soon as its word is, without fences, counters or a barrier among blocks (each of them a
+// way to memory and back). A block writes a phase's words only when it has all of the phase before it, whose
+// makers had all of the one before that: so nobody overwrites a word that somebody still waits for. A matrix
 // is stored as tiles of the matrix instruction (below), 16 rows of it - a group - one behind the other, so
 // that a block's share of a phase is one run of memory. Blocks take whole groups: every output is summed
 // inside of a block, in an order that depends on the number of columns alone.
@@ -22,8 +26,8 @@ inline constexpr int kChainThreads = (kChainWarps + 2) * 32;  // one more copies
 inline constexpr int kChainMostStages = 32;
 // Copies under way at a time, of the stages of the ring. What a multiprocessor must have asked for to read at
 // the device's rate is rate x latency, 30 to 40 KB; every byte beyond waits in the memory system's queues, in
-// front of the loads that a barrier and the next phase's input consist of, and in front of the copies of the
-// block that the others will wait for. The ring is deeper: it fills while a barrier is passed.
+// front of the loads of the next phase's input, and in front of the copies of the block that the others will
+// wait for. The ring is deeper: it fills while an input is awaited.
 inline constexpr int kChainCopiesAtOnce = 64 * 1024 / kChainStageBytes;
 inline constexpr int kChainMostPhases = 4;
 // Sequences: each has two of the matrix instruction's eight columns, because an fp32 activation enters as the
@@ -49,7 +53,7 @@ constexpr int64_t chain_groups(int64_t rows) {
 
 enum class ChainOutput : uint8_t {
   residual,  // x[b, r] += y
-  gated,     // act[b, r] = bf16(silu(gate) * up)
+  gated,     // bf16(silu(gate) * up)
   heads,     // qkv[b, r] = y; bias, norm and rotation of each head give q, k and v
   logits,    // logits[b, r] = y, best[b] = max of (ordered logit << 32 | ~r)
 };
@@ -57,7 +61,7 @@ enum class ChainOutput : uint8_t {
 struct ChainPhase {
   const uint16_t* weights;   // bf16, n_groups x 16 rows of `columns` as chain_index says
   const float* norm_weight;  // [columns]: the input is RMSNorm(x); null: it is the bf16 rows `input`
-  const uint16_t* input;     // [B, columns]
+  const uint16_t* input;     // [B, columns] of the first phase; others': what the gated phase made
   int32_t n_groups, columns;
   int32_t n_outputs;  // values of a sequence
   ChainOutput output;
@@ -65,8 +69,9 @@ struct ChainPhase {
 
 struct ChainArgs {
   ChainPhase phases[kChainMostPhases];
-  float* x;       // [B, width of the normed phases]
-  uint16_t* act;  // [B, n_outputs] of the gated phase
+  float* x;             // [B, width of the normed phases]
+  uint64_t* x_words;    // of x's values
+  uint64_t* act_words;  // of pairs of the gated phase's values, bf16
   float* logits;
   uint64_t* best;  // zero before
   // Heads.
@@ -77,7 +82,7 @@ struct ChainArgs {
   uint16_t *q, *k, *v;                  // bf16 rows
   uint32_t* head_arrivals;              // [Hq + 2H] zero between launches
 
-  uint32_t* barrier;  // zero at first
+  int32_t number;  // not 0; another one than that of the launch before that used the words
   int32_t n_phases, n_rows;
   int32_t n_q_heads, n_kv_heads, head_dim;
   int32_t n_stages, input_offset, small_offset;  // of shared memory
@@ -87,7 +92,6 @@ struct ChainArgs {
 // Barriers and exchange buffers in shared memory.
 struct alignas(16) ChainSmall {
   uint64_t full[kChainMostStages], empty[kChainMostStages];
-  uint64_t ready[kChainMostPhases];  // the phase's input has been written by all blocks
   uint64_t sums_full[2], sums_empty[2];
   alignas(16) float sums[2][kChainWarps][32][2];  // of a lane: rows g and g + 8 of its sequence
   float squares[kChainMostRows][kChainWarps];

@@ -463,5 +463,9 @@ void resident_barrier(uint32_t* word, int rank, int n) {
   *word += add;
   wait_until([=] { return ((old ^ *word) & 0x80000000u) != 0; });
 }
+TaggedPair load_tagged(const uint64_t* pair, uint32_t tag) {
+  wait_until([=] { return pair[0] >> 32 == tag && pair[1] >> 32 == tag; });
+  return {{static_cast<uint32_t>(pair[0]), static_cast<uint32_t>(pair[1])}, {tag, tag}};
+}
 
 }  // namespace kvlapse::device

@@ -261,6 +261,16 @@ inline uint32_t load_bits(const uint16_t* p) {
 inline void store_bits(uint16_t* p, uint32_t bits) {
   p[0] = static_cast<uint16_t>(bits), p[1] = static_cast<uint16_t>(bits >> 16);
 }
+inline uint64_t load_shared_by_device(const uint64_t* p) {
+  return *p;
+}
+struct TaggedPair {
+  uint32_t values[2], tags[2];
+};
+inline void store_tagged(uint64_t* to, uint32_t value, uint32_t tag) {
+  *to = static_cast<uint64_t>(tag) << 32 | value;
+}
+TaggedPair load_tagged(const uint64_t* pair, uint32_t tag);  // once both have the tag
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
 
