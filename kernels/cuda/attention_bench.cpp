@@ -9,6 +9,7 @@
 #include "core/base/error.h"
 #include "core/base/rng.h"
 #include "kernels/cuda/bench_kernels.h"
+#include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/device_memory.h"
 
 namespace kvlapse {
@@ -22,13 +23,6 @@ int attribute(cudaDeviceAttr what) {
   KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
   KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&value, what, device));
   return value;
-}
-std::string device_name() {
-  int device = 0;
-  cudaDeviceProp properties{};
-  KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
-  KVLAPSE_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
-  return properties.name;
 }
 
 struct Variant {
@@ -290,7 +284,7 @@ void bench_attention(const AttentionBenchOptions& options,
       }
 
   AttentionBenchRow row;
-  row.device = device_name();
+  row.device = current_gpu_name();
   row.n_q_heads = options.n_q_heads, row.n_kv_heads = options.n_kv_heads, row.head_dim = options.head_dim;
   row.read_ceiling_gbps = measure_read_ceiling_gbps();
   auto shape_of = [&](const AttentionBenchCase& c) {

@@ -216,6 +216,14 @@ void use_gpu(int index) {
        properties.major, properties.minor);
 }
 
+std::string current_gpu_name() {
+  int index = 0;
+  cudaDeviceProp properties{};
+  KVLAPSE_CUDA_CHECK(cudaGetDevice(&index));
+  KVLAPSE_CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
+  return properties.name;
+}
+
 std::unique_ptr<DeviceApi> make_cuda_device(int index) {
   return std::make_unique<CudaDevice>(index);
 }

@@ -75,7 +75,7 @@ std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const Mode
   BenchRow row{"decode",
                fmt::format("{}{}, context {}, batch {}, bf16, {}", spec.name,
                            weights ? "" : " (random weights)", bench.context, bench.batch, info.name),
-               report_gpu().found,
+               current_gpu_name(),
                spread.median,
                "ms",
                floor_ms,

@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/attention_bench.h"
 #include "kernels/cuda/bench_kernels.h"
+#include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/rkv.h"
 
 namespace kvlapse {
@@ -80,11 +81,7 @@ std::vector<RkvBenchCase> standard_cases() {
 void bench_rkv(const std::vector<RkvBenchCase>& cases, double read_ceiling_gbps,
                const std::function<void(const RkvBenchRow&)>& done) {
   RkvBenchRow row;
-  int device = 0;
-  cudaDeviceProp properties{};
-  KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
-  KVLAPSE_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
-  row.device = properties.name;
+  row.device = current_gpu_name();
   row.n_q_heads = 32, row.n_kv_heads = 8, row.head_dim = 128;
   row.read_ceiling_gbps = read_ceiling_gbps > 0 ? read_ceiling_gbps : measure_read_ceiling_gbps();
   for (const RkvBenchCase& at : cases.empty() ? standard_cases() : cases) {
