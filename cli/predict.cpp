@@ -54,6 +54,21 @@ GpuProfile read_profile(const std::string& file) {
   gpu.kv_read_gbps = sourced(file, document, "kv_read_gbps");
   gpu.step_overhead_us = sourced(file, document, "step_overhead_us");
   gpu.per_sequence_us = sourced(file, document, "per_sequence_us");
+  if (document.contains("launch_us")) gpu.launch_us = sourced(file, document, "launch_us");
+  if (document.contains("launches")) {
+    const nlohmann::json& launches = document["launches"];
+    if (!launches.is_array()) fail("{}: launches: expected an array, found {}", file, launches.dump());
+    for (const nlohmann::json& l : launches) {
+      if (!l.is_object() || !l.contains("batch") || !l["batch"].is_number_integer() ||
+          !l.contains("per_layer") || !l["per_layer"].is_number())
+        fail("{}: launches: expected objects of batch and per_layer, found {}", file, l.dump());
+      const int batch = l["batch"].get<int>();
+      if (!gpu.launches.empty() && batch < gpu.launches.back().batch)
+        fail("{}: launches: expected ascending batches, found {} behind {}", file, batch,
+             gpu.launches.back().batch);
+      gpu.launches.push_back({batch, l["per_layer"].get<double>()});
+    }
+  }
   for (const Sourced* s : {&gpu.memory_gib, &gpu.weight_read_gbps, &gpu.kv_read_gbps})
     if (!(s->value > 0)) fail("{}: memory and bandwidths must be above 0, found {}", file, s->value);
   return gpu;
@@ -63,11 +78,16 @@ Json profile_json(const GpuProfile& gpu) {
   auto field = [](const Sourced& s) {
     return Json{{"value", s.value}, {"error", s.error}, {"provenance", s.provenance}};
   };
+  Json launches = Json::array();
+  for (const GpuProfile::Launches& l : gpu.launches)
+    launches.push_back({{"batch", l.batch}, {"per_layer", l.per_layer}});
   return {{"gpu", gpu.name},
           {"memory_gib", field(gpu.memory_gib)},
           {"weight_read_gbps", field(gpu.weight_read_gbps)},
           {"kv_read_gbps", field(gpu.kv_read_gbps)},
           {"step_overhead_us", field(gpu.step_overhead_us)},
+          {"launch_us", field(gpu.launch_us)},
+          {"launches", launches},
           {"per_sequence_us", field(gpu.per_sequence_us)}};
 }
 
@@ -88,7 +108,13 @@ std::vector<MeasuredStep> read_steps(const std::string& file, const nlohmann::js
       fail("{}: step {}: expected milliseconds, found '{}'", file, steps.size(), row.value("unit", ""));
     steps.push_back({row.value("case", "step"), row["batch"].get<int>(), row["context"].get<int>(),
                      row["median"].get<double>(), row["weight_bytes"].get<int64_t>(),
-                     row["kv_bytes"].get<int64_t>()});
+                     row["kv_bytes"].get<int64_t>(), 0, 0});
+    if (row.contains("n_launches") && row.contains("n_layers")) {
+      if (!row["n_launches"].is_number() || !row["n_layers"].is_number())
+        fail("{}: step {}: n_launches, n_layers: expected numbers", file, steps.size() - 1);
+      steps.back().launches = row["n_launches"].get<int>();
+      steps.back().n_layers = row["n_layers"].get<int>();
+    }
   }
   return steps;
 }
@@ -164,6 +190,8 @@ void run_fit(const Options& o, Context& context) {
                           {"unit", "ms"},
                           {"weight_bytes", step.weight_bytes},
                           {"kv_bytes", step.kv_bytes}});
+      if (step.launches > 0)
+        measured.back().update({{"n_launches", step.launches}, {"n_layers", step.n_layers}});
     }
     for (const nlohmann::json& row : rows) {
       const std::string name = row.value("device", "");
@@ -182,9 +210,12 @@ void run_fit(const Options& o, Context& context) {
   if (!out.flush()) fail("{}: cannot be written", o.output_file);
   if (context.json) return print_json(document);
   fmt::print(
-      "{}: {}; step overhead {:.0f} +- {:.0f} us, weights {:.0f} +- {:.0f} GB/s, K/V {:.0f} +- {:.0f} GB/s\n",
-      o.output_file, gpu.name, gpu.step_overhead_us.value, gpu.step_overhead_us.error,
-      gpu.weight_read_gbps.value, gpu.weight_read_gbps.error, gpu.kv_read_gbps.value, gpu.kv_read_gbps.error);
+      "{}: {}; step overhead {:.0f} +- {:.0f} us, a launch {:.1f} +- {:.1f} us, weights {:.0f} +- {:.0f} "
+      "GB/s, "
+      "K/V {:.0f} +- {:.0f} GB/s\n",
+      o.output_file, gpu.name, gpu.step_overhead_us.value, gpu.step_overhead_us.error, gpu.launch_us.value,
+      gpu.launch_us.error, gpu.weight_read_gbps.value, gpu.weight_read_gbps.error, gpu.kv_read_gbps.value,
+      gpu.kv_read_gbps.error);
 }
 
 // Bytes that a decode step reads of the weights: all but the embedding table, whose row it looks up; a tied

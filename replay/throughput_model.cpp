@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <map>
 
 #include "core/base/error.h"
 #include "replay/memory_simulator.h"
@@ -41,10 +42,18 @@ double eviction_bytes_per_step(const CacheGeometry& g, const Policy& policy, dou
   return per_step + per_decision / info.rule.cadence;
 }
 
-constexpr int kUnknowns = 3;  // overhead, seconds a byte of weights, seconds a byte of K/V
+constexpr int kMostUnknowns = 4;  // overhead, seconds a byte of weights and of K/V, seconds a launch
 
-std::array<double, kUnknowns> features(const MeasuredStep& step) {
-  return {1.0, static_cast<double>(step.weight_bytes), static_cast<double>(step.kv_bytes)};
+std::array<double, kMostUnknowns> features(const MeasuredStep& step) {
+  return {1.0, static_cast<double>(step.weight_bytes), static_cast<double>(step.kv_bytes),
+          static_cast<double>(step.launches)};
+}
+
+double launches_of(const GpuProfile& gpu, int n_layers, int batch) {
+  if (gpu.launches.empty()) return 0;
+  const auto at = std::find_if(gpu.launches.begin(), gpu.launches.end(),
+                               [&](const GpuProfile::Launches& l) { return l.batch >= batch; });
+  return n_layers * (at == gpu.launches.end() ? gpu.launches.back() : *at).per_layer;
 }
 
 }  // namespace
@@ -81,56 +90,60 @@ int largest_batch(const GpuProfile& gpu, const DecoderShape& shape, const Policy
 }
 
 double predicted_step_ms(const GpuProfile& gpu, const MeasuredStep& step) {
-  return gpu.step_overhead_us.value * 1e-3 + step.batch * gpu.per_sequence_us.value * 1e-3 +
+  return gpu.step_overhead_us.value * 1e-3 + step.launches * gpu.launch_us.value * 1e-3 +
+         step.batch * gpu.per_sequence_us.value * 1e-3 +
          static_cast<double>(step.weight_bytes) / (gpu.weight_read_gbps.value * 1e6) +
          static_cast<double>(step.kv_bytes) / (gpu.kv_read_gbps.value * 1e6);
 }
 
 GpuProfile fit_profile(GpuProfile profile, std::span<const MeasuredStep> steps, const std::string& source) {
-  if (steps.size() <= kUnknowns)
-    fail("{}: expected at least {} measured steps, found {}", source, kUnknowns + 1, steps.size());
+  const bool counted = std::all_of(steps.begin(), steps.end(),
+                                   [](const MeasuredStep& s) { return s.launches > 0 && s.n_layers > 0; });
+  const int n = counted ? kMostUnknowns : kMostUnknowns - 1;
+  if (static_cast<int>(steps.size()) <= n)
+    fail("{}: expected at least {} measured steps, found {}", source, n + 1, steps.size());
   // Columns are scaled to their largest value, so that the normal equations stay well conditioned.
-  std::array<double, kUnknowns> unit{};
+  std::array<double, kMostUnknowns> unit{};
   for (const MeasuredStep& step : steps)
-    for (int i = 0; i < kUnknowns; ++i) unit[i] = std::max(unit[i], features(step)[i]);
-  std::array<std::array<double, kUnknowns>, kUnknowns> normal{}, inverse{};
-  std::array<double, kUnknowns> right{};
+    for (int i = 0; i < n; ++i) unit[i] = std::max(unit[i], features(step)[i]);
+  std::array<std::array<double, kMostUnknowns>, kMostUnknowns> normal{}, inverse{};
+  std::array<double, kMostUnknowns> right{};
   for (const MeasuredStep& step : steps) {
     if (!(step.step_ms > 0 && step.weight_bytes > 0 && step.kv_bytes > 0))
       fail("{}: expected time, weights and K/V above 0, found {} ms, {} and {} bytes", source, step.step_ms,
            step.weight_bytes, step.kv_bytes);
-    const std::array<double, kUnknowns> x = features(step);
-    for (int i = 0; i < kUnknowns; ++i) {
+    const std::array<double, kMostUnknowns> x = features(step);
+    for (int i = 0; i < n; ++i) {
       const double xi = x[i] / unit[i] / step.step_ms;
       right[i] += xi;
-      for (int j = 0; j < kUnknowns; ++j) normal[i][j] += xi * x[j] / unit[j] / step.step_ms;
+      for (int j = 0; j < n; ++j) normal[i][j] += xi * x[j] / unit[j] / step.step_ms;
     }
   }
-  for (int i = 0; i < kUnknowns; ++i) inverse[i][i] = 1;
-  for (int i = 0; i < kUnknowns; ++i) {
+  for (int i = 0; i < n; ++i) inverse[i][i] = 1;
+  for (int i = 0; i < n; ++i) {
     const double pivot = normal[i][i];
     if (!(pivot > 1e-12)) fail("{}: expected steps of different weights and K/V, found alike ones", source);
-    for (int j = 0; j < kUnknowns; ++j) normal[i][j] /= pivot, inverse[i][j] /= pivot;
-    for (int r = 0; r < kUnknowns; ++r) {
+    for (int j = 0; j < n; ++j) normal[i][j] /= pivot, inverse[i][j] /= pivot;
+    for (int r = 0; r < n; ++r) {
       if (r == i) continue;
       const double factor = normal[r][i];
-      for (int j = 0; j < kUnknowns; ++j)
+      for (int j = 0; j < n; ++j)
         normal[r][j] -= factor * normal[i][j], inverse[r][j] -= factor * inverse[i][j];
     }
   }
-  std::array<double, kUnknowns> fit{};
-  for (int i = 0; i < kUnknowns; ++i)
-    for (int j = 0; j < kUnknowns; ++j) fit[i] += inverse[i][j] * right[j];
+  std::array<double, kMostUnknowns> fit{};
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) fit[i] += inverse[i][j] * right[j];
   double residual = 0;
   for (const MeasuredStep& step : steps) {
     double relative = 1;
-    for (int i = 0; i < kUnknowns; ++i) relative -= fit[i] * features(step)[i] / unit[i] / step.step_ms;
+    for (int i = 0; i < n; ++i) relative -= fit[i] * features(step)[i] / unit[i] / step.step_ms;
     residual += relative * relative;
   }
-  residual /= static_cast<double>(steps.size() - kUnknowns);
+  residual /= static_cast<double>(static_cast<int>(steps.size()) - n);
   auto value = [&](int i) { return fit[i] / unit[i]; };
   auto error = [&](int i) { return std::sqrt(inverse[i][i] * residual) / unit[i]; };
-  for (int i = 1; i < kUnknowns; ++i)
+  for (int i = 1; i < kMostUnknowns - 1; ++i)
     if (!(value(i) > 0))
       fail("{}: expected steps whose time grows with their bytes, found a bandwidth below 0", source);
   const std::string provenance = fmt::format("fitted to {} steps of {}", steps.size(), source);
@@ -138,6 +151,19 @@ GpuProfile fit_profile(GpuProfile profile, std::span<const MeasuredStep> steps, 
     return Sourced{1e-6 / value(i), error(i) / (value(i) * value(i)) * 1e-6, provenance};
   };
   profile.step_overhead_us = {value(0) * 1e3, error(0) * 1e3, provenance};
+  if (counted) {
+    profile.launch_us = {value(3) * 1e3, error(3) * 1e3, provenance};
+    profile.launches.clear();
+    std::map<int, std::pair<int, int>> by_batch;  // launches, layers
+    for (const MeasuredStep& step : steps) {
+      by_batch[step.batch].first += step.launches;
+      by_batch[step.batch].second += step.n_layers;
+    }
+    for (const auto& [batch, sums] : by_batch)
+      profile.launches.push_back({batch, static_cast<double>(sums.first) / sums.second});
+  } else {
+    profile.launch_us = {0, 0, "not counted: part of the step's overhead"};
+  }
   profile.weight_read_gbps = bandwidth(1);
   profile.kv_read_gbps = bandwidth(2);
   profile.per_sequence_us = {0, 0, "none: within the noise of these steps"};
@@ -186,9 +212,10 @@ Prediction predict(const GpuProfile& gpu, const DecoderShape& shape, const Polic
 
   const double weights_s = static_cast<double>(shape.weight_bytes) / (gpu.weight_read_gbps.value * 1e9);
   const double kv_s = batch * (kv + eviction) / (gpu.kv_read_gbps.value * 1e9);
+  const double launches_s = launches_of(gpu, g.n_layers, batch) * gpu.launch_us.value * 1e-6;
   const double overhead_s = gpu.step_overhead_us.value * 1e-6,
                sequences_s = batch * gpu.per_sequence_us.value * 1e-6;
-  const double step = weights_s + kv_s + overhead_s + sequences_s;
+  const double step = weights_s + kv_s + overhead_s + launches_s + sequences_s;
   p.step_ms = step * 1e3;
   p.tokens_per_s = batch / step;
   // First order, parameters independent.
@@ -196,6 +223,7 @@ Prediction predict(const GpuProfile& gpu, const DecoderShape& shape, const Polic
   double variance = std::pow(weights_s * relative(gpu.weight_read_gbps), 2) +
                     std::pow(kv_s * relative(gpu.kv_read_gbps), 2) +
                     std::pow(overhead_s * relative(gpu.step_overhead_us), 2) +
+                    std::pow(launches_s * relative(gpu.launch_us), 2) +
                     std::pow(sequences_s * relative(gpu.per_sequence_us), 2);
   p.tokens_per_s_error = p.tokens_per_s * std::sqrt(variance) / step;
   return p;

@@ -1,6 +1,7 @@
 // Tokens per second of a decode step from the bytes that it must move. Modelled, never measured: the
 // parameters come from a GPU's profile, each with its provenance. A step costs
-//   step_overhead + weights / weight_read + batch * (per_sequence + (kv + eviction bytes) / kv_read)
+//   step_overhead + launches * launch + weights / weight_read
+//     + batch * (per_sequence + (kv + eviction bytes) / kv_read)
 // averaged over the tokens of a generation, since the cache grows until its budget is reached.
 #pragma once
 
@@ -24,10 +25,17 @@ struct Sourced {
 struct GpuProfile {
   std::string name;
   Sourced memory_gib;
-  Sourced weight_read_gbps;    // 1e9 bytes a second
-  Sourced kv_read_gbps;        // that attention reaches on K and V
-  Sourced step_overhead_us;    // launches, host
-  Sourced per_sequence_us;     // sampling and bookkeeping of one sequence
+  Sourced weight_read_gbps;  // 1e9 bytes a second
+  Sourced kv_read_gbps;      // that attention reaches on K and V
+  Sourced step_overhead_us;  // of what is once a step: host, graph, sampling
+  Sourced launch_us;         // what a kernel loses at its begin and end; 0: part of the step's overhead
+  Sourced per_sequence_us;   // sampling and bookkeeping of one sequence
+  // Kernels a layer by batch, ascending: a batch has those of the next larger one, the last above all.
+  struct Launches {
+    int batch = 0;
+    double per_layer = 0;
+  };
+  std::vector<Launches> launches;
   double usable_share = 0.95;  // of the memory: the rest is the context's and the allocator's
 };
 
@@ -75,12 +83,14 @@ struct MeasuredStep {
   int batch = 0, context = 0;
   double step_ms = 0;
   int64_t weight_bytes = 0, kv_bytes = 0;  // read in the step
+  int launches = 0, n_layers = 0;          // 0: not counted
 };
 
-// Step overhead and the bandwidths of weights and K/V by least squares of relative step time: three unknowns.
+// Step overhead and the bandwidths of weights and K/V by least squares of relative step time: three unknowns;
+// four with the cost of a launch, where every step says how many it has.
 // The cost of one sequence stays 0: what steps of a few batches tell of it is within their noise. Each error
 // is the standard error from the residuals. `profile` gives name, memory and what its provenance begins with.
-// Throws Error when the steps do not determine the three: fewer than four, or all alike.
+// Throws Error when the steps do not determine the unknowns: not more steps than these, or all alike.
 GpuProfile fit_profile(GpuProfile profile, std::span<const MeasuredStep> steps, const std::string& source);
 
 // Time of that step under a profile.

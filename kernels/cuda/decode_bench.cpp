@@ -84,6 +84,7 @@ std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const Mode
                spread.relative,
                {},
                {}};
+  const std::vector<LaunchRecord> launches = decoder.launches();
   row.numbers = {{"context", bench.context},
                  {"batch", bench.batch},
                  {"tokens_per_s", 1e3 * bench.batch / spread.median},
@@ -91,8 +92,10 @@ std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const Mode
                  {"weight_bytes", static_cast<double>(decoder.weight_bytes())},
                  {"kv_bytes", static_cast<double>(kv_bytes)},
                  {"read_ceiling_gbps", ceiling},
-                 {"attention_splits", decoder.n_splits()}};
-  row.texts = {{"products", decoder.products()}, {"launches", kernel_text(decoder.launches())}};
+                 {"attention_splits", decoder.n_splits()},
+                 {"n_launches", static_cast<double>(launches.size())},
+                 {"n_layers", spec.n_layers}};
+  row.texts = {{"products", decoder.products()}, {"launches", kernel_text(launches)}};
   return {row};
 }
 

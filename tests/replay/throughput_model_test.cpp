@@ -14,7 +14,14 @@ DecoderShape llama_8b() {
 }
 
 GpuProfile plain_gpu() {
-  return {"test", {80, 0, "test"}, {2000, 0, "test"}, {1000, 100, "test"}, {1000, 0, "test"}, {0, 0, "test"},
+  return {"test",
+          {80, 0, "test"},
+          {2000, 0, "test"},
+          {1000, 100, "test"},
+          {1000, 0, "test"},
+          {0, 0, "test"},
+          {0, 0, "test"},
+          {},
           1.0};
 }
 
@@ -90,6 +97,41 @@ TEST(FitProfile, FindsWhatTheStepsWereMadeOf) {
   steps[1].step_ms *= 1.1;
   EXPECT_NEAR(leave_one_out(gpu, steps)[1].difference_ratio, 1 / 1.1 - 1, 1e-9);
   EXPECT_GT(fit_profile(plain_gpu(), steps, "a test").weight_read_gbps.error, 1);
+}
+
+// The same with counted launches: 2 a layer at batch 1, 9 at batch 32, 3 us each.
+TEST(FitProfile, TellsLaunchesFromTheStepsOverhead) {
+  std::vector<MeasuredStep> steps = made_up_steps();
+  steps.push_back(steps[2]);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    steps[i].batch = i % 2 == 0 ? 1 : 32;
+    steps[i].n_layers = i < 3 ? 36 : 28;
+    steps[i].launches = steps[i].n_layers * (i % 2 == 0 ? 2 : 9);
+    steps[i].step_ms += 3e-3 * steps[i].launches;
+  }
+  const GpuProfile gpu = fit_profile(plain_gpu(), steps, "a test");
+  EXPECT_NEAR(gpu.launch_us.value, 3, 1e-6);
+  EXPECT_NEAR(gpu.step_overhead_us.value, 400, 1e-3);
+  EXPECT_NEAR(gpu.weight_read_gbps.value, 2700, 1e-3);
+  ASSERT_EQ(gpu.launches.size(), 2u);
+  EXPECT_EQ(gpu.launches[0].batch, 1);
+  EXPECT_NEAR(gpu.launches[0].per_layer, 2, 1e-12);
+  EXPECT_NEAR(gpu.launches[1].per_layer, 9, 1e-12);
+  for (const MeasuredStep& step : steps) EXPECT_NEAR(predicted_step_ms(gpu, step), step.step_ms, 1e-9);
+
+  // A batch has the launches of the next larger measured one, the largest's above all.
+  std::unique_ptr<Policy> full = make_policy("full");
+  GpuProfile without = gpu;
+  without.launch_us.value = 0;
+  const int n_layers = llama_8b().geometry.n_layers;
+  for (const auto& [batch, per_layer] : std::vector<std::pair<int, int>>{{1, 2}, {2, 9}, {32, 9}, {100, 9}})
+    EXPECT_NEAR(predict(gpu, llama_8b(), *full, 0, batch, 10, 10).step_ms -
+                    predict(without, llama_8b(), *full, 0, batch, 10, 10).step_ms,
+                3e-3 * n_layers * per_layer, 1e-9)
+        << batch;
+  // Uncounted in one step: three unknowns.
+  steps[0].launches = 0;
+  EXPECT_EQ(fit_profile(plain_gpu(), steps, "a test").launch_us.value, 0);
 }
 
 TEST(FitProfile, RefusesStepsThatDoNotTell) {
