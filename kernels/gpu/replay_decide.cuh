@@ -34,10 +34,12 @@ struct Candidate {
 static_assert(sizeof(Candidate) == 16);
 
 // A task on `cluster` blocks. Slot s belongs to the block that has its lane s % 16, so that each block sums
-// whole lanes; they exchange sums of lanes and candidates, each arriving on a barrier of its own: none is
-// sent again before every block has told what followed from it. Exponentials are the recording's
-// (vector_math.h says why they serve every configuration). A thread scores the same slots at every step, and
-// asks for their next weights once it has.
+// whole lanes; they exchange sums of lanes and candidates. Bytes complete whatever phase of a barrier is
+// under way, so none may be sent for the next phase before every block has ended this one. Candidates follow
+// from sums that a block sends once it has the candidates before them; sums take two buffers and barriers by
+// turns, because a block may send those of the next step, if nothing is evicted, once it has heard all of
+// this one's. Exponentials are the recording's (vector_math.h says why they serve every configuration). A
+// thread scores the same slots at every step, and asks for their next weights once it has.
 template <int kLanes, bool kLarge>
 class Decide {
  public:
@@ -153,8 +155,8 @@ class Decide {
   }
 
  private:
-  // Barriers: weights have landed; what the blocks of a cluster tell.
-  enum Told { kSums = 1, kCandidates };
+  // Barriers: weights have landed (0); what the blocks of a cluster tell.
+  enum Told { kSums = 1, kOtherSums, kCandidates };
 
   // Whether this thread scores the slot.
   KVLAPSE_DEVICE bool is_own(int j) const { return j % a_.n_threads == thread_; }
@@ -338,10 +340,11 @@ class Decide {
       if (lane == 0) inverse_[column] = inverse_of(sum, column);
     }
   }
-  // Two buffers: a block may be a step ahead where nothing is evicted.
+  // Another block may be a step ahead, not two: it needs this one's sums.
   KVLAPSE_DEVICE void sum_together(int n) {
     float* sums = lane_sums_ + (heard_ & 1) * kSumLanes * width_;
-    expect(kSums, kSumLanes * width_);
+    const int told = (heard_ & 1) != 0 ? kOtherSums : kSums;
+    expect(told, kSumLanes * width_);
     const int chains = own_lanes_ * width_;
     for (int i = thread_; i < (chains + 31) / 32 * 32; i += a_.n_threads) {
       const int own = least(i, chains - 1) / width_, column = least(i, chains - 1) % width_,
@@ -351,9 +354,9 @@ class Decide {
       const Float4 quad = {shuffle_from(sum, first), shuffle_from(sum, first + 1),
                            shuffle_from(sum, first + 2), shuffle_from(sum, first + 3)};
       for (int r = thread_ % 4; i < chains && r < a_.cluster; r += 4)
-        tell(reinterpret_cast<Float4*>(sums + lane * width_ + column / 4 * 4), quad, r, kSums);
+        tell(reinterpret_cast<Float4*>(sums + lane * width_ + column / 4 * 4), quad, r, told);
     }
-    hear(kSums, heard_++);
+    hear(told, heard_++ / 2);
     for (int i = thread_; i < width_; i += a_.n_threads) {
       float lanes[kSumLanes];
       KVLAPSE_UNROLL
@@ -579,7 +582,7 @@ class Decide {
   const int rank_, thread_, n_heads_, group_, width_, slot_floats_, own_lanes_;
   int own_shift_, slots_;
   int newest_own_ = -1;  // own number of the slot that this step fills, -1: another's
-  uint32_t landed_ = 0, heard_ = 0, decided_ = 0;  // phases of the barriers
+  uint32_t landed_ = 0, heard_ = 0, decided_ = 0;  // times that weights, sums and candidates came
   SmemAddress barriers_;
   Candidate *warp_candidates_, *block_candidates_;
   float *lane_sums_, *inverse_, *newest_, *newest_norms_, *sums_, *norms_, *weights_;
