@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 HWY_BEFORE_NAMESPACE();
 namespace kvlapse::dense::HWY_NAMESPACE {
@@ -368,23 +367,6 @@ Products CombineProducts(const float* a, float a_scale, const float* b, float b_
   return {lane_xx[0], lane_ax[0]};
 }
 
-Peak FindPeak(const float* values, size_t n) {
-  const Tag tag;
-  const size_t lanes = hn::Lanes(tag);
-  Vec most = hn::Set(tag, -std::numeric_limits<float>::infinity());
-  size_t i = 0;
-  for (; i + lanes <= n; i += lanes) most = hn::Max(most, hn::LoadU(tag, values + i));
-  float best = hn::GetLane(hn::MaxOfLanes(tag, most));
-  for (; i < n; ++i) best = std::max(best, values[i]);
-  const Vec wanted = hn::Set(tag, best);
-  for (i = 0; i + lanes <= n; i += lanes) {
-    const intptr_t at = hn::FindFirstTrue(tag, hn::Eq(hn::LoadU(tag, values + i), wanted));
-    if (at >= 0) return {best, static_cast<int32_t>(i + static_cast<size_t>(at))};
-  }
-  for (; i < n && values[i] != best;) ++i;
-  return {best, static_cast<int32_t>(i)};
-}
-
 }  // namespace kvlapse::dense::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -396,7 +378,6 @@ HWY_EXPORT(WeightedRows);
 HWY_EXPORT(SumRows);
 HWY_EXPORT(AddParts);
 HWY_EXPORT(GatherColumns);
-HWY_EXPORT(FindPeak);
 HWY_EXPORT(Transpose);
 HWY_EXPORT(FindAbove);
 HWY_EXPORT(AboveBits);
@@ -443,10 +424,6 @@ void above_bits(const float* rows, size_t row_stride, size_t n_rows, size_t n, f
 
 Products combine_products(const float* a, float a_scale, const float* b, float b_scale, size_t n) {
   return HWY_DYNAMIC_DISPATCH(CombineProducts)(a, a_scale, b, b_scale, n);
-}
-
-Peak find_peak(const float* values, size_t n) {
-  return HWY_DYNAMIC_DISPATCH(FindPeak)(values, n);
 }
 
 }  // namespace kvlapse::dense

@@ -49,11 +49,4 @@ struct Products {
 };
 Products combine_products(const float* a, float a_scale, const float* b, float b_scale, size_t n);
 
-// Largest value and the lowest index that has it; index n when there is none (NaN). n > 0.
-struct Peak {
-  float value;
-  int32_t index;
-};
-Peak find_peak(const float* values, size_t n);
-
 }  // namespace kvlapse::dense

@@ -20,7 +20,6 @@ class Retention {
       : n_tokens_(n_tokens), last_(static_cast<size_t>(n_kv_heads) * n_tokens, kHeld) {}
   int32_t* last(int kv_head) { return last_.data() + static_cast<size_t>(kv_head) * n_tokens_; }
   const int32_t* last(int kv_head) const { return last_.data() + static_cast<size_t>(kv_head) * n_tokens_; }
-  bool held(int kv_head, int pos, int step) const { return last(kv_head)[pos] >= step; }
   void apply(const EvictionPlan& plan, int n_kv_heads) {
     for (const Drop& drop : plan.drops) {
       const int first = drop.kv_head == kWholeLayer ? 0 : drop.kv_head;

@@ -177,10 +177,9 @@ void SharedLayer::summarise(int q, int t, float* e) {
   const size_t n = static_cast<size_t>(t) + 1;
   const float* logit = logits(q, t);
   AttentionRow& r = rows_[row_of(q, t)];
-  const dense::Peak most = dense::find_peak(logit, n);
-  if (static_cast<size_t>(most.index) >= n || std::isinf(most.value))
-    fail("replay: layer {}, q head {}, step {}: expected finite logits, found {}", layer_, q, t, most.value);
-  r.max = most.value;
+  r.max = max_value({logit, n});
+  if (std::isinf(r.max))
+    fail("replay: layer {}, q head {}, step {}: expected finite logits, found {}", layer_, q, t, r.max);
   r.base = softmax_base(r.max);
   exp_over({logit, n}, r.base, {e, n});
   std::fill(e + n, e + end_, 0.0f);

@@ -195,7 +195,7 @@ class ProductChain {
                                  static_cast<uint32_t>(x[i] >> 32));
   }
 
-  // This warp's part of a group, to the finishing warp.
+  // This warp's part of a group, to the finishing warp: rows g and g + 8 of sequence t.
   KVLAPSE_DEVICE void send(int turn, const float (&sums)[2][4]) {
     const int buffer = turn & 1;
     mbarrier_wait(bar(small_.sums_empty[buffer]), static_cast<uint32_t>(turn >> 1 & 1) ^ 1u);

@@ -7,14 +7,12 @@
 // running ahead into the next item; consumer warps, alone or two to a tile, take tiles in turn, 32 slots at a
 // time: two independent rows of matrix instructions, and whatever is paid once a tile is paid by few warps.
 //   1. logits: K tile x Q^T on the matrix unit (slots are the rows, query heads the 8 columns); logits go to
-//   shared
-//      memory private to the lane, which keeps a running (max, sum) of its heads.
+//      shared memory private to the lane, which keeps a running (max, sum) of its heads.
 //   2. (max, sum) are merged over lanes, warps and splits: probabilities are final before V is touched.
 //   3. values: O^T += V^T x P^T; the same lane turns its probabilities into the slot's exact score and
-//   minimum.
+//      minimum.
 //   4. O is summed over warps and splits in fixed order; the victim is an integer minimum. Nothing depends on
-//   timing:
-//      the result is bitwise repeatable for a given number of splits.
+//      timing: the result is bitwise repeatable for a given plan.
 // Probabilities enter the matrix unit as 2^(s - max), so fp16 keeps them normal; 1/sum is applied in fp32.
 //
 // The error that leaving a slot out makes (FusedScore::leave_one_out) asks for the output first. Instances of

@@ -1,7 +1,8 @@
-// The machine operations that the decode kernels are written in, one thin wrapper each: all inline PTX of the
-// decode path is here. tests/support/kernels/emulated_device.h defines the same names for the CPU, so that
-// the kernels' logic (pipelines, barriers, fragment layouts, exchanges) is tested without a GPU. Shared
-// memory is addressed by 32-bit addresses (SmemAddress). Fragment layouts: PTX ISA, mma.m16n8k16.
+// The machine operations that kernels are written in, one thin wrapper each, inline PTX among them; what only
+// some need is in rkv_ops.cuh and exact_ops.cuh. tests/support/kernels/emulated_device.h defines the same
+// names for the CPU, so that the kernels' logic (pipelines, barriers, fragment layouts, exchanges) is tested
+// without a GPU. Shared memory is addressed by 32-bit addresses (SmemAddress). Fragment layouts: PTX ISA,
+// mma.m16n8k16.
 #pragma once
 
 #include <cuda.h>
@@ -107,19 +108,6 @@ KVLAPSE_DEVICE void mbarrier_wait(SmemAddress bar, uint32_t parity) {
                  : "memory");
 #endif
   }
-}
-// As mbarrier_wait; what other CTAs of the cluster stored before signalling is visible afterwards.
-KVLAPSE_DEVICE void mbarrier_wait_cluster(SmemAddress bar, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t done = 0;
-  while (!done)
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, "
-        "1, 0, p; }"
-        : "=r"(done)
-        : "r"(bar), "r"(parity)
-        : "memory");
-#endif
 }
 
 // ---- copies into shared memory ----
@@ -293,7 +281,6 @@ KVLAPSE_DEVICE void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd) {
 KVLAPSE_DEVICE uint32_t float_bits(float v) {
   return __float_as_uint(v);
 }
-
 KVLAPSE_DEVICE float bits_float(uint32_t v) {
   return __uint_as_float(v);
 }
@@ -320,9 +307,6 @@ KVLAPSE_DEVICE uint32_t warp_ballot(bool v) {
 }
 KVLAPSE_DEVICE void shared_add(uint64_t* to, uint64_t v) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(v));
-}
-KVLAPSE_DEVICE void shared_max(uint32_t* to, uint32_t v) {
-  atomicMax(to, v);
 }
 KVLAPSE_DEVICE void shared_increment(uint32_t* to) {
   atomicAdd(to, 1u);
@@ -417,12 +401,16 @@ KVLAPSE_DEVICE void resident_barrier(uint32_t* word, int rank, int n) {
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
   while (((old ^ now) & 0x80000000u) == 0);
 }
+// Past L1.
 KVLAPSE_DEVICE float load_shared_by_device(const float* p) {
   return __ldcg(p);
-}  // past L1
+}
 KVLAPSE_DEVICE Float4 load_shared_by_device(const Float4* p) {
   const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
   return {v.x, v.y, v.z, v.w};
+}
+KVLAPSE_DEVICE uint64_t load_shared_by_device(const uint64_t* p) {
+  return __ldcg(reinterpret_cast<const unsigned long long*>(p));
 }
 // 32 bits that are kept as two times 16, the lower ones first; 4-byte aligned.
 KVLAPSE_DEVICE uint32_t load_bits(const uint16_t* p) {
@@ -430,9 +418,6 @@ KVLAPSE_DEVICE uint32_t load_bits(const uint16_t* p) {
 }
 KVLAPSE_DEVICE void store_bits(uint16_t* p, uint32_t bits) {
   *reinterpret_cast<uint32_t*>(p) = bits;
-}
-KVLAPSE_DEVICE uint64_t load_shared_by_device(const uint64_t* p) {
-  return __ldcg(reinterpret_cast<const unsigned long long*>(p));
 }
 // Words of a value and a tag, each written and read as one; a pair is 16-byte aligned. A pair is as it is
 // now: who wants `tag` in both asks again.
@@ -444,7 +429,7 @@ KVLAPSE_DEVICE void store_tagged(uint64_t* to, uint32_t value, uint32_t tag) {
                "l"(static_cast<uint64_t>(tag) << 32 | value)
                : "memory");
 }
-KVLAPSE_DEVICE TaggedPair load_tagged(const uint64_t* pair, uint32_t) {
+KVLAPSE_DEVICE TaggedPair load_tagged(const uint64_t* pair, uint32_t /*tag*/) {
   uint64_t a, b;
   asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
                : "=l"(a), "=l"(b)

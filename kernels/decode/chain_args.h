@@ -52,7 +52,7 @@ constexpr int64_t chain_groups(int64_t rows) {
 }
 
 enum class ChainOutput : uint8_t {
-  residual,  // x[b, r] += y
+  residual,  // x[b, r] += y; all such phases of a launch have as many groups: a block adds to its own rows
   gated,     // bf16(silu(gate) * up)
   heads,     // qkv[b, r] = y; bias, norm and rotation of each head give q, k and v
   logits,    // logits[b, r] = y, best[b] = max of (ordered logit << 32 | ~r)
@@ -61,7 +61,7 @@ enum class ChainOutput : uint8_t {
 struct ChainPhase {
   const uint16_t* weights;   // bf16, n_groups x 16 rows of `columns` as chain_index says
   const float* norm_weight;  // [columns]: the input is RMSNorm(x); null: it is the bf16 rows `input`
-  const uint16_t* input;     // [B, columns] of the first phase; others': what the gated phase made
+  const uint16_t* input;     // [B, columns] of the first phase; null: what the gated phase made
   int32_t n_groups, columns;
   int32_t n_outputs;  // values of a sequence
   ChainOutput output;
@@ -82,7 +82,9 @@ struct ChainArgs {
   uint16_t *q, *k, *v;                  // bf16 rows
   uint32_t* head_arrivals;              // [Hq + 2H] zero between launches
 
-  int32_t number;  // not 0; another one than that of the launch before that used the words
+  // Another one than that of the launch before that used the words, which start as zeros; not 0 with more
+  // than one phase.
+  int32_t number;
   int32_t n_phases, n_rows;
   int32_t n_q_heads, n_kv_heads, head_dim;
   int32_t n_stages, input_offset, small_offset;  // of shared memory

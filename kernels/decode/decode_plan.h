@@ -1,6 +1,5 @@
 // How a fused decode step is cut over a device: splits of a (b, kv head), persistent CTAs, ring depth, shared
-// memory. Pure host arithmetic. The number of splits decides the order of sums, so a recording stores it and
-// a replay fixes it.
+// memory. Pure host arithmetic. The plan decides the order of sums: the same plan, the same bits.
 #pragma once
 
 #include <cstdint>

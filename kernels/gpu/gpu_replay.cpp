@@ -217,7 +217,6 @@ struct GpuReplay::Run {
         t.last_tie = rule.ties == TieOrder::last;
         t.head = row;
         t.n_heads = n_heads;
-        t.target = target;
         t.trigger = target + rule.slack;
         t.first_free = std::max(rule.sinks, rule.pin_prompt ? r.n_prompt : 0);
         t.recent = std::min(rule.recent_slots(config.budget), target);

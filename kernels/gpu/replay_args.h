@@ -1,12 +1,15 @@
 // Arguments of the kernels of a replay on a device (kernels/gpu/replay_kernels.cuh), by value, shared by
 // host, device and emulator. A block of steps [t0, t1) is processed at a time:
+//   values    their norms, and in half precision
 //   logits    of every step, head and token, with the bits of dense::logits_block (replay/dense_kernels.h)
 //   rows      in place: exponentials; what is of the recording alone
 //   decide    victims of every configuration; sums in the order of core/base/vector_math.h
 //   masses    what each configuration has dropped of them
 //   future    what its victims would have got
-//   outputs   of what it has dropped: output error
-// and, once at the end, close: sums, histograms and series over all steps. All pointers are device memory.
+//   outputs   of what it has dropped or of what it holds: output error
+//   repairs   the same in fp32, of rows that outputs leaves
+// and, once at the end, close and sum_future: sums, histograms and series over all steps. All pointers are
+// device memory.
 //
 // Weights are laid out [step][kv head][position][lanes], lanes = group rounded up to 4, so that a slot's
 // numbers for all query heads of a kv head are one or two loads of 16 bytes.
@@ -73,7 +76,7 @@ struct DecideTask {
   uint8_t last_tie;            // the last slot goes first among equal scores
   uint8_t large;               // of the block's shared memory too large: weights in `scratch`
   int32_t head, n_heads;       // kv heads that share the victim
-  int32_t target, trigger;     // slots left behind an eviction; more than `trigger` cause one
+  int32_t trigger;             // more slots than this cause an eviction
   int32_t first_free, recent;  // protected: positions below first_free, the newest `recent`
   int32_t capacity;            // of the slot arrays, a multiple of 16
   int32_t begin;               // first step that it takes part in

@@ -80,9 +80,6 @@ inline void fence_barrier_init() {}
 void mbarrier_arrive(SmemAddress bar);
 void mbarrier_arrive_expect(SmemAddress bar, uint32_t bytes);
 void mbarrier_wait(SmemAddress bar, uint32_t parity);
-inline void mbarrier_wait_cluster(SmemAddress bar, uint32_t parity) {
-  mbarrier_wait(bar, parity);
-}
 inline void fence_proxy_async() {}
 inline uint64_t evict_first_policy() {
   return 0;
@@ -177,9 +174,6 @@ inline uint32_t warp_ballot(bool v) {
   uint32_t bits = 0;
   for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
   return bits;
-}
-inline void shared_max(uint32_t* to, uint32_t v) {
-  if (v > *to) *to = v;
 }
 inline void shared_increment(uint32_t* to) {
   ++*to;
