@@ -18,13 +18,6 @@ namespace {
 constexpr uint64_t kRotationBytes = 1ull << 30;  // K and V of one replay: far more than any L2
 constexpr int kMinSlabs = 4, kMinRuns = 7, kMaxRuns = 40;
 
-int attribute(cudaDeviceAttr what) {
-  int device = 0, value = 0;
-  KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
-  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&value, what, device));
-  return value;
-}
-
 struct Variant {
   const char* name;
   FusedScore score;
@@ -145,7 +138,7 @@ int slabs_of(uint64_t kv_bytes) {
 
 double measure_read_ceiling_gbps() {
   const uint64_t bytes = 4ull << 30;
-  const int blocks = attribute(cudaDevAttrMultiProcessorCount);
+  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
   DeviceBuffer<unsigned char> data(bytes);
   Stream stream;
   launch_fill_random(stream.get(), data.data(), bytes / 2, DType::bf16, 1);

@@ -420,9 +420,7 @@ class ProductChain {
         store_tagged(args_.x_words + output_index(phase, row), float_bits(value), tag);
       out[output_index(phase, row)] = value;
       if (phase.output != ChainOutput::logits) continue;
-      const uint32_t bits = float_bits(sums[i]);
-      const uint32_t ordered = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-      const uint64_t key = static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(row);
+      const uint64_t key = logit_key(float_bits(sums[i]), static_cast<uint32_t>(row));
       best = key > best ? key : best;
     }
     if (phase.output == ChainOutput::heads) arrive_at_head(phase, group);

@@ -9,6 +9,8 @@ namespace kvlapse {
 [[noreturn]] void throw_cuda_error(cudaError_t error, const char* call, const char* file, int line);
 void log_cuda_error(cudaError_t error, const char* call, const char* file, int line) noexcept;
 
+int device_attribute(cudaDeviceAttr which);  // of the current device
+
 }  // namespace kvlapse
 
 #define KVLAPSE_CUDA_CHECK(call)                                                \

@@ -13,13 +13,6 @@ constexpr int kPortableCluster = 8;
 // H200).
 constexpr CUtensorMapL2promotion kFetch = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
 
-int attribute(cudaDeviceAttr what) {
-  int device = 0, value = 0;
-  KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
-  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&value, what, device));
-  return value;
-}
-
 // The driver's function, found at run time: the binary needs no libcuda to start.
 decltype(&cuTensorMapEncodeTiled) encode_function() {
   void* function = nullptr;
@@ -59,8 +52,8 @@ CUtensorMap plane_map(const DecodeShape& s, void* plane) {
 
 DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, const DecodeTuning& tuning)
     : shape_(shape) {
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor),
-            minor = attribute(cudaDevAttrComputeCapabilityMinor);
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor),
+            minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
   const bool has_bulk = major == 9;
   if (path == DecodePath::bulk && !has_bulk)
     fail("decode kernel: bulk path: expected compute capability 9.0, found {}.{}", major, minor);
@@ -74,8 +67,8 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, const Deco
     fail("decode kernel: no kernel for head_dim {} and {}", shape.head_dim, dtype_name(shape.dtype));
 
   DecodeLimits limits;
-  limits.n_multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  limits.smem_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  limits.n_multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  limits.smem_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   limits.clusters = bulk;
   limits.max_splits = kMaxDecodeSplits;
   const void* function = reinterpret_cast<const void*>(kernel_);

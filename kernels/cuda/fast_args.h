@@ -71,8 +71,7 @@ struct FastEmbedArgs {
 };
 void launch_fast_embed(cudaStream_t stream, const FastEmbedArgs& args, LaunchLog* log = nullptr);
 
-// best[b] = max over the vocabulary of (ordered logit << 32 | ~token): the first maximum. best starts at
-// zero.
+// best[b] = max over the vocabulary of logit_key(logit, token): the first maximum. best starts at zero.
 struct FastArgmaxArgs {
   const float* logits;
   unsigned long long* best;

@@ -269,9 +269,7 @@ __global__ void __launch_bounds__(256) fast_argmax_kernel(const __grid_constant_
   const float* logits = a.logits + static_cast<int64_t>(row) * a.n_vocab;
   unsigned long long best = 0;
   for (int i = part * 256 + static_cast<int>(threadIdx.x); i < a.n_vocab; i += kArgmaxBlocks * 256) {
-    const uint32_t bits = __float_as_uint(logits[i]);
-    const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    const unsigned long long key = static_cast<unsigned long long>(ordered) << 32 | ~static_cast<uint32_t>(i);
+    const unsigned long long key = logit_key(__float_as_uint(logits[i]), static_cast<uint32_t>(i));
     best = key > best ? key : best;
   }
 #pragma unroll

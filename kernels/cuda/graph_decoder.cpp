@@ -20,13 +20,6 @@ namespace {
 using Bf16Buffer = DeviceBuffer<__nv_bfloat16>;
 constexpr int kRingSteps = 256;
 
-int attribute(cudaDeviceAttr what) {
-  int device = 0, value = 0;
-  KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
-  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&value, what, device));
-  return value;
-}
-
 // A matrix of a step on its way to the device, as bf16: rows one behind the other, or tiles as chain_index
 // says.
 class HostMatrix {
@@ -101,8 +94,8 @@ struct GraphDecoder::Impl {
   Impl(const DecoderShape& s, const GraphDecoderOptions& o)
       : shape(s),
         options(o),
-        n_multiprocessors(attribute(cudaDevAttrMultiProcessorCount)),
-        smem_bytes(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+        n_multiprocessors(device_attribute(cudaDevAttrMultiProcessorCount)),
+        smem_bytes(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
         kernel({.batch = o.batch,
                 .n_q_heads = s.n_q_heads,
                 .n_kv_heads = s.n_kv_heads,
@@ -151,7 +144,7 @@ struct GraphDecoder::Impl {
       s.rope.angles(Pos{p}, row.first(half), row.last(half));
     }
     rope = DeviceBuffer<float>(angles);
-    chained = o.batch <= kChainMostRows && attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+    chained = o.batch <= kChainMostRows && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
               s.width % kChainTileColumns == 0 && s.ffn_width % kChainTileColumns == 0 && plan_chains();
     if (chained) {
       x_words = DeviceBuffer<uint64_t>(rows * width);

@@ -14,6 +14,13 @@ void log_cuda_error(cudaError_t error, const char* call, const char* file, int l
   std::fprintf(stderr, "CUDA: %s at %s:%d: %s\n", call, file, line, cudaGetErrorString(error));
 }
 
+int device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
+  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
 void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape, const void* kernel,
                    void** args) {
   cudaLaunchAttribute attributes[3] = {};

@@ -5,17 +5,6 @@
 #include "core/base/error.h"
 
 namespace kvlapse {
-namespace {
-
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  KVLAPSE_CUDA_CHECK(cudaGetDevice(&device));
-  KVLAPSE_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
-}  // namespace
-
 RkvCompaction::RkvCompaction(const RkvShape& shape) : shape_(shape) {
   constexpr int kWantedKeyRows = 64, kReservedBytes = 1024;  // of a block, by the driver
   set_rkv_scalars(scalars_, shape);
@@ -23,10 +12,10 @@ RkvCompaction::RkvCompaction(const RkvShape& shape) : shape_(shape) {
   scalars_.softmax = softmax_.data();
   kernel_ = rkv_kernel(shape.head_dim, shape.dtype);
   const int element = static_cast<int>(dtype_bytes(shape.dtype));
-  overlaps_ = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  const int n_multiprocessors = attribute(cudaDevAttrMultiProcessorCount),
-            most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-            of_two = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - kReservedBytes;
+  overlaps_ = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  const int n_multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount),
+            most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+            of_two = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - kReservedBytes;
   // Two blocks a multiprocessor, which hide each other's waits, where their registers and memory allow it.
   int resident = 2;
   scalars_.key_rows = element == 4 ? 0 : rkv_key_rows(scalars_, shape.head_dim, element, of_two);

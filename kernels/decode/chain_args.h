@@ -51,11 +51,17 @@ constexpr int64_t chain_groups(int64_t rows) {
   return (rows + kChainTileRows - 1) / kChainTileRows;
 }
 
+// Largest for the first of the largest logits: a logit's bits in the order of the numbers, and its place.
+constexpr uint64_t logit_key(uint32_t bits, uint32_t place) {
+  const uint32_t ordered = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+  return static_cast<uint64_t>(ordered) << 32 | ~place;
+}
+
 enum class ChainOutput : uint8_t {
   residual,  // x[b, r] += y; all such phases of a launch have as many groups: a block adds to its own rows
   gated,     // bf16(silu(gate) * up)
   heads,     // qkv[b, r] = y; bias, norm and rotation of each head give q, k and v
-  logits,    // logits[b, r] = y, best[b] = max of (ordered logit << 32 | ~r)
+  logits,    // logits[b, r] = y, best[b] = max of logit_key(y, r)
 };
 
 struct ChainPhase {
