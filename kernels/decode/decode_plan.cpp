@@ -48,7 +48,7 @@ int logits_bytes(const DecodeShape& shape, int n_splits, const Consumers& c) {
   return ceil_div(all, 128) * 128;
 }
 
-// Leave one out keeps the reduction beside logits and ring: wide heads leave room for one group's.
+// Leave one out keeps the reduction beside logits and ring: wide heads leave room for that of half the warps.
 bool keeps_much(const DecodeShape& shape) {
   return shape.leave_one_out && shape.group() * shape.head_dim > 1024;
 }

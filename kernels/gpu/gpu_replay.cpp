@@ -185,9 +185,8 @@ struct GpuReplay::Run {
   }
   [[noreturn]] void fail_step(int step, int config) const {
     fail(
-        "replay on {}: configuration {} (budget {}): step {}, layer {}: scores are NaN or every held token "
-        "is "
-        "protected",
+        "replay on {}: configuration {} (budget {}): step {}, layer {}: scores are NaN, the held tokens have "
+        "less than 2^-70 of the weight, or every one is protected",
         api.describe(), config, r.configs[config].budget, step, r.layer);
   }
 

@@ -321,8 +321,8 @@ class Decide {
     for (; left > 0; --left, from += stride) sum += *from;
     return sum;
   }
-  // Too little of the weight for the recording's exponentials: scores that are NaN end the run.
-  // Of columns behind the group: zero, so that nobody needs to skip them.
+  // One over a sum. NaN, which ends the run, where held tokens have too little of the weight for the
+  // recording's exponentials; zero for columns behind the group, so that nobody needs to skip them.
   KVLAPSE_DEVICE float inverse_of(float sum, int column) const {
     if (column % kLanes >= group_) return 0;
     return sum >= kLeastSharedSum ? 1.0f / sum : device::bits_float(0x7fc00000u);
