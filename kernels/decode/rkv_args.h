@@ -30,7 +30,7 @@ inline constexpr int kRkvMaxKeyRows = 240;  // that are searched at once: 8 bits
 
 // A block's shared memory, in bytes from its start. By slot or rank: arrays of n_slots.
 struct RkvLayout {
-  int queries, vector, keys;  // rows; the sort's buckets take their place
+  int vector, keys;  // rows, behind the window's queries; the sort's buckets take the place of all
   int key_inverse;
   int inverse;  // float by slot; then two uint16 each: buckets and ranks while they are sorted
   int importance, projection, forgiven;  // by rank; the first two before that: slots that found no key
@@ -92,7 +92,6 @@ constexpr int rkv_query_rows(int window, int group) {
 constexpr RkvLayout rkv_layout(const RkvArgs& a, int head_dim, int element_bytes) {
   RkvLayout at{};
   const int row = head_dim * element_bytes, n = rkv_padded(a.n_slots);
-  at.queries = 0;
   at.vector = rkv_query_rows(a.window, a.group) * row;
   at.keys = at.vector + 16 * row;
   const int keys_end = at.keys + a.key_rows * row, counters = kRkvBuckets * 4;
