@@ -1,8 +1,8 @@
 // GpuReplay: ReplayDevice over a DeviceApi. Rows go to the device in blocks of steps while it works on the
-// blocks before; a block's weights, H x T x lanes for each step, are the only large thing it keeps beside K,
-// V and the answers. Victims have the bits of the CPU's replay (kernels/gpu/replay_kernels.cuh); masses are
-// sums in another order (1e-6), outputs are products of half precision summed in fp32: errors are within 1e-3
-// of the CPU's, relatively. Buffers stay for the next run.
+// blocks before; weights of two blocks, H x T x lanes for each step, in fp32 and in half precision, are the
+// only large thing it keeps beside K, V and the answers. Victims have the bits of the CPU's replay
+// (kernels/gpu/replay_kernels.cuh); masses are sums in another order (1e-6), outputs are products of half
+// precision summed in fp32: errors are within 1e-3 of the CPU's, relatively. Buffers stay for the next run.
 #pragma once
 
 #include <map>
@@ -14,7 +14,7 @@ namespace kvlapse {
 
 class GpuReplay final : public ReplayDevice {
  public:
-  // `block_bytes` of weights of a block of steps.
+  // `block_bytes` of fp32 weights of a block of steps; three times that is allocated.
   explicit GpuReplay(std::unique_ptr<DeviceApi> api, size_t block_bytes = size_t{1} << 30);
   ~GpuReplay() override;
   std::string describe() const override { return api_->describe(); }
