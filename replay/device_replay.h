@@ -2,7 +2,8 @@
 // device serves. The device takes the decisions and measures what reads attention; what follows from the
 // decisions alone (held tokens, evictions, lifetimes, churn, revival) is counted here. Victims are those of
 // ReplayEngine, and so is every count; sums of weights agree within 1e-5, errors within 1e-3 (half precision
-// operands). Not measured, and absent from results: rank correlation and sensitivity of scores.
+// operands). A step at which held tokens have less than 2^-70 of the weight is an error. Not measured, and
+// absent from results: rank correlation and sensitivity of scores.
 #pragma once
 
 #include "core/engine/replay_device.h"

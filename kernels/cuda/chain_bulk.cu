@@ -7,8 +7,7 @@
 namespace kvlapse {
 namespace {
 
-// Half of the registers at most: attention's blocks find room beside it, so that either streams while the
-// other starts or ends.
+// At most half of the registers, as it was measured.
 __global__ void __launch_bounds__(kChainThreads, 2)
     product_chain_kernel(const __grid_constant__ ChainArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];

@@ -5,7 +5,9 @@
 // for batches above kGemvMostRows; own matrix-vector kernels otherwise.
 //
 // Results agree with the exact backend within rounding, not bit for bit. Weights come from a model, or are
-// random by seed, made on the device. One thread; the current device.
+// random by seed, made on the device. One thread; the current device. Where the products are one launch its
+// blocks wait for each other, one a multiprocessor: one such decoder runs on a device at a time, and nothing
+// beside it may hold multiprocessors for good.
 #pragma once
 
 #include <memory>
