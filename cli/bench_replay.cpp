@@ -84,9 +84,9 @@ std::vector<BenchRow> on_cpu(const RowSource& rows, const std::string& what, con
   return out;
 }
 
-// Operations of the logits, and bytes that the weights of all (step, query head) cannot but move: written as
-// logits, read by decisions, read twice and written as probabilities in both precisions, read by masses and
-// by outputs.
+// Operations of the logits, and bytes that the weights of all (step, query head) cannot but move. In fp32:
+// written as logits, read and written as exponentials, read by decisions and by masses. In half precision:
+// written, turned (read and written) with the full cache's outputs, read by the configurations'.
 struct GpuWork {
   double logit_operations, weight_bytes;
 };
@@ -94,7 +94,7 @@ GpuWork gpu_work(const RowSource& rows) {
   const CacheGeometry& g = rows.geometry();
   const auto n = static_cast<double>(rows.sequence(0).n_tokens);
   const double pairs = n * (n + 1) / 2 * g.n_q_heads * (rows.layer_end() - rows.layer_begin());
-  return {pairs * 2 * g.head_dim, pairs * (4 * 6 + 2 * 2)};
+  return {pairs * 2 * g.head_dim, pairs * (4 * 5 + 2 * 4)};
 }
 
 std::vector<BenchRow> on_gpu(const RowSource& rows, const std::string& what, const ReplayBench& bench) {

@@ -69,6 +69,8 @@ GpuProfile read_profile(const std::string& file) {
       gpu.launches.push_back({batch, l["per_layer"].get<double>()});
     }
   }
+  if (gpu.launch_us.value > 0 && gpu.launches.empty())
+    fail("{}: launch_us: expected launches by batch beside it, found none", file);
   for (const Sourced* s : {&gpu.memory_gib, &gpu.weight_read_gbps, &gpu.kv_read_gbps})
     if (!(s->value > 0)) fail("{}: memory and bandwidths must be above 0, found {}", file, s->value);
   return gpu;
@@ -211,8 +213,7 @@ void run_fit(const Options& o, Context& context) {
   if (context.json) return print_json(document);
   fmt::print(
       "{}: {}; step overhead {:.0f} +- {:.0f} us, a launch {:.1f} +- {:.1f} us, weights {:.0f} +- {:.0f} "
-      "GB/s, "
-      "K/V {:.0f} +- {:.0f} GB/s\n",
+      "GB/s, K/V {:.0f} +- {:.0f} GB/s\n",
       o.output_file, gpu.name, gpu.step_overhead_us.value, gpu.step_overhead_us.error, gpu.launch_us.value,
       gpu.launch_us.error, gpu.weight_read_gbps.value, gpu.weight_read_gbps.error, gpu.kv_read_gbps.value,
       gpu.kv_read_gbps.error);

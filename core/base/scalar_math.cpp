@@ -31,8 +31,6 @@ float element(const RowView& rows, size_t row, size_t d) {
 }
 
 namespace {
-constexpr float kLog2e = 1.44269504088896341f;
-
 // x - n log 2.
 float exp_rest(float x, float n) {
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;

@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "core/base/dtype.h"
+#include "core/base/vector_math.h"
 
 // Targets with 8 or 16 fp32 lanes and fused multiply-add; all others run the scalar definition.
 #undef KVLAPSE_SIMD
@@ -98,7 +99,7 @@ HWY_INLINE Vec8 tree8(const Vec8 (&v)[8]) {
 
 // The parts of scalar::exp_one and scalar::exp_over_one, in every lane.
 HWY_INLINE Vec exp_integer(Vec x) {
-  return hn::Round(hn::Mul(x, hn::Set(Tag(), 1.44269504088896341f)));
+  return hn::Round(hn::Mul(x, hn::Set(Tag(), kLog2e)));
 }
 HWY_INLINE Vec exp_rest(Vec x, Vec n) {
   const Tag d;

@@ -238,7 +238,7 @@ void exp_over(std::span<const float> values, float base, std::span<float> out) {
   HWY_DYNAMIC_DISPATCH(ExpOver)(values, base, out);
 }
 float softmax_base(float most) {
-  return std::nearbyint(most * 1.44269504088896341f) - static_cast<float>(kHeadBits);
+  return std::nearbyint(most * kLog2e) - static_cast<float>(kHeadBits);
 }
 float log_over(float sum, float base) {
   return static_cast<float>(std::log(static_cast<double>(sum)) + std::numbers::ln2 * base);

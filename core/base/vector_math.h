@@ -26,6 +26,7 @@ void exp_minus(std::span<const float> values, float shift,
 // base: rows of the same logits share exponentials whatever their own largest is, where their sum is at least
 // kLeastSharedSum (what is lost below 2^-126 is then no weight that a float could hold). Precision as above
 // up to |x| = 65536.
+inline constexpr float kLog2e = 1.44269504088896341f;
 inline constexpr int kHeadBits = 32;  // exponentials stay below 2^(kHeadBits + 1), far from overflow
 inline constexpr float kLeastSharedSum = 0x1p26f;
 float softmax_base(float most);  // of a row with that largest value

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <span>
+#include <utility>
 
 #include "core/base/error.h"
 #include "core/base/rng.h"
@@ -180,23 +181,16 @@ constexpr Variant kLeaveOneOutVariants[] = {
     {"leave_one_out_cp_async", FusedScore::leave_one_out, false, false, DecodePath::cp_async},
 };
 
+// Sequences and slots that a table has.
+constexpr std::pair<int, int> kShapes[] = {{1, 1024},  {1, 3276},   {1, 16384}, {8, 1024},  {8, 3276},
+                                           {8, 16384}, {16, 3276},  {32, 1024}, {32, 3276}, {32, 16384},
+                                           {64, 1024}, {128, 1024}, {128, 3276}};
+
 std::vector<AttentionBenchCase> standard_cases(const AttentionBenchOptions& options) {
   std::vector<AttentionBenchCase> cases;
   for (DType dtype : options.fp8 ? std::vector<DType>{DType::f8e4m3, DType::bf16}
                                  : std::vector<DType>{DType::bf16, DType::f16})
-    for (auto [batch, slots] : {std::pair{1, 1024},
-                                {1, 3276},
-                                {1, 16384},
-                                {8, 1024},
-                                {8, 3276},
-                                {8, 16384},
-                                {16, 3276},
-                                {32, 1024},
-                                {32, 3276},
-                                {32, 16384},
-                                {64, 1024},
-                                {128, 1024},
-                                {128, 3276}})
+    for (auto [batch, slots] : kShapes)
       if (batch >= options.min_batch && batch <= options.max_batch) cases.push_back({batch, slots, dtype});
   return cases;
 }
@@ -217,18 +211,7 @@ std::vector<Work> sweep_work() {
   for (DType dtype : {DType::bf16, DType::f8e4m3})
     for (auto [tile_warps, groups] :
          {std::pair{1, 5}, {1, 6}, {1, 8}, {1, 10}, {2, 2}, {2, 3}, {2, 4}, {2, 5}})
-      for (auto [batch, slots] : {std::pair{1, 1024},
-                                  {1, 3276},
-                                  {1, 16384},
-                                  {8, 1024},
-                                  {8, 3276},
-                                  {8, 16384},
-                                  {16, 3276},
-                                  {32, 1024},
-                                  {32, 3276},
-                                  {64, 1024},
-                                  {128, 1024},
-                                  {128, 3276}}) {
+      for (auto [batch, slots] : kShapes) {
         add(batch, slots, {.groups = groups, .tile_warps = tile_warps});
         work.back().at.dtype = dtype;
       }

@@ -24,7 +24,7 @@ KVLAPSE_DEVICE float infinity() {
 KVLAPSE_DEVICE float exp_one(float x) {
   if (!(x > -87.3f)) return x != x ? x : 0.0f;
   if (x > 88.37f) return infinity();
-  const float n = rintf(x * 1.44269504088896341f);
+  const float n = rintf(x * kLog2e);
   return device::exp_of_rest(device::exp_rest(x, n)) *
          device::bits_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }

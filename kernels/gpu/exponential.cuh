@@ -25,10 +25,10 @@ KVLAPSE_DEVICE float exp_of_rest(float r) {
 
 // vector_math.h: softmax_base and, for values up to the base's, exp_over.
 KVLAPSE_DEVICE float softmax_base(float most) {
-  return rintf(most * 1.44269504088896341f) - static_cast<float>(kHeadBits);
+  return rintf(most * kLog2e) - static_cast<float>(kHeadBits);
 }
 KVLAPSE_DEVICE float exp_over(float x, float base) {
-  const float n = rintf(x * 1.44269504088896341f), power = n - base;
+  const float n = rintf(x * kLog2e), power = n - base;
   if (!(power >= -126.0f)) return x < __builtin_huge_valf() ? 0.0f : x - x;
   return exp_of_rest(fminf(fmaxf(exp_rest(x, n), -1.0f), 1.0f)) *
          bits_float(static_cast<uint32_t>(static_cast<int32_t>(power) + 127) << 23);

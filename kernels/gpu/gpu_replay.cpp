@@ -38,8 +38,8 @@ struct GpuReplay::Run {
   int n_blocks = 0;
   int n_configs, begin, end, block_steps;  // steps [begin, end) are measured, or decide when nothing is
   size_t row_floats;                       // weights of a step
-  float *q_host, *k_host, *v_host, *q[3], *k, *v, *weights[2], *peaks, *l1, *metrics = nullptr,
-                                                                            *future = nullptr;
+  float *q_host, *k_host, *v_host, *q[3], *k, *v, *weights[2], *peaks, *l1;
+  float *metrics = nullptr, *future = nullptr;
   uint16_t *half, *half_weights[2] = {};
   float *outputs = nullptr, *totals = nullptr;
   gr::Repair* repairs = nullptr;

@@ -150,6 +150,12 @@ TEST_F(ReplayCli, MeasuredProfilesAreHeldAgainstTheModel) {
   EXPECT_EQ(run_program({"predict", "--gpu", path("sheet.json"), "--check"}).exit_code,
             2);  // nothing measured
 
+  Json launches = Json::parse(std::ifstream(path("sheet.json")));
+  launches["launch_us"] = of_data_sheet(3);
+  std::ofstream(path("launches.json")) << launches.dump();
+  EXPECT_THAT(run_program({"predict", "--gpu", path("launches.json"), "--check"}).err,
+              testing::HasSubstr("launch_us: expected launches by batch beside it, found none"));
+
   // From a bench to a profile to a check; a step that is far off is found.
   Json bench = {{"rows", Json::array()}};
   for (const auto& [weights, kv] :
