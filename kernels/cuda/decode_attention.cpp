@@ -139,6 +139,7 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.n_stages = plan_.n_stages;
   args.logits_bytes = plan_.logits_bytes;
   args.partial_offset = plan_.partial_offset;
+  args.owners = plan_.owners;
   args.small_offset = plan_.small_offset;
   args.state_ahead = plan_.state_ahead;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape_.head_dim)));

@@ -196,7 +196,7 @@ class DecodeCta {
 
   KVLAPSE_DEVICE int consumer_warps() const { return n_threads_ / 32; }
   KVLAPSE_DEVICE void consumer_sync() { named_barrier(kConsumerBarrier, n_threads_); }
-  KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.n_splits > 1; }
+  KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.n_splits != 1; }
   KVLAPSE_DEVICE SmemAddress bar(const uint64_t& b) const { return smem_address(&b); }
   KVLAPSE_DEVICE int half_group() const { return (args_.group + 1) / 2; }  // lanes of a quad that hold heads
   KVLAPSE_DEVICE Tiles tiles_of(int n) const {
@@ -796,7 +796,8 @@ class DecodeCta {
       }
     } else {
       KVLAPSE_UNROLL
-      for (int j = 0; j < 2; ++j) l[j] = 2 * t + j < args_.group && l[j] > 0 ? 1.0f / l[j] : 0.0f;
+      for (int j = 0; j < 2; ++j)
+        l[j] = 2 * t + j < args_.group && l[j] > 0 ? reciprocal_approximate(l[j]) : 0.0f;
       if (warp_ == 0 && g == 0) small_.inverse_sum[2 * t] = l[0], small_.inverse_sum[2 * t + 1] = l[1];
       if (t >= half_group()) m[0] = m[1] = kInfinity;  // so that every probability of theirs is zero
     }
@@ -832,10 +833,12 @@ class DecodeCta {
   }
   // n rows of (max, sum), a lane reading every eighth; leave one out in order, as its sums are not symmetric.
   KVLAPSE_DEVICE void merge_rows(SmemAddress row, int n, float (&m)[2], float (&l)[2]) {
-    m[0] = m[1] = kNoMax, l[0] = l[1] = kEmptySum;
     const int from = Traits::kLeaveOneOut ? 0 : lane_ / 4, step = Traits::kLeaveOneOut ? 1 : 8;
+    Float4 first{kNoMax, kEmptySum, kNoMax, kEmptySum};
+    if (from < n) first = smem_load4(row + static_cast<uint32_t>(from) * kRowBytes);
+    m[0] = first.x, l[0] = first.y, m[1] = first.z, l[1] = first.w;
     KVLAPSE_NO_UNROLL
-    for (int i = from; i < n; i += step) {
+    for (int i = from + step; i < n; i += step) {
       const Float4 v = smem_load4(row + static_cast<uint32_t>(i) * kRowBytes);
       merge(m[0], l[0], v.x, v.y);
       merge(m[1], l[1], v.z, v.w);
@@ -1106,16 +1109,17 @@ class DecodeCta {
                              const float (&output)[Traits::kSteps][4]) {
     if (clustered() && thread_index() == 0)
       mbarrier_arrive_expect(bar(small_.output_bar),
-                             static_cast<uint32_t>((args_.n_splits - 1) * own_chunks(rank_) * 16));
+                             static_cast<uint32_t>(args_.n_splits * own_chunks() * 16));
     store_partial(output);  // over the warp's own logits
     key = warp_min(key);
     if (lane_ == 0) small_.keys[warp_] = key;
-    consumer_sync();  // global scores are written
+    consumer_sync();                 // global scores are written
+    if (clustered()) send_output();  // first: others wait for it
     keep_state(item, info);
     if (args_.n_splits == 1)
       write_output(item);
     else if (clustered())
-      exchange_output_in_cluster(item, turn);
+      receive_output(item, turn);
     else
       exchange_output_in_memory(item);
     warp_sync();
@@ -1155,6 +1159,10 @@ class DecodeCta {
       return logits_ + static_cast<uint32_t>(warp * args_.warp_bytes +
                                              (head * (Traits::kHeadDim + kOutputPad) + d) * 4);
   }
+  KVLAPSE_DEVICE uint32_t partial_stride() const {
+    return Traits::kLeaveOneOut ? static_cast<uint32_t>(args_.group * (Traits::kHeadDim + kOutputPad) * 4)
+                                : static_cast<uint32_t>(args_.warp_bytes);
+  }
   KVLAPSE_DEVICE void store_partial(const float (&output)[Traits::kSteps][4]) {
     const int g = lane_ / 4, t = lane_ % 4;
     KVLAPSE_UNROLL
@@ -1169,15 +1177,37 @@ class DecodeCta {
   }
   static constexpr int kHeadChunks = Traits::kHeadDim / 4;  // four floats
   KVLAPSE_DEVICE int n_chunks() const { return args_.group * kHeadChunks; }
-  KVLAPSE_DEVICE int own_chunks(int rank) const {
-    return (n_chunks() - rank + args_.n_splits - 1) / args_.n_splits;
+  KVLAPSE_DEVICE int owner_of(int chunk) const {
+    return chunk * args_.owners.scale >> OutputOwners::kScaleBits;
   }
-  KVLAPSE_DEVICE int most_chunks() const { return (n_chunks() + args_.n_splits - 1) / args_.n_splits; }
+  KVLAPSE_DEVICE int first_own_chunk() const { return args_.owners.first[rank_]; }
+  KVLAPSE_DEVICE int end_own_chunks() const { return args_.owners.first[rank_ + 1]; }
+  KVLAPSE_DEVICE int own_chunks() const { return end_own_chunks() - first_own_chunk(); }
+  // What splits send of a chunk to its owner, which sums in the order of splits.
+  KVLAPSE_DEVICE SmemAddress received_address(int from, int chunk, int owner) const {
+    return received_ + static_cast<uint32_t>(from) * received_stride() +
+           static_cast<uint32_t>((chunk - args_.owners.first[owner]) * kReceivedBytes);
+  }
+  KVLAPSE_DEVICE uint32_t received_stride() const {
+    return static_cast<uint32_t>(args_.owners.most * kReceivedBytes);
+  }
+  static constexpr int kReceivedBytes = Traits::kLeaveOneOut ? 32 : 16;
 
   KVLAPSE_DEVICE Float4 sum_of_warps(int chunk) const {
+    return sum_in_order(partial_address(0, chunk / kHeadChunks, chunk % kHeadChunks * 4), partial_stride(),
+                        consumer_warps());
+  }
+  // Of n times four numbers; four loads are in flight before the first is added.
+  KVLAPSE_DEVICE static Float4 sum_in_order(SmemAddress at, uint32_t stride, int n) {
     Float4 total{0, 0, 0, 0};
-    for (int w = 0; w < consumer_warps(); ++w)
-      add(total, smem_load4(partial_address(w, chunk / kHeadChunks, chunk % kHeadChunks * 4)));
+    KVLAPSE_NO_UNROLL
+    for (int first = 0; first < n; first += 4) {
+      Float4 part[4];
+      KVLAPSE_UNROLL
+      for (int u = 0; u < 4; ++u, at += stride) part[u] = first + u < n ? smem_load4(at) : Float4{0, 0, 0, 0};
+      KVLAPSE_UNROLL
+      for (int u = 0; u < 4; ++u) add(total, part[u]);
+    }
     return total;
   }
   KVLAPSE_DEVICE static void add(Float4& a, const Float4& b) {
@@ -1197,25 +1227,18 @@ class DecodeCta {
     for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_)
       store_output(item, chunk, sum_of_warps(chunk));
   }
-  // Chunk c belongs to rank c % n_splits, which receives [other ranks][c / n_splits] and sums in rank order.
-  KVLAPSE_DEVICE SmemAddress received_address(int from, int owner, int i) const {
-    return received_ + static_cast<uint32_t>(((from < owner ? from : from - 1) * most_chunks() + i) * 16);
-  }
-  KVLAPSE_DEVICE void exchange_output_in_cluster(int item, int turn) {
+  KVLAPSE_DEVICE void send_output() {
     for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_) {
-      const int owner = chunk % args_.n_splits;
-      if (owner != rank_)
-        remote_store4(remote_address(received_address(rank_, owner, chunk / args_.n_splits), owner),
-                      sum_of_warps(chunk), remote_address(bar(small_.output_bar), owner));
+      const int owner = owner_of(chunk);
+      remote_store4(remote_address(received_address(rank_, chunk, owner), owner), sum_of_warps(chunk),
+                    remote_address(bar(small_.output_bar), owner));
     }
+  }
+  KVLAPSE_DEVICE void receive_output(int item, int turn) {
     mbarrier_wait(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
-    for (int i = thread_index(); i < own_chunks(rank_); i += n_threads_) {
-      const int chunk = i * args_.n_splits + rank_;
-      Float4 total{0, 0, 0, 0};
-      for (int r = 0; r < args_.n_splits; ++r)
-        add(total, r == rank_ ? sum_of_warps(chunk) : smem_load4(received_address(r, rank_, i)));
-      store_output(item, chunk, total);
-    }
+    for (int chunk = first_own_chunk() + thread_index(); chunk < end_own_chunks(); chunk += n_threads_)
+      store_output(item, chunk,
+                   sum_in_order(received_address(0, chunk, rank_), received_stride(), args_.n_splits));
   }
   KVLAPSE_DEVICE void exchange_output_in_memory(int item) {
     Float4* scratch = reinterpret_cast<Float4*>(args_.split_output) +
@@ -1225,8 +1248,7 @@ class DecodeCta {
     consumer_sync();
     if (thread_index() == 0) resident_barrier(args_.split_barrier + item, rank_, args_.n_splits);
     consumer_sync();
-    for (int i = thread_index(); i < own_chunks(rank_); i += n_threads_) {
-      const int chunk = i * args_.n_splits + rank_;
+    for (int chunk = first_own_chunk() + thread_index(); chunk < end_own_chunks(); chunk += n_threads_) {
       Float4 total{0, 0, 0, 0};
       for (int r = 0; r < args_.n_splits; ++r)
         add(total, load_shared_by_device(scratch + r * n_chunks() + chunk));
@@ -1324,8 +1346,8 @@ class DecodeCta {
   // the same order wherever that is done, and written by its owner.
   KVLAPSE_DEVICE void combine_output(int item, int turn, const float (&output)[Traits::kSteps][4]) {
     if (clustered() && thread_index() == 0) {
-      const uint32_t own = static_cast<uint32_t>(own_chunks(rank_)) * 32;
-      mbarrier_arrive_expect(bar(small_.output_bar), static_cast<uint32_t>(args_.n_splits - 1) * own);
+      const uint32_t own = static_cast<uint32_t>(own_chunks()) * 32;
+      mbarrier_arrive_expect(bar(small_.output_bar), static_cast<uint32_t>(args_.n_splits) * own);
       mbarrier_arrive_expect(bar(small_.gather_bar), static_cast<uint32_t>(n_chunks()) * 32 - own);
     }
     store_partial(output);
@@ -1344,27 +1366,20 @@ class DecodeCta {
     consumer_sync();
   }
   KVLAPSE_DEVICE void combine_output_in_cluster(int item, int turn) {
-    const auto received = [&](int from, int owner, int i) {
-      return received_ + static_cast<uint32_t>(((from < owner ? from : from - 1) * most_chunks() + i) * 32);
-    };
     const auto send = [&](SmemAddress to, const Float4& v, const uint64_t& barrier, int rank) {
       remote_store4(remote_address(to, rank), v, remote_address(bar(barrier), rank));
     };
     for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_) {
-      const int owner = chunk % args_.n_splits;
-      if (owner == rank_) continue;
-      const SmemAddress to = received(rank_, owner, chunk / args_.n_splits);
+      const int owner = owner_of(chunk);
+      const SmemAddress to = received_address(rank_, chunk, owner);
       send(to, sum_of_warps(chunk), small_.output_bar, owner);
       send(to + 16, heaviest_of(chunk), small_.output_bar, owner);
     }
     mbarrier_wait(bar(small_.output_bar), static_cast<uint32_t>(turn) & 1);
-    for (int i = thread_index(); i < own_chunks(rank_); i += n_threads_) {
-      const int chunk = i * args_.n_splits + rank_;
-      Float4 others{0, 0, 0, 0}, heaviest{0, 0, 0, 0};
-      for (int r = 0; r < args_.n_splits; ++r) {
-        add(others, r == rank_ ? sum_of_warps(chunk) : smem_load4(received(r, rank_, i)));
-        add(heaviest, r == rank_ ? heaviest_of(chunk) : smem_load4(received(r, rank_, i) + 16));
-      }
+    for (int chunk = first_own_chunk() + thread_index(); chunk < end_own_chunks(); chunk += n_threads_) {
+      const SmemAddress from = received_address(0, chunk, rank_);
+      const Float4 others = sum_in_order(from, received_stride(), args_.n_splits);
+      const Float4 heaviest = sum_in_order(from + 16, received_stride(), args_.n_splits);
       const Left left = left_of(chunk, others, heaviest);
       keep_left(chunk, left);
       const int head = chunk / kHeadChunks, d = chunk % kHeadChunks * 4;
@@ -1395,7 +1410,7 @@ class DecodeCta {
       }
       const Left left = left_of(chunk, others, heaviest);
       keep_left(chunk, left);
-      if (chunk % args_.n_splits == rank_) store_output(item, chunk, left.output, 1);
+      if (owner_of(chunk) == rank_) store_output(item, chunk, left.output, 1);
     }
   }
 

@@ -290,6 +290,11 @@ KVLAPSE_DEVICE float exponential(float x) {
 KVLAPSE_DEVICE float larger(float a, float b) {
   return fmaxf(a, b);
 }
+KVLAPSE_DEVICE float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 KVLAPSE_DEVICE float square_root(float x) {
   return sqrtf(x);
 }

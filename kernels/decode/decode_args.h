@@ -54,6 +54,15 @@ enum DecodeFlag : uint32_t {
       1u,  // a token needed a slot and every slot was protected: slot 0 or the oldest recent one taken
 };
 
+// Which split sums a chunk of four of an item's outputs. Each owns one at least, so that no block runs ahead
+// of those of its item by more than one.
+struct OutputOwners {
+  int32_t scale = 0;                          // the owner of chunk c is c * scale >> kScaleBits
+  int32_t most = 0;                           // chunks that a split owns
+  uint16_t first[kMaxDecodeSplits + 1] = {};  // of each split's chunks, and their end
+  static constexpr int kScaleBits = 20;
+};
+
 template <class TensorMap>
 struct DecodeArgs {
   // Tensor maps over k and v: dims {D, S, B*H}, box {min(D,64), 64, 1}, swizzle of the box width. Unused by
@@ -100,6 +109,7 @@ struct DecodeArgs {
   int32_t n_stages;      // tiles of the ring in shared memory; a multiple of n_groups
   int32_t warp_bytes;    // of a warp's logits in shared memory, or of its partial output over them
   int32_t logits_bytes;  // of all warps; leave one out: and the output reduction
+  OutputOwners owners;
   int32_t small_offset;  // of the barriers and exchange buffers in shared memory
   float logit_scale;     // log2(e) / sqrt(D)
   float score_scale;     // factor of the published mean

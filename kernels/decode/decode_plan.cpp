@@ -18,10 +18,25 @@ int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// What the other splits send of the output.
+int output_chunks(const DecodeShape& shape) {
+  return shape.group() * shape.head_dim / 4;
+}
+// n_splits: at most the chunks.
+OutputOwners output_owners(int n_chunks, int n_splits) {
+  OutputOwners owners;
+  owners.scale = (n_splits << OutputOwners::kScaleBits) / n_chunks;
+  for (int chunk = n_chunks - 1; chunk >= 0; --chunk)
+    owners.first[chunk * owners.scale >> OutputOwners::kScaleBits] = static_cast<uint16_t>(chunk);
+  owners.first[n_splits] = static_cast<uint16_t>(n_chunks);
+  for (int r = 0; r < n_splits; ++r)
+    owners.most = std::max(owners.most, owners.first[r + 1] - owners.first[r]);
+  return owners;
+}
+// What all splits send of the output.
 int split_output_bytes(const DecodeShape& shape, int n_splits) {
-  return (n_splits - 1) * ceil_div(shape.group() * shape.head_dim / 4, n_splits) *
-         (shape.leave_one_out ? 32 : 16);
+  return n_splits == 1 ? 0
+                       : n_splits * output_owners(output_chunks(shape), n_splits).most *
+                             (shape.leave_one_out ? 32 : 16);
 }
 
 // How consumers share the tiles of a split.
@@ -67,16 +82,15 @@ void check(const DecodeShape& s) {
     fail("decode kernel: expected a batch and slots, found {} and {}", s.batch, s.n_slots);
 }
 
-// Two blocks a multiprocessor hide the fixed cost of short items: measured on an H100, 1024 slots. Not when
-// blocks are between one and two to a multiprocessor anyway, nor when there are so many items that rings stay
-// full.
+// Two blocks a multiprocessor hide the fixed cost of short items: measured on an H100 and an H200, 1024
+// slots, up to eight items a block. Not when blocks are between one and two to a multiprocessor anyway.
 bool wants_two_blocks(const DecodeShape& shape, const DecodeLimits& limits, const DecodeTuning& tuning) {
   const int items = shape.n_items(), blocks = limits.n_multiprocessors;
   return limits.clusters && tuning.splits == 0 && tuning.stages == 0 && tuning.ctas == 0 &&
          ceil_div(shape.n_slots, kDecodeTileSlots) <= kShortItem &&
          shape.row_bytes() * kDecodeTileSlots * 4 <= 65536 &&  // four stages fit half the shared memory
          !(shape.leave_one_out && shape.group() * shape.head_dim > 512) &&
-         (items < kEnoughBlocks * blocks || (items > blocks && items <= 4 * blocks));
+         (items < kEnoughBlocks * blocks || (items > blocks && items <= 8 * blocks));
 }
 
 }  // namespace
@@ -86,7 +100,7 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   const int tile_bytes =
       kDecodeTileSlots * static_cast<int>(shape.row_bytes() + (shape.fp8() ? sizeof(float) : 0));
   const int tiles = ceil_div(shape.n_slots, kDecodeTileSlots);
-  const int most = std::min(limits.max_splits, kMaxDecodeSplits);
+  const int most = std::min({limits.max_splits, kMaxDecodeSplits, output_chunks(shape)});
   const int per_multiprocessor = tuning.blocks_per_multiprocessor > 0      ? tuning.blocks_per_multiprocessor
                                  : wants_two_blocks(shape, limits, tuning) ? 2
                                                                            : 1;
@@ -156,6 +170,7 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   plan.logits_bytes = logits_bytes(shape, splits, consumers);
   plan.partial_offset = shape.leave_one_out ? consumers.warps() * plan.warp_bytes : 0;
   plan.n_stages = stages;
+  plan.owners = output_owners(output_chunks(shape), splits);
   plan.small_offset = plan.n_stages * tile_bytes + plan.logits_bytes + split_output_bytes(shape, splits);
   plan.smem_bytes = plan.small_offset + kDecodeSmallBytes;
 

@@ -52,6 +52,7 @@ struct DecodePlan {
   int warp_bytes = 0;
   int logits_bytes = 0;  // with the output reduction
   int partial_offset = 0;
+  OutputOwners owners;
   int small_offset = 0;
   int smem_bytes = 0;
   bool state_ahead = false;

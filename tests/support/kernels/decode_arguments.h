@@ -23,6 +23,7 @@ void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, con
   args.n_stages = plan.n_stages;
   args.logits_bytes = plan.logits_bytes;
   args.partial_offset = plan.partial_offset;
+  args.owners = plan.owners;
   args.small_offset = plan.small_offset;
   args.state_ahead = plan.state_ahead;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(p.shape.head_dim)));

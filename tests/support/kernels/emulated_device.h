@@ -160,6 +160,9 @@ inline float exponential(float x) {
 inline float larger(float a, float b) {
   return std::fmax(a, b);
 }
+inline float reciprocal_approximate(float x) {
+  return 1.0f / x;
+}
 inline float square_root(float x) {
   return std::sqrt(x);
 }
