@@ -24,7 +24,7 @@ constexpr float e4m3_to_f32(uint8_t byte) {
 constexpr uint8_t f32_to_e4m3(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 24) & 0x80u, magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7fu);
+  if (magnitude > 0x7f800000u) return 0x7f;  // NaN, as the GPU's own conversion says it
   if (magnitude >= 0x43e00000u) return static_cast<uint8_t>(sign | 0x7eu);
   if (magnitude < 0x3c800000u) {  // below 2^-6: the sum rounds to a multiple of 2^-9
     const float shifted = std::bit_cast<float>(magnitude) + 16384.0f;

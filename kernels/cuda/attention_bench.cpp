@@ -207,12 +207,10 @@ std::vector<Work> sweep_work() {
     v.tuning = tuning;
     work.push_back({{batch, slots, DType::bf16}, v});
   };
-  // How consumers share tiles: groups of one warp and of two.
   for (DType dtype : {DType::bf16, DType::f8e4m3})
-    for (auto [tile_warps, groups] :
-         {std::pair{1, 5}, {1, 6}, {1, 8}, {1, 10}, {2, 2}, {2, 3}, {2, 4}, {2, 5}})
+    for (int groups : {2, 3, 4, 5})
       for (auto [batch, slots] : kShapes) {
-        add(batch, slots, {.groups = groups, .tile_warps = tile_warps});
+        add(batch, slots, {.groups = groups});
         work.back().at.dtype = dtype;
       }
   // Two blocks a multiprocessor: a launch's first loads overlap the end of the one before.
@@ -297,7 +295,6 @@ void bench_attention(const AttentionBenchOptions& options,
       row.variant = w.variant.name;
       row.n_splits = layers.plan().n_splits, row.n_stages = layers.plan().n_stages,
       row.n_ctas = layers.plan().n_ctas, row.n_groups = layers.plan().n_groups,
-      row.tile_warps = layers.plan().tile_warps;
       row.state_ahead = layers.plan().state_ahead;
       row.counted_bytes = decode_bytes(shape, w.at.slots, w.variant.score, w.variant.shared);
       row.median_us = us[us.size() / 2] / n, row.min_us = us.front() / n, row.max_us = us.back() / n;
@@ -315,14 +312,14 @@ void bench_attention(const AttentionBenchOptions& options,
 std::string attention_bench_json(const AttentionBenchRow& r) {
   return fmt::format(
       R"({{"bench":"attention","case":"{} B{} S{} {}","device":"{}","variant":"{}","dtype":"{}","batch":{},"slots":{},)"
-      R"("q_heads":{},"kv_heads":{},"head_dim":{},"splits":{},"stages":{},"ctas":{},"groups":{},"tile_warps":{},"state_ahead":{},"kv_bytes":{},"counted_bytes":{},"median_us":{:.3f},)"
+      R"("q_heads":{},"kv_heads":{},"head_dim":{},"splits":{},"stages":{},"ctas":{},"groups":{},"state_ahead":{},"kv_bytes":{},"counted_bytes":{},"median_us":{:.3f},)"
       R"("floor_us":{:.3f},"read_ceiling_gbps":{:.1f},"share_of_ceiling":{:.4f},"with_importance":{},)"
       R"("with_eviction":{},"median":{:.3f},"unit":"us","limit":{:.3f},"ratio_to_limit":{:.4f},"runs":{},"spread":{:.4f}}})",
       r.variant, r.at.batch, r.at.slots, dtype_name(r.at.dtype), r.device, r.variant, dtype_name(r.at.dtype),
       r.at.batch, r.at.slots, r.n_q_heads, r.n_kv_heads, r.head_dim, r.n_splits, r.n_stages, r.n_ctas,
-      r.n_groups, r.tile_warps, r.state_ahead, r.kv_bytes, r.counted_bytes, r.median_us, r.floor_us(),
-      r.read_ceiling_gbps, r.floor_us() / r.median_us, r.with_importance, r.with_eviction, r.median_us,
-      r.floor_us(), r.median_us / r.floor_us(), r.runs, (r.max_us - r.min_us) / r.median_us);
+      r.n_groups, r.state_ahead, r.kv_bytes, r.counted_bytes, r.median_us, r.floor_us(), r.read_ceiling_gbps,
+      r.floor_us() / r.median_us, r.with_importance, r.with_eviction, r.median_us, r.floor_us(),
+      r.median_us / r.floor_us(), r.runs, (r.max_us - r.min_us) / r.median_us);
 }
 
 }  // namespace kvlapse

@@ -32,7 +32,7 @@ struct AttentionBenchRow {
   std::string device, variant;  // variant: victim_per_head, victim_shared, attention_only, ...
   AttentionBenchCase at;
   int n_q_heads = 0, n_kv_heads = 0, head_dim = 0;
-  int n_splits = 0, n_stages = 0, n_ctas = 0, n_groups = 0, tile_warps = 0;
+  int n_splits = 0, n_stages = 0, n_ctas = 0, n_groups = 0;
   uint64_t kv_bytes = 0, counted_bytes = 0;
   double median_us = 0, min_us = 0, max_us = 0, read_ceiling_gbps = 0;
   int runs = 0;

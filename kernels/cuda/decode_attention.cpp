@@ -58,12 +58,14 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, const Deco
   if (path == DecodePath::bulk && !has_bulk)
     fail("decode kernel: bulk path: expected compute capability 9.0, found {}.{}", major, minor);
   const bool bulk = path == DecodePath::bulk || (path == DecodePath::best && has_bulk);
-  if (shape.leave_one_out)
-    kernel_ = (bulk ? leave_one_out_kernel_bulk : leave_one_out_kernel_cp_async)(shape.head_dim, shape.dtype);
-  else
-    kernel_ = shape.fp8() ? (bulk ? decode_kernel_fp8_bulk : decode_kernel_fp8_cp_async)(shape.head_dim)
-                          : (bulk ? decode_kernel_bulk : decode_kernel_cp_async)(shape.head_dim, shape.dtype);
-  if (kernel_ == nullptr)
+  for (bool shares : {false, true})
+    kernels_[shares] =
+        shape.leave_one_out
+            ? (bulk ? leave_one_out_kernel_bulk : leave_one_out_kernel_cp_async)(shape.head_dim, shape.dtype)
+        : shape.fp8()
+            ? (bulk ? decode_kernel_fp8_bulk : decode_kernel_fp8_cp_async)(shape.head_dim, shares)
+            : (bulk ? decode_kernel_bulk : decode_kernel_cp_async)(shape.head_dim, shape.dtype, shares);
+  if (kernels_[0] == nullptr)
     fail("decode kernel: no kernel for head_dim {} and {}", shape.head_dim, dtype_name(shape.dtype));
 
   DecodeLimits limits;
@@ -71,18 +73,21 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, const Deco
   limits.smem_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   limits.clusters = bulk;
   limits.max_splits = kMaxDecodeSplits;
-  const void* function = reinterpret_cast<const void*>(kernel_);
-  cudaFuncAttributes found{};
-  const cudaError_t error = cudaFuncGetAttributes(&found, function);
-  if (error != cudaSuccess)
-    fail("decode kernel: none is built in for compute capability {}.{}: {}", major, minor,
-         cudaGetErrorString(error));
-  KVLAPSE_CUDA_CHECK(
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.smem_bytes));
+  for (auto kernel : kernels_) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    cudaFuncAttributes found{};
+    const cudaError_t error = cudaFuncGetAttributes(&found, function);
+    if (error != cudaSuccess)
+      fail("decode kernel: none is built in for compute capability {}.{}: {}", major, minor,
+           cudaGetErrorString(error));
+    KVLAPSE_CUDA_CHECK(
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.smem_bytes));
+    if (bulk)
+      KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  }
   if (bulk)
-    KVLAPSE_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  if (bulk)
-    limits.resident_clusters = [&](int n, int n_threads, int smem_bytes) {
+    limits.resident_clusters = [function = reinterpret_cast<const void*>(kernels_[1])](int n, int n_threads,
+                                                                                       int smem_bytes) {
       cudaLaunchAttribute cluster{};
       cluster.id = cudaLaunchAttributeClusterDimension;
       cluster.val.clusterDim.x = static_cast<unsigned>(n);
@@ -134,7 +139,6 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.n_slots = args.budget = shape_.n_slots;
   args.n_splits = plan_.n_splits;
   args.n_groups = plan_.n_groups;
-  args.tile_warps = plan_.tile_warps;
   args.warp_bytes = plan_.warp_bytes;
   args.n_stages = plan_.n_stages;
   args.logits_bytes = plan_.logits_bytes;
@@ -179,7 +183,7 @@ void DecodeKernel::launch(cudaStream_t stream, const CudaDecodeArgs& args, Launc
   shape.dependent = args.early_state && plan_.bulk;
   shape.cooperative = !plan_.bulk && plan_.n_splits > 1;  // splits wait for each other through memory
   launch_kernel(stream, {"decode_step", decode_bytes(shape_, args.budget, args.score, args.shared), log},
-                shape, kernel_, args);
+                shape, kernels_[args.shared], args);
 }
 
 }  // namespace kvlapse

@@ -37,16 +37,16 @@ class DecodeKernel {
  private:
   DecodeShape shape_;
   DecodePlan plan_;
-  void (*kernel_)(CudaDecodeArgs) = nullptr;
+  void (*kernels_[2])(CudaDecodeArgs) = {};  // the second where a layer's heads share their victim
 };
 
-// Kernels by head_dim and element type; null when not built. Every translation unit has the targets that it
-// is for.
+// Kernels by head_dim, element type and whether a layer's heads share a victim; null when not built. Every
+// translation unit has the targets that it is for.
 using DecodeKernelFunction = void (*)(CudaDecodeArgs);
-DecodeKernelFunction decode_kernel_bulk(int head_dim, DType dtype);
-DecodeKernelFunction decode_kernel_cp_async(int head_dim, DType dtype);
-DecodeKernelFunction decode_kernel_fp8_bulk(int head_dim);
-DecodeKernelFunction decode_kernel_fp8_cp_async(int head_dim);
+DecodeKernelFunction decode_kernel_bulk(int head_dim, DType dtype, bool shares);
+DecodeKernelFunction decode_kernel_cp_async(int head_dim, DType dtype, bool shares);
+DecodeKernelFunction decode_kernel_fp8_bulk(int head_dim, bool shares);
+DecodeKernelFunction decode_kernel_fp8_cp_async(int head_dim, bool shares);
 DecodeKernelFunction leave_one_out_kernel_bulk(int head_dim, DType dtype);  // fp8 as well
 DecodeKernelFunction leave_one_out_kernel_cp_async(int head_dim, DType dtype);
 

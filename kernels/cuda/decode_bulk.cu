@@ -3,8 +3,8 @@
 
 namespace kvlapse {
 
-DecodeKernelFunction decode_kernel_bulk(int head_dim, DType dtype) {
-  return decode_kernel_of<true>(head_dim, dtype);
+DecodeKernelFunction decode_kernel_bulk(int head_dim, DType dtype, bool shares) {
+  return decode_kernel_of<true>(head_dim, dtype, shares);
 }
 
 }  // namespace kvlapse

@@ -4,8 +4,8 @@
 
 namespace kvlapse {
 
-DecodeKernelFunction decode_kernel_cp_async(int head_dim, DType dtype) {
-  return decode_kernel_of<false>(head_dim, dtype);
+DecodeKernelFunction decode_kernel_cp_async(int head_dim, DType dtype, bool shares) {
+  return decode_kernel_of<false>(head_dim, dtype, shares);
 }
 
 }  // namespace kvlapse

@@ -3,8 +3,8 @@
 
 namespace kvlapse {
 
-DecodeKernelFunction decode_kernel_fp8_bulk(int head_dim) {
-  return decode_kernel_of<device::E4m3, true>(head_dim);
+DecodeKernelFunction decode_kernel_fp8_bulk(int head_dim, bool shares) {
+  return decode_kernel_of<device::E4m3, true>(head_dim, shares);
 }
 
 }  // namespace kvlapse

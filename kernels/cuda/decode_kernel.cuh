@@ -4,7 +4,7 @@
 //
 // A CTA works on one (b, kv head) and one share ("split") of its 64-slot tiles; CTAs persist and take item
 // after item. One producer warp streams all K tiles, then all V tiles, through a ring in shared memory,
-// running ahead into the next item; consumer warps, alone or two to a tile, take tiles in turn, 32 slots at a
+// running ahead into the next item; consumer warps, two to a tile, take tiles in turn, 32 slots at a
 // time: two independent rows of matrix instructions, and whatever is paid once a tile is paid by few warps.
 //   1. logits: K tile x Q^T on the matrix unit (slots are the rows, query heads the 8 columns); logits go to
 //      shared memory private to the lane, which keeps a running (max, sum) of its heads.
@@ -43,6 +43,7 @@ inline constexpr int kHalfSlots = kTileSlots / 2;
 static_assert(kHalfSlots == 32);
 inline constexpr int kMaxStages = kMaxDecodeStages;
 inline constexpr int kConsumerWarps = kMaxDecodeWarps;
+inline constexpr int kTileWarps = kDecodeTileWarps;
 inline constexpr int kOutputPad = kDecodeOutputPad;
 inline constexpr float kNoMax = -1e30f;         // finite, so that an empty row gives 2^(x - x) and no NaN
 inline constexpr float kCancelled = 1.0f / 64;  // of |o|^2 + |v|^2: less is computed by subtraction
@@ -62,16 +63,16 @@ struct alignas(16) DecodeSmall {
   uint64_t layer_keys[kConsumerWarps];
   int32_t info[2][4];
   alignas(16) float warp_softmax[kConsumerWarps][kMaxDecodeGroup][2];  // (max, sum)
-  alignas(16) float split_softmax[kMaxDecodeSplits][kMaxDecodeGroup][2];
   float inverse_sum[kMaxDecodeGroup];
   int32_t last_arrival;
 };
 static_assert(sizeof(DecodeSmall) == kDecodeSmallBytes);
 
-template <int kHeadDimension, class ElementTag, bool kBulkCopy, bool kLeavesOut = false>
+template <int kHeadDimension, class ElementTag, bool kBulkCopy, bool kLeavesOut, bool kMayShare>
 struct DecodeTraits {
   using Element = ElementTag;
   static constexpr bool kLeaveOneOut = kLeavesOut;  // the score is FusedScore::leave_one_out
+  static constexpr bool kShares = kMayShare;        // a layer's heads may share their victim
   static constexpr bool kFp8 = __is_same(Element, E4m3);
   static constexpr int kThreads = (max_decode_warps(kHeadDimension) + 1) * 32;  // at most
   static constexpr int kHeadDim = kHeadDimension;
@@ -147,8 +148,10 @@ class DecodeCta {
         ring_(smem_address(shared)),
         scales_(ring_ + static_cast<uint32_t>(args.n_stages * Traits::kTileBytes)),
         logits_(scales_ + static_cast<uint32_t>(args.n_stages * Traits::kScaleBytes)),
-        received_(logits_ + static_cast<uint32_t>(args.logits_bytes)),
-        n_threads_(args.n_groups * args.tile_warps * 32),
+        softmax_(logits_ + static_cast<uint32_t>(args.logits_bytes)),
+        received_(softmax_ +
+                  static_cast<uint32_t>(args.n_splits * args.n_groups * kTileWarps) * kDecodeSoftmaxBytes),
+        n_threads_(args.n_groups * kTileWarps * 32),
         warp_(thread_index() / 32),
         lane_(thread_index() % 32),
         rank_(block_index() % args.n_splits),
@@ -198,6 +201,7 @@ class DecodeCta {
   KVLAPSE_DEVICE void consumer_sync() { named_barrier(kConsumerBarrier, n_threads_); }
   KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.n_splits != 1; }
   KVLAPSE_DEVICE SmemAddress bar(const uint64_t& b) const { return smem_address(&b); }
+  KVLAPSE_DEVICE bool shared() const { return Traits::kShares && args_.shared; }
   KVLAPSE_DEVICE int half_group() const { return (args_.group + 1) / 2; }  // lanes of a quad that hold heads
   KVLAPSE_DEVICE Tiles tiles_of(int n) const {
     const int tiles = (n + kTileSlots - 1) / kTileSlots;
@@ -234,7 +238,7 @@ class DecodeCta {
     const uint32_t fills = Traits::kBulk ? 1 : 32;
     for (int i = lane_; i < args_.n_stages; i += 32) {
       mbarrier_init(bar(small_.full[i]), fills);
-      mbarrier_init(bar(small_.empty[i]), static_cast<uint32_t>(args_.tile_warps * kReleases));
+      mbarrier_init(bar(small_.empty[i]), static_cast<uint32_t>(kTileWarps * kReleases));
     }
     if (lane_ < 2) {
       mbarrier_init(bar(small_.info_full[lane_]), 1);
@@ -308,7 +312,7 @@ class DecodeCta {
   // All that does not hang on the position, in flight together.
   KVLAPSE_DEVICE void read_state(int item, ItemState& state) const {
     if (item >= args_.n_items) return;
-    const int key_item = args_.shared ? item / args_.n_kv_heads * args_.n_kv_heads : item;
+    const int key_item = shared() ? item / args_.n_kv_heads * args_.n_kv_heads : item;
     state.pos = args_.step_pos[item / args_.n_kv_heads];
     state.key = ~uint64_t{0};
     if (args_.k_new != nullptr && lane_ < args_.n_splits)
@@ -418,14 +422,14 @@ class DecodeCta {
   }
 
   // ---- consumers ----
-  // Warps that share a tile take a half each, a warp alone both in turn.
-  KVLAPSE_DEVICE int tile_group() const { return args_.tile_warps == 1 ? warp_ : warp_ >> 1; }
-  KVLAPSE_DEVICE int first_half() const { return args_.tile_warps == 1 ? 0 : warp_ & 1; }
+  // The two warps of a group take half a tile each.
+  KVLAPSE_DEVICE int tile_group() const { return warp_ >> 1; }
+  KVLAPSE_DEVICE int own_half() const { return warp_ & 1; }
   KVLAPSE_DEVICE bool takes(const Tiles& tiles, int slot, bool last_first = false) const {
     const int tile = slot / kTileSlots;
     return slot >= 0 && tile >= tiles.begin && tile < tiles.end &&
            (last_first ? tiles.end - 1 - tile : tile - tiles.begin) % args_.n_groups == tile_group() &&
-           (args_.tile_warps == 1 || slot / kHalfSlots % 2 == first_half());
+           slot / kHalfSlots % 2 == own_half();
   }
 
   KVLAPSE_DEVICE void consume() {
@@ -441,10 +445,10 @@ class DecodeCta {
       // Early: their latency is hidden by K, and by the kernel in front.
       SlotSide sides[2];
       if constexpr (!Traits::kLeaveOneOut) {
-        const int end = scored_end(info, tiles), first = (tiles.begin + group) * kTileSlots;
-        const int visit = args_.tile_warps == 1 ? kHalfSlots : args_.n_groups * kTileSlots;
-        sides[0] = load_side(side_rows(item), first + first_half() * kHalfSlots, end);
-        sides[1] = load_side(side_rows(item), first + first_half() * kHalfSlots + visit, end);
+        const int end = scored_end(info, tiles);
+        const int first = (tiles.begin + group) * kTileSlots + own_half() * kHalfSlots;
+        sides[0] = load_side(side_rows(item), first, end);
+        sides[1] = load_side(side_rows(item), first + args_.n_groups * kTileSlots, end);
       }
       if (turn == 0) {
         wait_for_previous_kernel();
@@ -476,7 +480,7 @@ class DecodeCta {
       } else {
         finish(item, turn, info, key, output);
       }
-      choice = {item, info.n, args_.score != FusedScore::none && info.pos >= 0 && args_.shared};
+      choice = {item, info.n, args_.score != FusedScore::none && info.pos >= 0 && shared()};
       ring.advance(Traits::kPlanes * tiles.count(), args_.n_stages);
     }
     if (choice.due) {
@@ -515,9 +519,7 @@ class DecodeCta {
   }
   // Of any tile.
   KVLAPSE_DEVICE SmemAddress logit_address_of(int local_tile, int half) const {
-    const int group = local_tile % args_.n_groups, round = local_tile / args_.n_groups;
-    return args_.tile_warps == 1 ? logit_address(group, 2 * round + half)
-                                 : logit_address(2 * group + half, round);
+    return logit_address(2 * (local_tile % args_.n_groups) + half, local_tile / args_.n_groups);
   }
 
   // Offsets in a half tile that this lane addresses for load_matrix4: 16 rows, 32 bytes of them. Every 16
@@ -567,10 +569,11 @@ class DecodeCta {
         largest = size > largest ? size : largest;
       }
       const Fp8Scale scale = fp8_scale(bits_float(warp_largest(float_bits(largest))));
-      uint64_t bytes = 0;
       KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i)
-        bytes |= static_cast<uint64_t>(f32_to_e4m3(values[i] * scale.inverse)) << (8 * i);
+      for (float& value : values) value *= scale.inverse;
+      const uint32_t low = narrow_e4m3(values[0], values[1], values[2], values[3]);
+      const uint64_t bytes =
+          static_cast<uint64_t>(narrow_e4m3(values[4], values[5], values[6], values[7])) << 32 | low;
       if (lane_ < Traits::kNewChunks) {
         smem_store_u64(
             tile + chunk_offset(slot % kTileSlots, lane_ / 2) + static_cast<uint32_t>(lane_ % 2 * 8), bytes);
@@ -660,82 +663,80 @@ class DecodeCta {
     const float scale[2] = {query_scale[0] * args_.logit_scale, query_scale[1] * args_.logit_scale};
     float sum[2] = {kEmptySum, kEmptySum};
     SmemAddress logits = logit_address(warp_, 0);
+    const int half = own_half();
     bool waits = !Traits::kLeaveOneOut && turn > 0;
     KVLAPSE_NO_UNROLL
     for (int tile = tiles.begin + tile_group(); tile < tiles.end; tile += args_.n_groups) {
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
       bool wrote = false;
-      KVLAPSE_NO_UNROLL
-      for (int half = first_half(); half < 2; half += args_.tile_warps) {
-        const int first = tile * kTileSlots + half * kHalfSlots;
-        if (half_of_slot(info.slot) == half_of_slot(first)) {
-          write_row(at.stage, info.slot, item, rows.k, 0);
-          wrote = true;
-        }
-        const SmemAddress data = half_of(at.stage, half);
-        float even[2][4] = {}, odd[2][4] = {};
-        KVLAPSE_UNROLL
-        for (int i = 0; i < Traits::kLoads; ++i) {
-          KVLAPSE_UNROLL
-          for (int block = 0; block < 2; ++block) {
-            uint32_t r[4];
-            load_matrix4(r, fragment_address(data, offsets, i, block));
-            if constexpr (Traits::kFp8) {  // rows g and g + 8 of 16 dimensions, then of the next 16
-              uint32_t a[4], b[4];
-              widen_e4m3(r[0], a[0], a[2]);
-              widen_e4m3(r[1], a[1], a[3]);
-              multiply_add_16x8x16<Matrix>(even[block], a, query[2 * i][0], query[2 * i][1]);
-              widen_e4m3(r[2], b[0], b[2]);
-              widen_e4m3(r[3], b[1], b[3]);
-              multiply_add_16x8x16<Matrix>(odd[block], b, query[2 * i + 1][0], query[2 * i + 1][1]);
-            } else {
-              multiply_add_16x8x16<Matrix>(i % 2 ? odd[block] : even[block], r, query[i][0], query[i][1]);
-            }
-          }
-        }
-        float slot_scale[4] = {1, 1, 1, 1};
-        if constexpr (Traits::kFp8)
-          for (int k = 0; k < 4; ++k)
-            slot_scale[k] = smem_load(scale_address(at.stage, half * kHalfSlots + g + k * 8));
-        if (half + args_.tile_warps >= 2) release(at, wrote);
-
-        float s[2][4];
+      const int first = tile * kTileSlots + half * kHalfSlots;
+      if (half_of_slot(info.slot) == half_of_slot(first)) {
+        write_row(at.stage, info.slot, item, rows.k, 0);
+        wrote = true;
+      }
+      const SmemAddress data = half_of(at.stage, half);
+      float even[2][4] = {}, odd[2][4] = {};
+      KVLAPSE_UNROLL
+      for (int i = 0; i < Traits::kLoads; ++i) {
         KVLAPSE_UNROLL
         for (int block = 0; block < 2; ++block) {
-          KVLAPSE_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            s[block][j] = (even[block][j] + odd[block][j]) * scale[j % 2];
-            if constexpr (Traits::kFp8) s[block][j] *= slot_scale[2 * block + j / 2];
-          }
-        }
-        if (first + kHalfSlots > info.n) {
-          KVLAPSE_UNROLL
-          for (int block = 0; block < 2; ++block)
-            for (int j = 0; j < 4; ++j)
-              if (first + block * 16 + g + j / 2 * 8 >= info.n) s[block][j] = -kInfinity;
-        }
-        if (waits) {  // the item in front has left its sums here
-          mbarrier_wait(bar(small_.drained_bar), static_cast<uint32_t>(turn - 1) & 1);
-          waits = false;
-        }
-        if (t < half_group()) {
-          smem_store4(logits, {s[0][0], s[0][1], s[0][2], s[0][3]});
-          smem_store4(logits + pair_bytes(), {s[1][0], s[1][1], s[1][2], s[1][3]});
-        }
-        logits += 2 * pair_bytes();
-        KVLAPSE_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          if constexpr (Traits::kLeaveOneOut) {
-            KVLAPSE_UNROLL
-            for (int k = 0; k < 4; ++k) merge(softmax.max[j], sum[j], s[k / 2][j + k % 2 * 2], 0);
+          uint32_t r[4];
+          load_matrix4(r, fragment_address(data, offsets, i, block));
+          if constexpr (Traits::kFp8) {  // rows g and g + 8 of 16 dimensions, then of the next 16
+            uint32_t a[4], b[4];
+            widen_e4m3(r[0], a[0], a[2]);
+            widen_e4m3(r[1], a[1], a[3]);
+            multiply_add_16x8x16<Matrix>(even[block], a, query[2 * i][0], query[2 * i][1]);
+            widen_e4m3(r[2], b[0], b[2]);
+            widen_e4m3(r[3], b[1], b[3]);
+            multiply_add_16x8x16<Matrix>(odd[block], b, query[2 * i + 1][0], query[2 * i + 1][1]);
           } else {
-            const float top =
-                larger(larger(larger(s[0][j], s[0][j + 2]), larger(s[1][j], s[1][j + 2])), softmax.max[j]);
-            sum[j] = sum[j] * exp2_approximate(softmax.max[j] - top) +
-                     ((exp2_approximate(s[0][j] - top) + exp2_approximate(s[0][j + 2] - top)) +
-                      (exp2_approximate(s[1][j] - top) + exp2_approximate(s[1][j + 2] - top)));
-            softmax.max[j] = top;
+            multiply_add_16x8x16<Matrix>(i % 2 ? odd[block] : even[block], r, query[i][0], query[i][1]);
           }
+        }
+      }
+      float slot_scale[4] = {1, 1, 1, 1};
+      if constexpr (Traits::kFp8)
+        for (int k = 0; k < 4; ++k)
+          slot_scale[k] = smem_load(scale_address(at.stage, half * kHalfSlots + g + k * 8));
+      release(at, wrote);
+
+      float s[2][4];
+      KVLAPSE_UNROLL
+      for (int block = 0; block < 2; ++block) {
+        KVLAPSE_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          s[block][j] = (even[block][j] + odd[block][j]) * scale[j % 2];
+          if constexpr (Traits::kFp8) s[block][j] *= slot_scale[2 * block + j / 2];
+        }
+      }
+      if (first + kHalfSlots > info.n) {
+        KVLAPSE_UNROLL
+        for (int block = 0; block < 2; ++block)
+          for (int j = 0; j < 4; ++j)
+            if (first + block * 16 + g + j / 2 * 8 >= info.n) s[block][j] = -kInfinity;
+      }
+      if (waits) {  // the item in front has left its sums here
+        mbarrier_wait(bar(small_.drained_bar), static_cast<uint32_t>(turn - 1) & 1);
+        waits = false;
+      }
+      if (t < half_group()) {
+        smem_store4(logits, {s[0][0], s[0][1], s[0][2], s[0][3]});
+        smem_store4(logits + pair_bytes(), {s[1][0], s[1][1], s[1][2], s[1][3]});
+      }
+      logits += 2 * pair_bytes();
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        if constexpr (Traits::kLeaveOneOut) {
+          KVLAPSE_UNROLL
+          for (int k = 0; k < 4; ++k) merge(softmax.max[j], sum[j], s[k / 2][j + k % 2 * 2], 0);
+        } else {
+          const float top =
+              larger(larger(larger(s[0][j], s[0][j + 2]), larger(s[1][j], s[1][j + 2])), softmax.max[j]);
+          sum[j] = sum[j] * exp2_approximate(softmax.max[j] - top) +
+                   ((exp2_approximate(s[0][j] - top) + exp2_approximate(s[0][j + 2] - top)) +
+                    (exp2_approximate(s[1][j] - top) + exp2_approximate(s[1][j + 2] - top)));
+          softmax.max[j] = top;
         }
       }
       at.step(args_.n_groups, args_.n_stages);
@@ -749,24 +750,25 @@ class DecodeCta {
     float(&m)[2] = softmax.max;
     float(&l)[2] = softmax.inverse;
     merge_lanes(m, l);
-    if (g == 0) smem_store4(smem_address(small_.warp_softmax[warp_][2 * t]), {m[0], l[0], m[1], l[1]});
-    consumer_sync();
+    if (clustered()) {
+      // Every warp's row goes to every split's own memory, with the bytes of its barrier: nobody gathers
+      // first, and no wait is over the cluster.
+      const int n_rows = args_.n_splits * consumer_warps();
+      if (thread_index() == 0)
+        mbarrier_arrive_expect(bar(small_.softmax_bar), static_cast<uint32_t>(n_rows) * kRowBytes);
+      for (int to = g; to < args_.n_splits; to += 8)
+        remote_store4(remote_address(softmax_address(rank_ * consumer_warps() + warp_), to),
+                      {m[0], l[0], m[1], l[1]}, remote_address(bar(small_.softmax_bar), to));
+      mbarrier_wait(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
+      merge_rows(softmax_address(0), n_rows, m, l);
+      if (shared()) consumer_sync();  // choose_for_layer comes behind one
+    } else {
+      if (g == 0) smem_store4(smem_address(small_.warp_softmax[warp_][2 * t]), {m[0], l[0], m[1], l[1]});
+      consumer_sync();
+    }
     if (args_.n_splits == 1) {
       merge_rows(smem_address(small_.warp_softmax[0][2 * t]), consumer_warps(), m, l);
-    } else if (clustered()) {
-      if (warp_ == 0) {
-        if (lane_ == 0)
-          mbarrier_arrive_expect(bar(small_.softmax_bar), static_cast<uint32_t>(args_.n_splits) * kRowBytes);
-        merge_rows(smem_address(small_.warp_softmax[0][2 * t]), consumer_warps(), m, l);
-        for (int to = g; to < args_.n_splits; to += 8)
-          remote_store4(remote_address(smem_address(small_.split_softmax[rank_][2 * t]), to),
-                        {m[0], l[0], m[1], l[1]}, remote_address(bar(small_.softmax_bar), to));
-      }
-      // What others send arrives in this CTA's own memory, with the barrier's bytes: no wait over the
-      // cluster.
-      mbarrier_wait(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
-      merge_rows(smem_address(small_.split_softmax[0][2 * t]), args_.n_splits, m, l);
-    } else {
+    } else if (!clustered()) {
       Float4* scratch =
           reinterpret_cast<Float4*>(args_.split_softmax) + static_cast<int64_t>(item) * kMaxDecodeSplits * 4;
       if (warp_ == 0) {
@@ -802,7 +804,11 @@ class DecodeCta {
       if (t >= half_group()) m[0] = m[1] = kInfinity;  // so that every probability of theirs is zero
     }
   }
-  static constexpr uint32_t kRowBytes = kMaxDecodeGroup * 2 * sizeof(float);
+  static constexpr uint32_t kRowBytes = kDecodeSoftmaxBytes;
+  // Of what warps of all splits send, heads 2t and 2t + 1.
+  KVLAPSE_DEVICE SmemAddress softmax_address(int row) const {
+    return softmax_ + static_cast<uint32_t>(row) * kRowBytes + static_cast<uint32_t>(lane_ % 4 * 16);
+  }
 
   // Over the lanes with the same heads; all of them end with the same bits.
   KVLAPSE_DEVICE static void merge_lanes(float (&m)[2], float (&l)[2]) {
@@ -831,19 +837,37 @@ class DecodeCta {
       }
     }
   }
-  // n rows of (max, sum), a lane reading every eighth; leave one out in order, as its sums are not symmetric.
+  // n rows of (max, sum), a lane reading every eighth, four at a time.
   KVLAPSE_DEVICE void merge_rows(SmemAddress row, int n, float (&m)[2], float (&l)[2]) {
-    const int from = Traits::kLeaveOneOut ? 0 : lane_ / 4, step = Traits::kLeaveOneOut ? 1 : 8;
-    Float4 first{kNoMax, kEmptySum, kNoMax, kEmptySum};
-    if (from < n) first = smem_load4(row + static_cast<uint32_t>(from) * kRowBytes);
-    m[0] = first.x, l[0] = first.y, m[1] = first.z, l[1] = first.w;
+    m[0] = m[1] = kNoMax, l[0] = l[1] = kEmptySum;
     KVLAPSE_NO_UNROLL
-    for (int i = from + step; i < n; i += step) {
-      const Float4 v = smem_load4(row + static_cast<uint32_t>(i) * kRowBytes);
-      merge(m[0], l[0], v.x, v.y);
-      merge(m[1], l[1], v.z, v.w);
+    for (int first = lane_ / 4; first < n; first += 32) {
+      Float4 rows[4];
+      KVLAPSE_UNROLL
+      for (int u = 0; u < 4; ++u)
+        rows[u] = first + 8 * u < n ? smem_load4(row + static_cast<uint32_t>(first + 8 * u) * kRowBytes)
+                                    : Float4{kNoMax, kEmptySum, kNoMax, kEmptySum};
+      if constexpr (Traits::kLeaveOneOut) {
+        KVLAPSE_UNROLL
+        for (const Float4& v : rows) merge(m[0], l[0], v.x, v.y), merge(m[1], l[1], v.z, v.w);
+      } else {
+        const float top[2] = {
+            larger(larger(larger(rows[0].x, rows[1].x), larger(rows[2].x, rows[3].x)), m[0]),
+            larger(larger(larger(rows[0].z, rows[1].z), larger(rows[2].z, rows[3].z)), m[1])};
+        KVLAPSE_UNROLL
+        for (int j = 0; j < 2; ++j) l[j] *= exp2_approximate(m[j] - top[j]), m[j] = top[j];
+        KVLAPSE_UNROLL
+        for (const Float4& v : rows)
+          l[0] += v.y * exp2_approximate(v.x - m[0]), l[1] += v.w * exp2_approximate(v.z - m[1]);
+      }
     }
-    if constexpr (!Traits::kLeaveOneOut) merge_lanes(m, l);
+    merge_lanes(m, l);
+    if constexpr (Traits::kLeaveOneOut) {  // whose sums are not symmetric
+      const int first_lane = lane_ % 4;
+      KVLAPSE_UNROLL
+      for (int j = 0; j < 2; ++j)
+        m[j] = shuffle_from(m[j], first_lane), l[j] = shuffle_from(l[j], first_lane);
+    }
   }
 
   // What a lane needs of its slot of a half tile (lane (g, t) owns slot g + 8t) beyond K and V, loaded two
@@ -885,17 +909,17 @@ class DecodeCta {
     fragment_offsets((lane_ & 7) + (lane_ >> 4) * 8, (lane_ >> 3) & 1, offsets);
     uint32_t best = kNoScore, best_slot = ~uint32_t{0};
     const SideRows lie = side_rows(item);
-    const int end = scored_end(info, tiles), ahead = args_.tile_warps * args_.n_groups * kTileSlots;
+    const int end = scored_end(info, tiles), ahead = 2 * args_.n_groups * kTileSlots;
     uint32_t top = 0;  // fp8: power of two above the scales that this warp has met, as bits
     SmemAddress logits = logit_address(warp_, 0);
-    const bool alone = args_.tile_warps == 1;
-    bool wrote = false;
+    const int half = own_half();
     KVLAPSE_NO_UNROLL
-    for (int pair = tiles.begin + tile_group(); pair < tiles.end; pair += args_.tile_warps * args_.n_groups) {
+    for (int pair = tiles.begin + tile_group(); pair < tiles.end; pair += 2 * args_.n_groups) {
       KVLAPSE_UNROLL
       for (int visit = 0; visit < 2; ++visit) {  // so that sides[] are registers that nobody copies
-        const int tile = alone ? pair : pair + visit * args_.n_groups, half = alone ? visit : first_half();
+        const int tile = pair + visit * args_.n_groups;
         if (tile >= tiles.end) break;
+        bool wrote = false;
         const int first = tile * kTileSlots + half * kHalfSlots;
         float p[2][4];
         bool heaviest[2][4];  // leave one out: outweighs the head's others
@@ -997,11 +1021,8 @@ class DecodeCta {
             }
           }
         }
-        if (!alone || visit == 1) {
-          release(at, wrote);
-          at.step(args_.n_groups, args_.n_stages);
-          wrote = false;
-        }
+        release(at, wrote);
+        at.step(args_.n_groups, args_.n_stages);
       }
     }
     if constexpr (Traits::kFp8) {
@@ -1130,13 +1151,13 @@ class DecodeCta {
   KVLAPSE_DEVICE void keep_state(int item, const ItemInfo& info) {
     if (warp_ != consumer_warps() - 1) return;
     const bool chooses = args_.score != FusedScore::none && info.pos >= 0;
-    if (chooses && !args_.shared) {
+    if (chooses && !shared()) {
       const uint64_t key = warp_min(lane_ < consumer_warps() ? small_.keys[lane_] : ~uint64_t{0});
       if (lane_ == 0) args_.victim_keys[item * kMaxDecodeSplits + rank_] = key;
     }
     if (lane_ == 0) {
       if (rank_ == 0) note_item(item, info);
-      if (chooses && args_.shared) small_.last_arrival = arrive_at_layer(item);
+      if (chooses && shared()) small_.last_arrival = arrive_at_layer(item);
     }
     warp_sync();
   }
@@ -1501,7 +1522,8 @@ class DecodeCta {
     const auto side_of = [&](int tile, int half) {
       return load_side(lie, tile < tiles.begin ? end : tile * kTileSlots + half * kHalfSlots, end);
     };
-    SlotSide side = side_of(tiles.end - 1 - group, first_half());
+    const int half = own_half();
+    SlotSide side = side_of(tiles.end - 1 - group, half);
     const OutputScale o = prepare_operand();
     float inverse[2],
         heaviest[2];  // heaviest: error of leaving out the slot that outweighs the others, or -1
@@ -1516,48 +1538,43 @@ class DecodeCta {
     KVLAPSE_NO_UNROLL
     for (int tile = tiles.end - 1 - group; tile >= tiles.begin; tile -= args_.n_groups) {
       bool wrote = false;
-      KVLAPSE_NO_UNROLL
-      for (int half = first_half(); half < 2; half += args_.tile_warps) {
-        const int first = tile * kTileSlots + half * kHalfSlots;
-        const bool inside = half + args_.tile_warps < 2;  // the next half is this tile's
-        const SlotSide next = side_of(inside ? tile : tile - args_.n_groups, inside ? 1 : first_half());
-        const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
-        float sums[4];
-        KVLAPSE_UNROLL
-        for (int block = 0; block < 2; ++block) {
-          // Factors w / (1 - w); the slot that outweighs the others has its error already.
-          float factor[4] = {0, 0, 0, 0}, known[4] = {0, 0, 0, 0};
-          if (t < half_group()) {
-            const Float4 s = smem_load4(logit_address_of(tile - tiles.begin, half) +
-                                        static_cast<uint32_t>(block) * pair_bytes());
-            const float logits[4] = {s.x, s.y, s.z, s.w};
-            KVLAPSE_UNROLL
-            for (int j = 0; j < 4; ++j) {
-              const float w = exp2_approximate(logits[j] - max[j % 2]) * inverse[j % 2];
-              const bool outweighs = heaviest[j % 2] >= 0 && logits[j] == max[j % 2];
-              factor[j] = outweighs ? 0 : w / (1 - w);
-              known[j] = outweighs ? heaviest[j % 2] : 0;
-            }
+      const int first = tile * kTileSlots + half * kHalfSlots;
+      const SlotSide next = side_of(tile - args_.n_groups, half);
+      const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
+      float sums[4];
+      KVLAPSE_UNROLL
+      for (int block = 0; block < 2; ++block) {
+        // Factors w / (1 - w); the slot that outweighs the others has its error already.
+        float factor[4] = {0, 0, 0, 0}, known[4] = {0, 0, 0, 0};
+        if (t < half_group()) {
+          const Float4 s = smem_load4(logit_address_of(tile - tiles.begin, half) +
+                                      static_cast<uint32_t>(block) * pair_bytes());
+          const float logits[4] = {s.x, s.y, s.z, s.w};
+          KVLAPSE_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            const float w = exp2_approximate(logits[j] - max[j % 2]) * inverse[j % 2];
+            const bool outweighs = heaviest[j % 2] >= 0 && logits[j] == max[j % 2];
+            factor[j] = outweighs ? 0 : w / (1 - w);
+            known[j] = outweighs ? heaviest[j % 2] : 0;
           }
-          if (block == 0) {
-            mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-            if (half_of_slot(info.slot) == half_of_slot(first)) {
-              write_row(at.stage, info.slot, item, rows.v, 1);
-              wrote = true;
-            }
-          }
-          const int first_row = half * kHalfSlots + block * 16;
-          float error[4];
-          measure_block(info, tile * kTileSlots, first_row, at.stage, o, factor, known, data, error);
-          sums[2 * block] = error[0] + error[1], sums[2 * block + 1] = error[2] + error[3];
         }
-        if (half + args_.tile_warps >= 2) release(at, wrote);
-        const uint32_t bits = score_half(lie, info, first, sums, side);
-        if (bits != kNoScore)
-          best =
-              min_key(best, (static_cast<uint64_t>(bits) << 32) | static_cast<uint32_t>(first + own_slot()));
-        side = next;
+        if (block == 0) {
+          mbarrier_wait(bar(small_.full[at.stage]), at.phase);
+          if (half_of_slot(info.slot) == half_of_slot(first)) {
+            write_row(at.stage, info.slot, item, rows.v, 1);
+            wrote = true;
+          }
+        }
+        const int first_row = half * kHalfSlots + block * 16;
+        float error[4];
+        measure_block(info, tile * kTileSlots, first_row, at.stage, o, factor, known, data, error);
+        sums[2 * block] = error[0] + error[1], sums[2 * block + 1] = error[2] + error[3];
       }
+      release(at, wrote);
+      const uint32_t bits = score_half(lie, info, first, sums, side);
+      if (bits != kNoScore)
+        best = min_key(best, (static_cast<uint64_t>(bits) << 32) | static_cast<uint32_t>(first + own_slot()));
+      side = next;
       at.step(args_.n_groups, args_.n_stages);
     }
     return best;
@@ -1764,7 +1781,7 @@ class DecodeCta {
 
   const Args& args_;
   DecodeSmall& small_;
-  const SmemAddress ring_, scales_, logits_, received_;
+  const SmemAddress ring_, scales_, logits_, softmax_, received_;
   const int n_threads_;  // that consume
   const int warp_, lane_, rank_, first_item_, item_stride_;
 };

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "core/base/fp8.h"
+
 #define KVLAPSE_DEVICE __device__ __forceinline__
 #define KVLAPSE_UNROLL _Pragma("unroll")
 #define KVLAPSE_UNROLL_2 _Pragma("unroll 2")
@@ -276,6 +278,20 @@ KVLAPSE_DEVICE void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd) {
   const __half2 a = __hmul2(*reinterpret_cast<const __half2*>(&low), scale),
                 b = __hmul2(*reinterpret_cast<const __half2*>(&high), scale);
   even = *reinterpret_cast<const uint32_t*>(&a), odd = *reinterpret_cast<const uint32_t*>(&b);
+#endif
+}
+// Four numbers as e4m3 bytes, the first in the lowest: f32_to_e4m3's bits.
+KVLAPSE_DEVICE uint32_t narrow_e4m3(float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t bytes;
+  asm("{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, %2, %1; "
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3; mov.b32 %0, {low, high}; }"
+      : "=r"(bytes)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return bytes;
+#else
+  return f32_to_e4m3(a) | f32_to_e4m3(b) << 8 | f32_to_e4m3(c) << 16 |
+         static_cast<uint32_t>(f32_to_e4m3(d)) << 24;
 #endif
 }
 KVLAPSE_DEVICE uint32_t float_bits(float v) {

@@ -22,7 +22,8 @@ namespace kvlapse {
 inline constexpr int kMaxDecodeSplits = 16;
 inline constexpr int kMaxDecodeGroup = 8;  // query heads per kv head: the columns of one matrix instruction
 inline constexpr int kDecodeTileSlots = 64;
-inline constexpr int kMaxDecodeWarps = 10;  // that consume tiles, alone or two to a tile
+inline constexpr int kDecodeTileWarps = 2;  // that share a tile
+inline constexpr int kMaxDecodeWarps = 10;  // that consume tiles
 // Registers are dealt to four warps at a time: from eight to eleven consumers cost the same, and seven leave
 // wide heads as many as they need.
 constexpr int max_decode_warps(int head_dim) {
@@ -30,7 +31,8 @@ constexpr int max_decode_warps(int head_dim) {
 }
 inline constexpr int kMaxDecodeStages = 24;
 // Barriers and exchange buffers behind the ring.
-inline constexpr int kDecodeSmallBytes = 16 * kMaxDecodeStages + 80 * kMaxDecodeWarps + 1168;
+inline constexpr int kDecodeSmallBytes = 16 * kMaxDecodeStages + 80 * kMaxDecodeWarps + 144;
+inline constexpr int kDecodeSoftmaxBytes = kMaxDecodeGroup * 2 * 4;  // maxima and sums of a warp
 inline constexpr int kDecodeOutputPad =
     4;  // floats between heads of the output reduction, against bank conflicts
 // Leave one out: others that weigh less than this of the largest together count as nothing.
@@ -104,8 +106,7 @@ struct DecodeArgs {
   int32_t recent;        // newest tokens that are never evicted
   int32_t pinned;        // positions below it are never evicted (sinks, prompt)
   int32_t n_splits;      // CTAs that share one (b, h)
-  int32_t n_groups;      // consumer groups of a block, which take tiles in turn
-  int32_t tile_warps;    // warps of a group: 1, or 2 that take half a tile each
+  int32_t n_groups;      // pairs of consumer warps of a block, which take tiles in turn
   int32_t n_stages;      // tiles of the ring in shared memory; a multiple of n_groups
   int32_t warp_bytes;    // of a warp's logits in shared memory, or of its partial output over them
   int32_t logits_bytes;  // of all warps; leave one out: and the output reduction

@@ -32,18 +32,18 @@ OutputOwners output_owners(int n_chunks, int n_splits) {
     owners.most = std::max(owners.most, owners.first[r + 1] - owners.first[r]);
   return owners;
 }
-// What all splits send of the output.
-int split_output_bytes(const DecodeShape& shape, int n_splits) {
-  return n_splits == 1 ? 0
-                       : n_splits * output_owners(output_chunks(shape), n_splits).most *
-                             (shape.leave_one_out ? 32 : 16);
-}
 
-// How consumers share the tiles of a split.
+// Groups of consumers that take the tiles of a split in turn.
 struct Consumers {
-  int tile_warps = 1, n_groups = 1;
-  int warps() const { return tile_warps * n_groups; }
+  int n_groups = 1;
+  int warps() const { return kDecodeTileWarps * n_groups; }
 };
+
+// What all splits send: of softmax every warp, and of the output.
+int exchange_bytes(const DecodeShape& shape, int n_splits, const Consumers& c) {
+  const int output = output_owners(output_chunks(shape), n_splits).most * (shape.leave_one_out ? 32 : 16);
+  return n_splits == 1 ? 0 : n_splits * (c.warps() * kDecodeSoftmaxBytes + output);
+}
 
 int partial_bytes(const DecodeShape& shape) {
   return shape.group() * (shape.head_dim + kDecodeOutputPad) * 4;
@@ -53,7 +53,7 @@ int partial_bytes(const DecodeShape& shape) {
 int warp_bytes(const DecodeShape& shape, int n_splits, const Consumers& c) {
   const int tiles = ceil_div(ceil_div(shape.n_slots, kDecodeTileSlots), n_splits);
   const int logits =
-      ceil_div(tiles, c.n_groups) * (kDecodeTileSlots / c.tile_warps) * ((shape.group() + 1) / 2) * 8;
+      ceil_div(tiles, c.n_groups) * (kDecodeTileSlots / kDecodeTileWarps) * ((shape.group() + 1) / 2) * 8;
   return shape.leave_one_out ? logits : std::max(logits, partial_bytes(shape));
 }
 int logits_bytes(const DecodeShape& shape, int n_splits, const Consumers& c) {
@@ -112,15 +112,14 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   // The system keeps 1 KB of every block's shared memory.
   const int smem_bytes = (limits.smem_bytes + 1024) / per_multiprocessor - 1024;
   auto fixed_bytes = [&](int splits, const Consumers& c) {
-    return kDecodeSmallBytes + logits_bytes(shape, splits, c) + split_output_bytes(shape, splits);
+    return kDecodeSmallBytes + logits_bytes(shape, splits, c) + exchange_bytes(shape, splits, c);
   };
   // A stage belongs to one group, so stages come in multiples of the groups: as many stages as fit that leave
-  // at most a fifth of the warps idle. Two warps to a tile were never slower than one (H200).
+  // at most a fifth of the warps idle.
   auto cut = [&](int splits, int most_stages) {
     std::pair<Consumers, int> best{{}, 0};
     Consumers c;
-    c.tile_warps = tuning.tile_warps > 0 ? tuning.tile_warps : 2;
-    int groups = most_warps / c.tile_warps;
+    int groups = most_warps / kDecodeTileWarps;
     if (tuning.groups > 0) groups = std::min(groups, tuning.groups);
     for (c.n_groups = groups; c.n_groups > 0 && (5 * c.n_groups >= 4 * groups || best.second < kMinStages);
          --c.n_groups) {
@@ -164,14 +163,14 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   plan.n_splits = splits;
   const auto [consumers, stages] = cut(splits, tuning.stages > 0 ? tuning.stages : kMaxDecodeStages);
   plan.n_groups = consumers.n_groups;
-  plan.tile_warps = consumers.tile_warps;
   plan.n_threads = (consumers.warps() + 1) * 32;
   plan.warp_bytes = warp_bytes(shape, splits, consumers);
   plan.logits_bytes = logits_bytes(shape, splits, consumers);
   plan.partial_offset = shape.leave_one_out ? consumers.warps() * plan.warp_bytes : 0;
   plan.n_stages = stages;
   plan.owners = output_owners(output_chunks(shape), splits);
-  plan.small_offset = plan.n_stages * tile_bytes + plan.logits_bytes + split_output_bytes(shape, splits);
+  plan.small_offset =
+      plan.n_stages * tile_bytes + plan.logits_bytes + exchange_bytes(shape, splits, consumers);
   plan.smem_bytes = plan.small_offset + kDecodeSmallBytes;
 
   // Short items wait for state that they did not ask for early; long ones, and cp.async, whose copies share a

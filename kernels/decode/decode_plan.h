@@ -44,7 +44,6 @@ struct DecodeLimits {
 struct DecodePlan {
   bool bulk = true;
   int n_groups = 0;
-  int tile_warps = 0;
   int n_threads = 0;
   int n_splits = 1;
   int n_ctas = 0;  // a multiple of n_splits
@@ -68,7 +67,6 @@ struct DecodeTuning {
   int ctas = 0;
   int blocks_per_multiprocessor = 0;  // 1, or 2: half the shared memory and half the consumers each
   int groups = 0;                     // of consumers, at most
-  int tile_warps = 0;                 // consumers that share a tile: 1 or 2
   ReadAhead ahead = ReadAhead::chosen;
 };
 

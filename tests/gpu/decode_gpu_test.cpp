@@ -145,8 +145,7 @@ TEST_P(GpuDecodePath, TunedPlansAsDefined) {
   for (int splits = 1; splits <= 16; ++splits)
     for (int blocks : {1, 2}) check(c, {.splits = splits, .blocks_per_multiprocessor = blocks});
   for (int stages : {4, 6, 8, 10}) check(c, {.splits = 2, .stages = stages});
-  for (int tile_warps : {1, 2})
-    for (int groups : {1, 3, 5, 10}) check(c, {.splits = 3, .groups = groups, .tile_warps = tile_warps});
+  for (int groups : {1, 3, 5}) check(c, {.splits = 3, .groups = groups});
   c.score = FusedScore::leave_one_out, c.shape.leave_one_out = true;
   for (int splits = 1; splits <= 16; splits += 3)
     for (int blocks : {1, 2}) check(c, {.splits = splits, .blocks_per_multiprocessor = blocks});

@@ -28,12 +28,11 @@ void expect_as_defined(const std::vector<NamedDecodeCase>& cases, bool bulk) {
     const NamedDecodeCase& c = cases[i];
     DecodeLimits l = limits(bulk);
     if (c.splits == 8) l.n_multiprocessors = 8;
-    // Alternately one block and two with half the consumers each, a warp alone and two to a tile.
+    // Alternately one block and two with half the consumers each.
     const DecodePlan plan = plan_decode(
         c.decode.shape, l,
         {.splits = c.splits,
          .blocks_per_multiprocessor = c.decode.shape.head_dim < 256 ? static_cast<int>(1 + i % 2) : 1,
-         .tile_warps = static_cast<int>(1 + i / 2 % 2),
          .ahead = i % 3 == 0 ? ReadAhead::no : ReadAhead::yes});
     const DecodeProblem before = make_decode_problem(c.decode, plan.n_splits);
     DecodeProblem after = before;
@@ -69,15 +68,12 @@ TEST_P(EmulatedDecode, ResultDoesNotDependOnTheOrderOfEvents) {
       c.tokens = {1000, 200, 999};
       c.recent = 3;
       c.shared = true;
-      // Few stages: the ring is always full. Three groups of consumers of a warp each, then two of two.
+      // Few stages: the ring is always full. Three groups of consumers, then two.
       const int blocks = splits == 1 ? 1 : 2;
-      const DecodePlan plan = plan_decode(c.shape, limits(GetParam()),
-                                          {.splits = splits,
-                                           .stages = 4 - blocks,
-                                           .blocks_per_multiprocessor = blocks,
-                                           .tile_warps = blocks});
+      const DecodePlan plan =
+          plan_decode(c.shape, limits(GetParam()),
+                      {.splits = splits, .stages = 4 - blocks, .blocks_per_multiprocessor = blocks});
       ASSERT_EQ(plan.n_groups, 4 - blocks);
-      ASSERT_EQ(plan.tile_warps, blocks);
       const DecodeProblem before = make_decode_problem(c, splits);
       DecodeProblem first = before;
       run_decode_emulated(first, plan, 1);
@@ -124,7 +120,7 @@ TEST(DecodePlan, LeavingOutFitsBesideTheRingAndReadsVTwice) {
         EXPECT_LE(plan.smem_bytes, 232448);
         // Partial sums begin behind the logits of the longest split.
         const int tiles = (slots + 63) / 64, most = (tiles + plan.n_splits - 1) / plan.n_splits;
-        EXPECT_EQ(plan.partial_offset, plan.n_groups * plan.tile_warps * plan.warp_bytes);
+        EXPECT_EQ(plan.partial_offset, plan.n_groups * kDecodeTileWarps * plan.warp_bytes);
         EXPECT_GE(plan.partial_offset, most * 64 * ((group + 1) / 2) * 8);
         EXPECT_EQ(decode_bytes(shape, slots, FusedScore::leave_one_out, false),
                   decode_bytes(plain, slots, FusedScore::attention, false) + plain.kv_bytes(slots) / 2);
@@ -160,7 +156,6 @@ TEST(DecodePlan, ShapesThatWereMeasured) {
                          {128, 3276, 1, 5}}) {
     EXPECT_EQ(plan(row.batch, row.slots).n_splits, row.splits) << row.batch << " " << row.slots;
     EXPECT_EQ(plan(row.batch, row.slots).n_groups, row.groups) << row.batch << " " << row.slots;
-    EXPECT_EQ(plan(row.batch, row.slots).tile_warps, 2) << row.batch << " " << row.slots;
     const bool long_items = row.slots / row.splits > 1024;
     EXPECT_EQ(plan(row.batch, row.slots).state_ahead, !long_items) << row.batch << " " << row.slots;
   }

@@ -18,7 +18,6 @@ void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, con
   args.pinned = p.pinned;
   args.n_splits = plan.n_splits;
   args.n_groups = plan.n_groups;
-  args.tile_warps = plan.tile_warps;
   args.warp_bytes = plan.warp_bytes;
   args.n_stages = plan.n_stages;
   args.logits_bytes = plan.logits_bytes;

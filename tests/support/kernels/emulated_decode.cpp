@@ -11,7 +11,7 @@
 namespace kvlapse {
 namespace {
 
-template <int kHeadDim, class Element, bool kBulk, bool kLeaveOneOut>
+template <int kHeadDim, class Element, bool kBulk, bool kLeaveOneOut, bool kShares>
 void run_kernel(const DecodeArgs<device::TensorMap>& args, const DecodePlan& plan, uint64_t seed) {
   device::EmulatedLaunch launch;
   launch.n_blocks = plan.n_ctas;
@@ -20,15 +20,16 @@ void run_kernel(const DecodeArgs<device::TensorMap>& args, const DecodePlan& pla
   launch.smem_bytes = plan.smem_bytes;
   launch.seed = seed;
   device::run_emulated(launch, [&](unsigned char* shared) {
-    using Traits = device::DecodeTraits<kHeadDim, Element, kBulk, kLeaveOneOut>;
+    using Traits = device::DecodeTraits<kHeadDim, Element, kBulk, kLeaveOneOut, kShares>;
     device::DecodeCta<Traits, DecodeArgs<device::TensorMap>>(args, shared).run();
   });
 }
 
 template <int kHeadDim, class Element, bool kBulk>
 void run(const DecodeArgs<device::TensorMap>& args, const DecodePlan& plan, uint64_t seed) {
-  (args.score == FusedScore::leave_one_out ? run_kernel<kHeadDim, Element, kBulk, true>
-                                           : run_kernel<kHeadDim, Element, kBulk, false>)(args, plan, seed);
+  (args.score == FusedScore::leave_one_out ? run_kernel<kHeadDim, Element, kBulk, true, true>
+   : args.shared                           ? run_kernel<kHeadDim, Element, kBulk, false, true>
+                 : run_kernel<kHeadDim, Element, kBulk, false, false>)(args, plan, seed);
 }
 
 template <int kHeadDim>

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <functional>
 
+#include "core/base/fp8.h"
+
 #define KVLAPSE_DEVICE inline
 #define KVLAPSE_UNROLL
 #define KVLAPSE_UNROLL_2
@@ -159,6 +161,10 @@ inline float exponential(float x) {
 }
 inline float larger(float a, float b) {
   return std::fmax(a, b);
+}
+inline uint32_t narrow_e4m3(float a, float b, float c, float d) {
+  return f32_to_e4m3(a) | f32_to_e4m3(b) << 8 | f32_to_e4m3(c) << 16 |
+         static_cast<uint32_t>(f32_to_e4m3(d)) << 24;
 }
 inline float reciprocal_approximate(float x) {
   return 1.0f / x;
