@@ -198,6 +198,11 @@ class DecodeCta {
   }
 
   KVLAPSE_DEVICE int consumer_warps() const { return n_threads_ / 32; }
+  // Which warp keeps an item's state: they take turns, the last one first, which has no part of the output
+  // where splits are many.
+  KVLAPSE_DEVICE int keeper(int turn) const {
+    return consumer_warps() - 1 - (turn & (consumer_warps() < 4 ? 1 : 3));
+  }
   KVLAPSE_DEVICE void consumer_sync() { named_barrier(kConsumerBarrier, n_threads_); }
   KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.n_splits != 1; }
   KVLAPSE_DEVICE SmemAddress bar(const uint64_t& b) const { return smem_address(&b); }
@@ -476,11 +481,11 @@ class DecodeCta {
         at = ring;
         at.advance(2 * tiles.count() + group, args_.n_stages);
         key = measure_values(item, info, tiles, at, softmax.max);
-        finish_choice(item, info, key);
+        finish_choice(item, turn, info, key);
       } else {
         finish(item, turn, info, key, output);
       }
-      choice = {item, info.n, args_.score != FusedScore::none && info.pos >= 0 && shared()};
+      choice = {item, info.n, keeper(turn), args_.score != FusedScore::none && info.pos >= 0 && shared()};
       ring.advance(Traits::kPlanes * tiles.count(), args_.n_stages);
     }
     if (choice.due) {
@@ -1136,7 +1141,7 @@ class DecodeCta {
     if (lane_ == 0) small_.keys[warp_] = key;
     consumer_sync();                 // global scores are written
     if (clustered()) send_output();  // first: others wait for it
-    keep_state(item, info);
+    keep_state(item, turn, info);
     if (args_.n_splits == 1)
       write_output(item);
     else if (clustered())
@@ -1147,9 +1152,9 @@ class DecodeCta {
     if (lane_ == 0) mbarrier_arrive(bar(small_.drained_bar));
   }
 
-  // By the last warp, behind a barrier: what this CTA leaves for the next step. Others go on meanwhile.
-  KVLAPSE_DEVICE void keep_state(int item, const ItemInfo& info) {
-    if (warp_ != consumer_warps() - 1) return;
+  // By one warp, behind a barrier: what this CTA leaves for the next step. Others go on meanwhile.
+  KVLAPSE_DEVICE void keep_state(int item, int turn, const ItemInfo& info) {
+    if (warp_ != keeper(turn)) return;
     const bool chooses = args_.score != FusedScore::none && info.pos >= 0;
     if (chooses && !shared()) {
       const uint64_t key = warp_min(lane_ < consumer_warps() ? small_.keys[lane_] : ~uint64_t{0});
@@ -1671,11 +1676,11 @@ class DecodeCta {
     return square;
   }
 
-  KVLAPSE_DEVICE void finish_choice(int item, const ItemInfo& info, uint64_t key) {
+  KVLAPSE_DEVICE void finish_choice(int item, int turn, const ItemInfo& info, uint64_t key) {
     key = warp_min(key);
     if (lane_ == 0) small_.keys[warp_] = key;
     consumer_sync();  // global scores are written; buffers may be used again
-    keep_state(item, info);
+    keep_state(item, turn, info);
   }
 
   // One thread, behind a barrier: this CTA's scores are in memory. True when all other heads' are, and the
@@ -1696,11 +1701,11 @@ class DecodeCta {
   // The last to arrive at this share of a layer's slots sums the heads' scores in order and picks: behind the
   // next barrier among consumers, as the warp that counts the arrival waits for memory.
   struct LayerChoice {
-    int item = 0, n = 0;
+    int item = 0, n = 0, keeper = 0;
     bool due = false;
   };
   KVLAPSE_DEVICE void arrive_again(const LayerChoice& choice) {
-    if (!choice.due || warp_ != consumer_warps() - 1) return;
+    if (!choice.due || warp_ != choice.keeper) return;
     if (lane_ == 0 && twice_at_layer(choice.item) == choice.item)
       small_.last_arrival = arrive_at_layer(choice.item);
     warp_sync();

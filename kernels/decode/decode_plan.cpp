@@ -13,6 +13,7 @@ constexpr double kEnoughBlocks =
     0.75;                       // of the multiprocessors: deep rings keep the memory busy from fewer than all
 constexpr int kShortItem = 16;  // tiles: an item's fixed cost is about as long as its copies
 constexpr int kBriefItem = 64;  // tiles: launches that overlap save more than another split
+constexpr int kBriefSplits = 9;  // of two blocks a multiprocessor: more were slower (H200)
 
 int ceil_div(int a, int b) {
   return (a + b - 1) / b;
@@ -82,12 +83,13 @@ void check(const DecodeShape& s) {
     fail("decode kernel: expected a batch and slots, found {} and {}", s.batch, s.n_slots);
 }
 
-// Two blocks a multiprocessor hide the fixed cost of short items: measured on an H100 and an H200, 1024
-// slots, up to eight items a block. Not when blocks are between one and two to a multiprocessor anyway.
+// Two blocks a multiprocessor hide the fixed cost of short items, up to eight a block (H100 and H200, 1024
+// slots), and of few items that are not long. Not when blocks are between one and two to a multiprocessor
+// anyway.
 bool wants_two_blocks(const DecodeShape& shape, const DecodeLimits& limits, const DecodeTuning& tuning) {
   const int items = shape.n_items(), blocks = limits.n_multiprocessors;
   return limits.clusters && tuning.splits == 0 && tuning.stages == 0 && tuning.ctas == 0 &&
-         ceil_div(shape.n_slots, kDecodeTileSlots) <= kShortItem &&
+         ceil_div(shape.n_slots, kDecodeTileSlots) <= (4 * items <= blocks ? kBriefItem : kShortItem) &&
          shape.row_bytes() * kDecodeTileSlots * 4 <= 65536 &&  // four stages fit half the shared memory
          !(shape.leave_one_out && shape.group() * shape.head_dim > 512) &&
          (items < kEnoughBlocks * blocks || (items > blocks && items <= 8 * blocks));
@@ -145,7 +147,8 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
     while (splits < most && !fits(splits)) ++splits;
     // More splits while blocks are few, as long as every item still has its cluster at once and the longest
     // split becomes shorter.
-    const int least = splits, most_useful = std::min(most, per_multiprocessor == 1 ? tiles : tiles / 2);
+    const int least = splits, most_useful = std::min(
+                                  most, per_multiprocessor == 1 ? tiles : std::min(tiles / 2, kBriefSplits));
     const double enough = kEnoughBlocks * limits.n_multiprocessors;
     for (int more = splits + 1; more <= most_useful && shape.n_items() * splits < enough; ++more)
       if (ceil_div(tiles, more) < ceil_div(tiles, splits) && resident(more, smem_bytes) >= shape.n_items())

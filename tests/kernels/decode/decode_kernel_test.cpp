@@ -142,7 +142,7 @@ TEST(DecodePlan, ShapesThatWereMeasured) {
     int batch, slots, splits, groups;
   };
   for (const Row& row : {Row{1, 1024, 8, 2},
-                         {1, 3276, 7, 4},
+                         {1, 3276, 9, 2},
                          {1, 16384, 9, 5},
                          {8, 1024, 2, 2},
                          {8, 3276, 2, 4},
