@@ -5,7 +5,10 @@
 #include <cuda_runtime.h>
 
 #include <memory>
+#include <span>
 #include <string>
+
+#include "kernels/cuda/device_memory.h"
 
 namespace kvlapse {
 
@@ -22,8 +25,10 @@ class CublasLt {
   // Null when the library is not found; `why` then says where it was looked for.
   static std::unique_ptr<CublasLt> load(std::string& why);
   virtual ~CublasLt() = default;
-  // A product of that shape; the best of the library's proposals by measurement with these operands.
-  virtual int plan(const LtShape& shape, const void* w, const void* x, void* out, cudaStream_t stream) = 0;
+  // A product of that shape; the best of the library's proposals by measurement with these operands. Weights:
+  // matrices of the shape that will be multiplied in turn, so that trials find none of them in L2 either.
+  virtual int plan(const LtShape& shape, std::span<const void* const> weights, const void* x, void* out,
+                   const Stream& stream) = 0;
   virtual void run(int plan, const void* w, const void* x, void* out, cudaStream_t stream) = 0;
 };
 

@@ -232,17 +232,25 @@ struct GraphDecoder::Impl {
     make_caches();
     if (lt) {
       const int n = options.batch, width = shape.width, ffn = shape.ffn_width;
-      const Layer& l = layers.front();
-      auto plan = [&](int rows, int columns, bool bf16, bool add, const void* w, const void* in, void* out) {
-        return lt->plan({rows, columns, n, bf16, add}, w, in, out, stream.get());
+      auto plan = [&](int rows, int columns, bool bf16, bool add, auto weights, const void* in, void* out) {
+        std::vector<const void*> all;
+        for (const Layer& l : layers) all.push_back(weights(l));
+        return lt->plan({rows, columns, n, bf16, add}, all, in, out, stream);
       };
       const int q_width = static_cast<int>(q_rows());
-      plans[0] =
-          plan(static_cast<int>(qkv_rows()), width, false, false, l.qkv.data(), normed.data(), qkv.data());
-      plans[1] = plan(width, q_width, false, true, l.o.data(), attended.data(), x.data());
-      plans[2] = plan(2 * ffn, width, true, false, l.gate_up.data(), normed.data(), both.data());
-      plans[3] = plan(width, ffn, false, true, l.down.data(), act.data(), x.data());
-      plans[4] = plan(shape.n_vocab, width, false, false, head_matrix(), normed.data(), logits.data());
+      plans[0] = plan(
+          static_cast<int>(qkv_rows()), width, false, false, [](const Layer& l) { return l.qkv.data(); },
+          normed.data(), qkv.data());
+      plans[1] = plan(
+          width, q_width, false, true, [](const Layer& l) { return l.o.data(); }, attended.data(), x.data());
+      plans[2] = plan(
+          2 * ffn, width, true, false, [](const Layer& l) { return l.gate_up.data(); }, normed.data(),
+          both.data());
+      plans[3] = plan(
+          width, ffn, false, true, [](const Layer& l) { return l.down.data(); }, act.data(), x.data());
+      plans[4] = plan(
+          shape.n_vocab, width, false, false, [&](const Layer&) { return head_matrix(); }, normed.data(),
+          logits.data());
     }
     if (chained) make_chains();
     graph.emplace(stream, [&] { launch_step(nullptr); });
