@@ -25,8 +25,8 @@ namespace {
 constexpr int kDefaultMaxTokens = 4096;  // for a prompt of unknown length of answer
 
 struct Options {
-  std::string model, prompt, prompt_file, task, policy = "full", budget, device = "cpu", tier = "qkv", layers;
-  std::string kv_dtype = "fp32", counters = "none", teacher, out;
+  std::string model, prompt, prompt_file, task, policy = "full", budget, device = "cpu", tier, layers;
+  std::string decoder = "exact", kv_dtype, counters = "none", teacher, out;
   std::string products = kDefaultProducts;
   int max_tokens = 0, batch = 1, top_k = 0, threads = 0, counter_steps = 16;
   double temperature = 0, top_p = 1;
@@ -140,6 +140,12 @@ int tag_position(const Tokenizer& tokenizer, std::string_view tag, std::span<con
   return found == tokens.end() ? -1 : static_cast<int>(found - tokens.begin());
 }
 
+bool is_fused(const Options& options) {
+  if (options.decoder != "exact" && options.decoder != "fused")
+    fail_usage("record: --decoder: expected exact or fused, found '{}'", options.decoder);
+  return options.decoder == "fused";
+}
+
 class Recording {
  public:
   Recording(const Options& options, Context& context)
@@ -147,7 +153,7 @@ class Recording {
         context_(context),
         model_(load_model(find_model(options.model))),
         products_(options.device == "cpu" ? products_of(options.products, model_) : MatmulMode::exact),
-        backend_(make_backend(options.device, options.threads, products_)),
+        fused_(is_fused(options)),
         policy_(make_policy(options.policy)),
         counters_(parse_counters(options.counters)),
         requests_(make_requests(options, model_)) {
@@ -161,12 +167,16 @@ class Recording {
     session_options_.max_tokens = 0;
     for (const Request& request : requests_)
       session_options_.max_tokens = std::max(session_options_.max_tokens, request.sequence.max_tokens);
-    session_options_.kv_dtype = parse_dtype(options.kv_dtype);
+    session_options_.kv_dtype = fused_ ? DType::bf16 : DType::f32;
+    if (!options.kv_dtype.empty()) session_options_.kv_dtype = parse_dtype(options.kv_dtype);
+    tier_ = fused_ ? TraceTier::events : TraceTier::qkv;
+    if (!options.tier.empty()) tier_ = parse_tier(options.tier);
     if (session_options_.kv_dtype == DType::f8e4m3)
       fail("record: --kv-dtype fp8: no engine keeps an fp8 cache; expected fp32, fp16 or bf16");
     session_options_.sampling = {options.temperature, options.top_k, options.top_p};
     session_options_.ignore_eos = options.ignore_eos;
     session_options_.interrupt = &interrupted();
+    backend_ = fused_ ? make_fused() : make_backend(options.device, options.threads, products_);
   }
 
   void run() {
@@ -181,7 +191,7 @@ class Recording {
     if (!context_.quiet)
       fmt::print(stderr, "recording {} with {}, {} tier, at most {} tokens: expect up to {}\n", options_.out,
                  header.policy.spec + (policy_->info().evicts ? " at " + header.budget_text : ""),
-                 options_.tier, longest,
+                 tier_name(tier_), longest,
                  format_bytes(static_cast<double>(estimate_trace_bytes(header, longest) *
                                                   static_cast<int64_t>(requests_.size()))));
     TraceWriterOptions writer_options{.force = options_.force};
@@ -202,12 +212,42 @@ class Recording {
   }
 
  private:
+  // A device that runs ahead keeps its steps to itself, but for what they chose.
+  std::unique_ptr<Backend> make_fused() const {
+    const auto refuse = [](std::string_view option, std::string_view expected, std::string_view found) {
+      fail("record: --decoder fused: {}: expected {}, found {}", option, expected, found);
+    };
+    if (!options_.device.starts_with("cuda")) refuse("--device", "cuda or cuda:N", options_.device);
+    if (policy_->info().evicts && fused_score(policy_->info()) == FusedScore::none)
+      refuse("--policy", "full, longflow, tova or caote, evicting at every step", options_.policy);
+    if (tier_ != TraceTier::events)
+      refuse("--tier", "events (q, k, v and attention stay on the device)", options_.tier);
+    if (session_options_.kv_dtype != DType::bf16) refuse("--kv-dtype", "bf16", options_.kv_dtype);
+    if (options_.temperature > 0) refuse("--temperature", "0", fmt::format("{:g}", options_.temperature));
+    if (!options_.teacher.empty()) refuse("--teacher", "none", options_.teacher);
+    if (options_.counters != "none") refuse("--counters", "none", options_.counters);
+    CudaFusedDecode decode;
+    decode.device = parse_device(options_.device);
+    decode.batch = static_cast<int>(requests_.size());
+    int prompt = 0, generated = 0;
+    for (const Request& request : requests_) {
+      const RequestPlan plan = plan_request(model_.spec, session_options_, request.sequence);
+      prompt = std::max(prompt, static_cast<int>(request.sequence.prompt.size()));
+      generated = std::max(generated, plan.max_tokens);
+      if (&request != &requests_.front() && plan.budget_slots != decode.budget)
+        refuse("--budget", "a number of slots, one for all sequences", options_.budget);
+      decode.budget = plan.budget_slots;
+    }
+    decode.n_tokens = prompt + generated;
+    return make_fused_backend(decode, model_.weights.transformer, *policy_);
+  }
+
   TraceHeader make_header(int longest) const {
     const ModelSpec& spec = model_.spec;
     TraceHeader header;
     header.geometry = spec.cache_geometry(longest, session_options_.kv_dtype);
     std::tie(header.layer_begin, header.layer_end) = parse_layers(options_.layers, spec.n_layers);
-    header.tier = parse_tier(options_.tier);
+    header.tier = tier_;
     const bool evicts = policy_->info().evicts;
     header.budget_slots =
         plan_request(model_.spec, session_options_, requests_.front().sequence).budget_slots;
@@ -218,6 +258,7 @@ class Recording {
     header.meta = {{"model", spec.name},
                    {"model_hash", model_content_hash(model_.path)},
                    {"device", backend_->describe()},
+                   {"decoder", options_.decoder},
                    {"program", std::string("kvlapse ") + KVLAPSE_VERSION},
                    {"temperature", fmt::format("{:g}", options_.temperature)},
                    {"top_k", fmt::format("{}", options_.top_k)},
@@ -351,12 +392,14 @@ class Recording {
   Context& context_;
   Model model_;
   MatmulMode products_;
-  std::unique_ptr<Backend> backend_;
+  bool fused_;
   std::unique_ptr<Policy> policy_;
   GpuCounters counters_;
   std::unique_ptr<GpuCapture> capture_;  // with --counters
   std::vector<Request> requests_;
   SessionOptions session_options_;
+  TraceTier tier_ = TraceTier::qkv;
+  std::unique_ptr<Backend> backend_;
   std::vector<TraceSequence> texts_;
   std::chrono::steady_clock::time_point start_;
   double seconds_ = 0;
@@ -367,10 +410,11 @@ class Recording {
 }  // namespace
 
 void add_record(CLI::App& app, Context& context) {
-  CLI::App* command =
-      add_command(app, context, "record", "decode with a model and record everything into one trace",
-                  "  kvlapse record -o full.kvl\n"
-                  "  kvlapse record --task sort:7 --policy longflow --budget 25% -o evicted.kvl");
+  CLI::App* command = add_command(
+      app, context, "record", "decode with a model and record everything into one trace",
+      "  kvlapse record -o full.kvl\n"
+      "  kvlapse record --task sort:7 --policy longflow --budget 25% -o evicted.kvl\n"
+      "  kvlapse record --device cuda --decoder fused --policy longflow --budget 512 -o fast.kvl");
   auto o = std::make_shared<Options>();
   command->add_option("-o,--out", o->out, "trace to write (*.kvl)")->required();
   command->add_option("--model", o->model, "model folder, file or name (default: the built-in one)");
@@ -388,11 +432,20 @@ void add_record(CLI::App& app, Context& context) {
       "tokens to generate at most (default: a quarter more than a task's right text, else 4096)");
   command->add_option("--batch", o->batch, "sequences, seeds S..S+N-1, in one trace")->capture_default_str();
   command->add_option("--device", o->device, "cpu or cuda[:i]")->capture_default_str();
-  command->add_option("--tier", o->tier, "what is recorded: events, sketch or qkv")->capture_default_str();
+  command
+      ->add_option(
+          "--decoder", o->decoder,
+          "exact: the CPU's numbers on every device; fused: --device cuda's fast steps, which choose "
+          "victims themselves and are recorded while later ones run")
+      ->capture_default_str();
+  command->add_option("--tier", o->tier,
+                      "what is recorded: events, sketch or qkv (default: qkv; events with --decoder fused, "
+                      "which has no other)");
   command->add_option("--layers", o->layers,
                       "layers whose q, k, v or sketches are recorded, A:B (default: all)");
-  command->add_option("--kv-dtype", o->kv_dtype, "dtype of the K/V cache: fp32, fp16, bf16 or fp8")
-      ->capture_default_str();
+  command->add_option("--kv-dtype", o->kv_dtype,
+                      "dtype of the K/V cache: fp32, fp16, bf16 or fp8 (default: fp32; bf16 with --decoder "
+                      "fused, which has no other)");
   add_products_option(*command, o->products);
   command->add_option("--counters", o->counters, "GPU counters: none, activity, dram or kernels")
       ->capture_default_str();

@@ -1,5 +1,6 @@
 #include "trace/recorder.h"
 
+#include <algorithm>
 #include <chrono>
 #include <limits>
 
@@ -79,6 +80,10 @@ void Recorder::on_step(const StepSummary& summary) {
   const bool prompt = raw(summary.pos) < n_prompt_[summary.sequence];
   if (!prompt && summary.start_ns != last_start_ns_) {  // sequences of a batch share their step
     last_start_ns_ = summary.start_ns;
+    // A device that runs ahead was waited for, whatever the recorder did before.
+    const int64_t hidden = std::min(summary.waited_ns, spent_ns_ - settled_ns_);
+    decode_ns_ += hidden;
+    settled_ns_ = spent_ns_ -= hidden;
     decode_ns_ += summary.total_ns - spent_in_step_ns_;
     spent_ns_ += std::exchange(spent_in_step_ns_, 0);
   }

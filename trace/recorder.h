@@ -24,6 +24,7 @@ class Recorder final : public StepObserver {
   void finish(bool interrupted);
 
   // Time spent in the recorder (waits included) over the time of the steps without it; generated tokens only.
+  // What a device that runs ahead computed meanwhile is time of the steps.
   double overhead_ratio() const;
   const TraceWriter& writer() const { return writer_; }
 
@@ -51,6 +52,7 @@ class Recorder final : public StepObserver {
   int64_t spent_prompt_ns_ = 0;   // in callbacks of prompt tokens
   int64_t spent_ns_ = 0;          // in callbacks of generated tokens
   int64_t spent_in_step_ns_ = 0;  // of the running step
+  int64_t settled_ns_ = 0;        // spent_ns_ before the step that was counted last
   int64_t decode_ns_ = 0;         // steps, without what was spent inside them
   int64_t last_start_ns_ = -1;    // of the batch's step that was counted last
 };

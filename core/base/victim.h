@@ -32,7 +32,7 @@ enum class DeviceScore : uint8_t {
 // The two lowest scores among the slots of a head, or of a layer that shares its victim, that may be evicted.
 struct Lowest {
   float score = 0;  // +inf: no candidate
-  float next = 0;   // second lowest, equal to `score` when two tie; +inf: no second candidate
+  float next = 0;   // second lowest, equal to `score` when two tie; +inf: no second candidate, NaN: unknown
   int slot = -1;    // first (or last) slot with `score`; -1: no candidate
   bool has_nan = false;
 };

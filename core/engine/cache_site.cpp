@@ -74,12 +74,10 @@ const EvictionPlan* CacheSite::finish(Pos) {
 
 FusedChoice CacheSite::fused_choice() const {
   const PolicyInfo& info = policy_.info();
-  const EvictionRule& rule = info.rule;
-  if (info.fused == FusedScore::none || rule.cadence != 1 || rule.reclaim != Reclaim::fill || rule.ragged ||
-      rule.cast != ScoreCast::fp32 || rule.ties != TieOrder::first || !info.score_parts.empty())
-    return {};
-  const Protection protection(context_, rule);
-  return {info.fused, rule.granularity == Granularity::layer, protection.first_free, protection.last_free};
+  if (fused_score(info) == FusedScore::none) return {};
+  const Protection protection(context_, info.rule);
+  return {info.fused, info.rule.granularity == Granularity::layer, protection.first_free,
+          protection.last_free};
 }
 
 const std::vector<std::vector<Slot>>& CacheSite::select() {

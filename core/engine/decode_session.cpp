@@ -168,6 +168,7 @@ struct DecodeSession::Impl {
       summary.margin = results[i].margin;
       summary.start_ns = start_ns;
       summary.total_ns = total_ns;
+      summary.waited_ns = backend.waited_ns();
       if (!backend.queues_steps()) summary.phase_ns = step_ns;
       s.state.n_fed = raw(fed[i]) + 1;
       s.state.tokens.push_back(results[i].token);

@@ -32,6 +32,7 @@ struct StepSummary {
   float margin = 0;        // logit lead over the runner-up
   int64_t start_ns = 0;    // since the session began
   int64_t total_ns = 0;
+  int64_t waited_ns = 0;  // of it, for a device that runs ahead (Backend::waited_ns)
   std::array<int64_t, kStepPhases> phase_ns{};  // zero: not timed (Backend::queues_steps)
 };
 

@@ -130,6 +130,9 @@ class Backend {
   // A backend that queues steps only takes down what a decode step asks for, layer by layer, and runs it all
   // in head(): what the step computes can be read after that.
   virtual bool queues_steps() const { return false; }
+  // Of a backend whose device computes steps before they are asked for: how long the last head() waited for
+  // it. What the host did since the head() before took nothing of the device's time then.
+  virtual int64_t waited_ns() const { return 0; }
   // Whether host_row() will be asked for in decode steps.
   virtual void keep_rows(bool) {}
   // Row r's q, k, v of a layer in host memory: of the layer in progress, or of any when steps are queued.

@@ -49,6 +49,13 @@ double Policy::parameter(std::string_view name) const {
   return 0;
 }
 
+FusedScore fused_score(const PolicyInfo& info) {
+  const EvictionRule& rule = info.rule;
+  const bool fits = rule.cadence == 1 && rule.reclaim == Reclaim::fill && !rule.ragged &&
+                    rule.cast == ScoreCast::fp32 && rule.ties == TieOrder::first && info.score_parts.empty();
+  return info.evicts && fits ? info.fused : FusedScore::none;
+}
+
 EvictionRule Policy::prompt_rule(int /*budget*/) const {
   EvictionRule rule = info_.rule;
   if (rule.reclaim == Reclaim::fill) rule.reclaim = Reclaim::compact;

@@ -105,6 +105,10 @@ struct PolicyInfo {
   bool cache_positions = false;
 };
 
+// The score by which a device may choose a step's victim in the policy's stead: none unless the rule, too, is
+// the device's: one victim each step, the first of the lowest fp32 scores, overwritten in place.
+FusedScore fused_score(const PolicyInfo& info);
+
 // Where and when a policy is asked.
 struct LayerContext {
   CacheGeometry geometry;

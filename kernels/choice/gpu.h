@@ -22,6 +22,18 @@ std::unique_ptr<Backend> make_cuda_backend(int index);
 std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads,
                                       MatmulMode mode = MatmulMode::exact);
 
+// Backend whose decode steps are those of the fast decoder, which runs ahead and chooses the victims of
+// `full` and of policies with a fused_score (kernels/gpu/ahead_backend.h); the prompts' are
+// make_cuda_backend's. K/V are bf16. Throws as make_cuda_backend, and for a shape without a kernel.
+struct CudaFusedDecode {
+  int device = 0;
+  int batch = 1;     // sequences of the session
+  int n_tokens = 0;  // longest prompt and longest generation together
+  int budget = 0;    // slots per kv head of every sequence; of no account when the policy never evicts
+};
+std::unique_ptr<Backend> make_fused_backend(const CudaFusedDecode& decode, const TransformerWeights& weights,
+                                            const Policy& policy);
+
 // Replays of many configurations at once on GPU `index`. Throws as make_cuda_backend.
 std::unique_ptr<ReplayDevice> make_cuda_replay(int index);
 // What GPU `index` reads from its memory, measured, and its fp32 multiply-adds, two operations each, at its

@@ -48,15 +48,18 @@ std::vector<BenchRow> bench_cuda_decode(const CudaDecodeBench& bench, const Mode
                                         const TransformerWeights* weights, const Policy& policy) {
   use_gpu(bench.device);
   const PolicyInfo& info = policy.info();
-  if (info.evicts && info.fused == FusedScore::none)
-    fail("bench decode: policy {}: the fused step computes no such score; expected full, longflow or caote",
-         info.name);
+  const FusedScore score = fused_score(info);
+  if (info.evicts && score == FusedScore::none)
+    fail(
+        "bench decode: policy {}: the fused step computes no such score; expected full, longflow, tova or "
+        "caote",
+        info.name);
   const int n = bench.steps + kWarmUp;
   GraphDecoderOptions options;
   options.batch = bench.batch;
   options.n_slots = info.evicts ? bench.context : bench.context + n;
   options.n_positions = bench.context + n;
-  options.score = info.evicts ? info.fused : FusedScore::none;
+  options.score = score;
   options.shared = info.evicts && info.rule.granularity == Granularity::layer;
   options.recent = std::max(1, info.rule.recent_slots(bench.context));
 

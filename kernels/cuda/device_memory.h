@@ -59,6 +59,29 @@ class DeviceBuffer {
   size_t size_ = 0;
 };
 
+// n elements of T in host memory that kernels write at its own address.
+template <class T>
+class PinnedBuffer {
+ public:
+  PinnedBuffer() = default;
+  explicit PinnedBuffer(size_t n) {
+    if (n > 0)
+      KVLAPSE_CUDA_CHECK(cudaHostAlloc(reinterpret_cast<void**>(&data_), n * sizeof(T), cudaHostAllocMapped));
+  }
+  ~PinnedBuffer() {
+    if (data_ != nullptr) KVLAPSE_CUDA_LOG(cudaFreeHost(data_));
+  }
+  PinnedBuffer(PinnedBuffer&& other) noexcept { std::swap(data_, other.data_); }
+  PinnedBuffer& operator=(PinnedBuffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  T* data() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
 class Stream {
  public:
   Stream() { KVLAPSE_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
@@ -84,10 +107,11 @@ class Event {
   Event& operator=(const Event&) = delete;
   cudaEvent_t get() const { return event_; }
   void record(const Stream& stream) { KVLAPSE_CUDA_CHECK(cudaEventRecord(event_, stream.get())); }
+  void wait() const { KVLAPSE_CUDA_CHECK(cudaEventSynchronize(event_)); }
   // Milliseconds from `start` to this one; waits for this one.
   float ms_since(const Event& start) const {
     float ms = 0;
-    KVLAPSE_CUDA_CHECK(cudaEventSynchronize(event_));
+    wait();
     KVLAPSE_CUDA_CHECK(cudaEventElapsedTime(&ms, start.event_, event_));
     return ms;
   }

@@ -7,6 +7,8 @@
 
 #include "kernels/cuda/launch.h"
 #include "kernels/decode/chain_args.h"
+#include "kernels/decode/decode_args.h"
+#include "kernels/gpu/ahead_device.h"
 
 namespace kvlapse {
 
@@ -79,14 +81,27 @@ struct FastArgmaxArgs {
 };
 void launch_fast_argmax(cudaStream_t stream, const FastArgmaxArgs& args, LaunchLog* log = nullptr);
 
-// The end of a step: tokens[b] = of best[b], also into the ring at step % ring_steps; best = 0; ++pos.
+// What a step chose, into memory of the host at step % n_reports: tokens, and each victim's key, the least of
+// all splits'.
+struct FastReportArgs {
+  const float* logits;             // [B, n_vocab]
+  const unsigned long long* best;  // [B] of this step
+  const uint64_t* keys;            // [n_layers, B, n_kv_heads, kMaxDecodeSplits]
+  const uint32_t* flags;           // [1]
+  const int32_t* step;             // [1]
+  AheadChoice* choices;            // [n_reports, B]
+  uint64_t* victims;               // [n_reports, B, n_layers, n_victims]
+  int32_t n_rows, n_vocab, n_layers, n_kv_heads, n_victims, n_splits, n_reports;
+};
+void launch_fast_report(cudaStream_t stream, const FastReportArgs& args, LaunchLog* log = nullptr);
+
+// The end of a step: tokens[b] = of best[b]; best = 0; ++pos; ++step.
 struct FastAdvanceArgs {
   unsigned long long* best;
   int32_t* tokens;
   int32_t* pos;
-  int32_t* ring;  // [ring_steps, B]
   int32_t* step;  // [1]
-  int32_t n_rows, ring_steps;
+  int32_t n_rows;
 };
 void launch_fast_advance(cudaStream_t stream, const FastAdvanceArgs& args, LaunchLog* log = nullptr);
 

@@ -280,19 +280,63 @@ __global__ void __launch_bounds__(256) fast_argmax_kernel(const __grid_constant_
   if (threadIdx.x % 32 == 0) atomicMax(a.best + row, best);
 }
 
+// Of the largest logit_key.
+__device__ int32_t token_of(unsigned long long best) {
+  return static_cast<int32_t>(~static_cast<uint32_t>(best));
+}
+
 __global__ void __launch_bounds__(256) fast_advance_kernel(const __grid_constant__ FastAdvanceArgs a) {
   device::allow_next_kernel();
   device::wait_for_previous_kernel();
-  const int step = *a.step;
-  __syncthreads();
   for (int b = static_cast<int>(threadIdx.x); b < a.n_rows; b += 256) {
-    const auto token = static_cast<int32_t>(~static_cast<uint32_t>(a.best[b]));
-    a.tokens[b] = token;
-    a.ring[static_cast<int64_t>(step % a.ring_steps) * a.n_rows + b] = token;
+    a.tokens[b] = token_of(a.best[b]);
     a.best[b] = 0;
     ++a.pos[b];
   }
-  if (threadIdx.x == 0) *a.step = step + 1;
+  if (threadIdx.x == 0) ++*a.step;
+}
+
+constexpr int kReportThreads = 1024;
+
+// A block a sequence.
+__global__ void __launch_bounds__(kReportThreads)
+    fast_report_kernel(const __grid_constant__ FastReportArgs a) {
+  __shared__ float sums[32], seconds[32];
+  device::allow_next_kernel();
+  device::wait_for_previous_kernel();
+  const int row = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int64_t report = static_cast<int64_t>(*a.step % a.n_reports) * a.n_rows + row;
+  const int n_keys = a.n_layers * a.n_victims;
+  for (int i = thread; i < n_keys; i += kReportThreads) {
+    const int64_t item =
+        (static_cast<int64_t>(i / a.n_victims) * a.n_rows + row) * a.n_kv_heads + i % a.n_victims;
+    uint64_t key = ~uint64_t{0};
+    for (int split = 0; split < a.n_splits; ++split) key = min(key, a.keys[item * kMaxDecodeSplits + split]);
+    a.victims[report * n_keys + i] = key;
+  }
+  const float* logits = a.logits + static_cast<int64_t>(row) * a.n_vocab;
+  const int32_t token = token_of(a.best[row]);
+  const float best = logits[token];
+  float sum = 0, second = -INFINITY;
+  for (int i = thread; i < a.n_vocab; i += kReportThreads) {
+    const float logit = logits[i];
+    sum += __expf(logit - best);
+    if (i != token) second = fmaxf(second, logit);
+  }
+  const auto reduce = [&] {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask >>= 1) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+      second = fmaxf(second, __shfl_xor_sync(0xffffffffu, second, mask));
+    }
+  };
+  reduce();
+  if (thread % 32 == 0) sums[thread / 32] = sum, seconds[thread / 32] = second;
+  __syncthreads();
+  if (thread >= 32) return;
+  sum = sums[thread], second = seconds[thread];
+  reduce();
+  if (thread == 0) a.choices[report] = {token, -__logf(sum), best - second, *a.flags};
 }
 
 struct FillArgs {
@@ -371,6 +415,12 @@ void launch_fast_argmax(cudaStream_t stream, const FastArgmaxArgs& a, LaunchLog*
   const uint64_t bytes = static_cast<uint64_t>(a.n_rows) * static_cast<uint64_t>(a.n_vocab) * 4;
   launch_kernel(stream, {"argmax", bytes, log}, shape_of(int64_t{a.n_rows} * kArgmaxBlocks, 256),
                 fast_argmax_kernel, a);
+}
+void launch_fast_report(cudaStream_t stream, const FastReportArgs& a, LaunchLog* log) {
+  const uint64_t victims = static_cast<uint64_t>(a.n_layers) * a.n_victims * (a.n_splits + 1) * 8;
+  launch_kernel(stream,
+                {"report", static_cast<uint64_t>(a.n_rows) * (a.n_vocab * uint64_t{4} + victims), log},
+                shape_of(a.n_rows, kReportThreads), fast_report_kernel, a);
 }
 void launch_fast_advance(cudaStream_t stream, const FastAdvanceArgs& a, LaunchLog* log) {
   launch_kernel(stream, {"advance", static_cast<uint64_t>(a.n_rows) * 24, log}, shape_of(1, 256),

@@ -18,7 +18,6 @@ namespace kvlapse {
 namespace {
 
 using Bf16Buffer = DeviceBuffer<__nv_bfloat16>;
-constexpr int kRingSteps = 256;
 
 // A matrix of a step on its way to the device, as bf16: rows one behind the other, or tiles as chain_index
 // says.
@@ -51,6 +50,11 @@ class HostMatrix {
   bool tiles_;
 };
 
+template <class T>
+void upload_to(T* to, std::span<const T> values) {
+  KVLAPSE_CUDA_CHECK(cudaMemcpy(to, values.data(), values.size_bytes(), cudaMemcpyHostToDevice));
+}
+
 uint16_t* bits(const Bf16Buffer& buffer) {
   return reinterpret_cast<uint16_t*>(buffer.data());
 }
@@ -82,7 +86,7 @@ struct GraphDecoder::Impl {
     DeviceBuffer<float> value_l1;
     DeviceBuffer<uint16_t> protect;
     DeviceBuffer<int32_t> recent;
-    DeviceBuffer<uint64_t> keys;
+    uint64_t* keys = nullptr;  // [B * H, kMaxDecodeSplits] of all layers' keys
     CudaDecodeArgs attention{};
   };
 
@@ -120,7 +124,6 @@ struct GraphDecoder::Impl {
     best = DeviceBuffer<unsigned long long>(rows);
     tokens = DeviceBuffer<int32_t>(rows);
     pos = DeviceBuffer<int32_t>(rows);
-    ring = DeviceBuffer<int32_t>(rows * kRingSteps);
     step = DeviceBuffer<int32_t>(1);
     importance = DeviceBuffer<float>(o.shared ? rows * s.n_kv_heads * o.n_slots : 0);
     split_softmax = DeviceBuffer<float>(kernel.split_softmax_floats());
@@ -129,7 +132,7 @@ struct GraphDecoder::Impl {
     flags = DeviceBuffer<uint32_t>(1);
     barrier = DeviceBuffer<uint32_t>(rows * s.n_kv_heads);
     head_arrivals = DeviceBuffer<uint32_t>(static_cast<size_t>(s.n_q_heads + 2 * s.n_kv_heads));
-    for (auto* zero : {&tokens, &pos, &ring, &step}) zero->fill_bytes(0);
+    for (auto* zero : {&tokens, &pos, &step}) zero->fill_bytes(0);
     best.fill_bytes(0);
     arrivals.fill_bytes(0);
     flags.fill_bytes(0);
@@ -162,6 +165,10 @@ struct GraphDecoder::Impl {
     }
   }
 
+  size_t items() const { return static_cast<size_t>(options.batch) * shape.n_kv_heads; }
+  int victims_a_layer() const {
+    return options.score == FusedScore::none ? 0 : options.shared ? 1 : shape.n_kv_heads;
+  }
   size_t q_rows() const { return static_cast<size_t>(shape.n_q_heads) * shape.head_dim; }
   size_t kv_rows() const { return static_cast<size_t>(shape.n_kv_heads) * shape.head_dim; }
   size_t qkv_rows() const { return q_rows() + 2 * kv_rows(); }
@@ -192,9 +199,9 @@ struct GraphDecoder::Impl {
   }
 
   void make_caches() {
-    const auto items = static_cast<size_t>(options.batch) * shape.n_kv_heads;
-    const size_t slots = items * options.n_slots;
+    const size_t items = this->items(), slots = items * options.n_slots;
     const bool chooses = options.score != FusedScore::none;
+    keys = DeviceBuffer<uint64_t>(layers.size() * items * kMaxDecodeSplits);
     for (Layer& l : layers) {
       l.k = Bf16Buffer(slots * shape.head_dim);
       l.v = Bf16Buffer(slots * shape.head_dim);
@@ -203,7 +210,7 @@ struct GraphDecoder::Impl {
         l.protect = DeviceBuffer<uint16_t>(items * ((options.n_slots + 63) / 64 * 4));
         l.recent = DeviceBuffer<int32_t>(items * std::max(options.recent, 1));
       }
-      l.keys = DeviceBuffer<uint64_t>(items * kMaxDecodeSplits);
+      l.keys = keys.data() + static_cast<size_t>(&l - layers.data()) * items * kMaxDecodeSplits;
       CudaDecodeArgs& a = l.attention;
       a = kernel.arguments(l.k.data(), l.v.data(), options.score, options.shared);
       a.q = q.data();
@@ -215,7 +222,7 @@ struct GraphDecoder::Impl {
       a.protect = l.protect.data();
       a.recent_slots = l.recent.data();
       a.step_pos = pos.data();
-      a.victim_keys = l.keys.data();
+      a.victim_keys = l.keys;
       a.arrivals = arrivals.data();
       a.flags = flags.data();
       a.split_softmax = split_softmax.data();
@@ -253,6 +260,12 @@ struct GraphDecoder::Impl {
           logits.data());
     }
     if (chained) make_chains();
+    if (options.n_reports > 0) {
+      const auto n = static_cast<size_t>(options.n_reports) * options.batch;
+      choices = PinnedBuffer<AheadChoice>(n);
+      victims = PinnedBuffer<uint64_t>(n * layers.size() * victims_a_layer());
+      reported = std::vector<Event>(static_cast<size_t>(options.n_reports));
+    }
     graph.emplace(stream, [&] { launch_step(nullptr); });
   }
 
@@ -331,10 +344,11 @@ struct GraphDecoder::Impl {
       stream.synchronize();
       if (l.protect.size() > 0) l.protect.fill_bytes(0);
       if (l.recent.size() > 0) l.recent.fill_bytes(0);
-      std::vector<uint64_t> keys(l.keys.size(), ~uint64_t{0});
-      for (size_t i = 0; i < keys.size(); i += kMaxDecodeSplits)
-        keys[i] = counter_random({seed, i}) % static_cast<uint64_t>(options.n_slots);
-      if (held >= options.n_slots) l.keys.upload(keys);
+      if (held < options.n_slots) continue;
+      std::vector<uint64_t> chosen(items() * kMaxDecodeSplits, ~uint64_t{0});
+      for (size_t i = 0; i < chosen.size(); i += kMaxDecodeSplits)
+        chosen[i] = counter_random({seed, i}) % static_cast<uint64_t>(options.n_slots);
+      upload_to<uint64_t>(l.keys, chosen);
     }
     pos.upload(std::vector<int32_t>(static_cast<size_t>(options.batch), held));
     step.fill_bytes(0);
@@ -392,8 +406,13 @@ struct GraphDecoder::Impl {
       launch_chains(log);
     else
       launch_products(log);
-    launch_fast_advance(s, {best.data(), tokens.data(), pos.data(), ring.data(), step.data(), n, kRingSteps},
-                        log);
+    if (options.n_reports > 0)
+      launch_fast_report(s,
+                         {logits.data(), best.data(), keys.data(), flags.data(), step.data(), choices.data(),
+                          victims.data(), n, shape.n_vocab, shape.n_layers, shape.n_kv_heads,
+                          victims_a_layer(), kernel.plan().n_splits, options.n_reports},
+                         log);
+    launch_fast_advance(s, {best.data(), tokens.data(), pos.data(), step.data(), n}, log);
   }
 
   void launch_chains(LaunchLog* log) {
@@ -462,11 +481,16 @@ struct GraphDecoder::Impl {
   DeviceBuffer<float> x, qkv, logits, importance, split_softmax, split_output;
   Bf16Buffer normed, q, k_new, v_new, attended, both, act;
   DeviceBuffer<unsigned long long> best;
-  DeviceBuffer<int32_t> tokens, pos, ring, step;
+  DeviceBuffer<int32_t> tokens, pos, step;
+  DeviceBuffer<uint64_t> keys;  // [L, B * H, kMaxDecodeSplits]
   DeviceBuffer<uint32_t> arrivals, flags, barrier, head_arrivals;
   bool chained = false;       // products go through the chain, matrices lie in its tiles
   std::vector<Chain> chains;  // before the first layer, behind each
   DeviceBuffer<uint64_t> x_words, act_words;
+  PinnedBuffer<AheadChoice> choices;  // [n_reports, B]
+  PinnedBuffer<uint64_t> victims;     // [n_reports, B, L, victims_a_layer()]
+  std::vector<Event> reported;        // [n_reports]
+  int64_t n_queued = 0, n_taken = 0;
   std::optional<Graph> graph;
 };
 
@@ -578,6 +602,79 @@ std::vector<int32_t> GraphDecoder::tokens() {
 std::vector<float> GraphDecoder::logits() {
   impl_->stream.synchronize();
   return impl_->logits.download();
+}
+
+std::string GraphDecoder::describe() const {
+  return fmt::format("fused decode steps in bf16, at most {} ahead: products {}, attention in {} splits",
+                     max_ahead(), products(), n_splits());
+}
+
+int GraphDecoder::n_sequences() const {
+  return impl_->options.batch;
+}
+
+int GraphDecoder::victims_a_layer() const {
+  return impl_->victims_a_layer();
+}
+
+void GraphDecoder::hold(const Held& held) {
+  const GraphDecoderOptions& o = impl_->options;
+  Impl::Layer& l = impl_->layers[static_cast<size_t>(held.layer)];
+  const size_t n = held.positions.size(), n_slots = static_cast<size_t>(o.n_slots);
+  const size_t item = static_cast<size_t>(held.sequence) * impl_->shape.n_kv_heads + held.kv_head;
+  const int next = raw(held.next);
+  // Where the step looks for a token's slot: behind those held, or in a victim's.
+  if (n >= n_slots || (n != static_cast<size_t>(next) && n + 1 != n_slots))
+    fail("decoder: token {} of {} slots: expected {} held, found {}", next, n_slots,
+         std::min(static_cast<size_t>(next), n_slots - 1), n);
+  const auto send = [&](const Bf16Buffer& to, std::span<const float> rows) {
+    std::vector<uint16_t> halves(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) halves[i] = f32_to_bf16(rows[i]);
+    upload_to<uint16_t>(bits(to) + item * n_slots * impl_->shape.head_dim, halves);
+  };
+  send(l.k, held.keys);
+  send(l.v, held.values);
+  if (l.value_l1.size() > 0) upload_to(l.value_l1.data() + item * n_slots, held.value_l1);
+  if (o.score == FusedScore::none) return;
+  std::vector<uint64_t> slot(kMaxDecodeSplits, ~uint64_t{0});
+  slot[0] = n;
+  upload_to<uint64_t>(l.keys + item * kMaxDecodeSplits, slot);
+  std::vector<uint16_t> protect((n_slots + 63) / 64 * 4);
+  std::vector<int32_t> recent(static_cast<size_t>(std::max(o.recent, 1)), -1);  // -1: stays protected
+  for (size_t i = 0; i < n; ++i) {
+    const int position = raw(held.positions[i]);
+    const bool pinned = position < held.first_free;
+    if (!pinned && position < next - o.recent) continue;
+    protect[i / 16] |= static_cast<uint16_t>(1u << (i % 16));
+    if (!pinned) recent[static_cast<size_t>(position % o.recent)] = static_cast<int32_t>(i);
+  }
+  upload_to<uint16_t>(l.protect.data() + item * protect.size(), protect);
+  upload_to<int32_t>(l.recent.data() + item * recent.size(), recent);
+}
+
+void GraphDecoder::begin(const std::vector<int32_t>& tokens, const std::vector<int32_t>& positions) {
+  impl_->tokens.upload(tokens);
+  impl_->pos.upload(positions);
+  impl_->n_held = *std::max_element(positions.begin(), positions.end());
+  KVLAPSE_CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+void GraphDecoder::queue() {
+  run(1);
+  impl_->reported[static_cast<size_t>(impl_->n_queued++ % max_ahead())].record(impl_->stream);
+}
+
+int GraphDecoder::max_ahead() const {
+  return impl_->options.n_reports;
+}
+
+AheadDevice::Step GraphDecoder::take() {
+  const auto at = static_cast<size_t>(impl_->n_taken++ % max_ahead());
+  const size_t choices = static_cast<size_t>(impl_->options.batch),
+               victims = choices * impl_->layers.size() * impl_->victims_a_layer();
+  impl_->reported[at].wait();
+  return {std::span(impl_->choices.data() + at * choices, choices),
+          std::span(impl_->victims.data() + at * victims, victims)};
 }
 
 uint64_t GraphDecoder::weight_bytes() const {

@@ -4,6 +4,9 @@
 // kChainMostRows sequences one launch between two attentions (sm_90, kernels/decode/chain_args.h); cuBLASLt
 // for batches above kGemvMostRows; own matrix-vector kernels otherwise.
 //
+// With n_reports steps are read as AheadDevice says: the last kernel of a step writes what it chose into host
+// memory, in a ring of so many steps, and the device goes on.
+//
 // Results agree with the exact backend within rounding, not bit for bit. Weights come from a model, or are
 // random by seed, made on the device. One thread; the current device. Where the products are one launch its
 // blocks wait for each other, one a multiprocessor: one such decoder runs on a device at a time, and nothing
@@ -17,6 +20,7 @@
 #include "core/ops/weights.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/decode/decode_args.h"
+#include "kernels/gpu/ahead_device.h"
 
 namespace kvlapse {
 
@@ -36,15 +40,16 @@ struct GraphDecoderOptions {
   FusedScore score = FusedScore::none;  // none: every token is kept and n_slots must hold them
   bool shared = false;                  // a layer's heads share their victim
   int recent = 1;                       // newest tokens that are no victims
+  int n_reports = 0;                    // steps that wait for take() at most; 0: none is reported
 };
 
-class GraphDecoder {
+class GraphDecoder final : public AheadDevice {
  public:
   // Random weights of deviation 1 / sqrt(columns). Throws Error: shape without a kernel, memory.
   GraphDecoder(const DecoderShape& shape, const GraphDecoderOptions& options, uint64_t seed);
   // A model's weights, rounded to bf16.
   GraphDecoder(const TransformerWeights& weights, const GraphDecoderOptions& options);
-  ~GraphDecoder();
+  ~GraphDecoder() override;
   GraphDecoder(const GraphDecoder&) = delete;
   GraphDecoder& operator=(const GraphDecoder&) = delete;
 
@@ -59,6 +64,15 @@ class GraphDecoder {
   // Tokens that the last step chose, [B]; waits for it.
   std::vector<int32_t> tokens();
   std::vector<float> logits();  // [B, V] of the last step
+
+  std::string describe() const override;
+  int n_sequences() const override;
+  int victims_a_layer() const override;
+  void hold(const Held& held) override;
+  void begin(const std::vector<int32_t>& tokens, const std::vector<int32_t>& positions) override;
+  void queue() override;
+  int max_ahead() const override;
+  Step take() override;
 
   uint64_t weight_bytes() const;  // that a step reads; the embedding's rows aside
   uint64_t kv_bytes() const;      // that the next step reads

@@ -11,6 +11,11 @@ std::unique_ptr<Backend> make_cuda_backend(int index) {
       index);
 }
 
+std::unique_ptr<Backend> make_fused_backend(const CudaFusedDecode& decode, const TransformerWeights&,
+                                            const Policy&) {
+  return make_cuda_backend(decode.device);
+}
+
 std::unique_ptr<ReplayDevice> make_cuda_replay(int index) {
   make_cuda_backend(index);
   return nullptr;

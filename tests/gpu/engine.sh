@@ -43,6 +43,15 @@ for policy in longflow longflow:granularity=kv_head random streaming_llm rkv h2o
   "$here/kvlapse" replay "$work/p.kvl" --self || status=1
   "$here/kvlapse" verify "$work/p.kvl" || status=1
 done
+for policy in full longflow longflow:granularity=kv_head tova caote; do
+  timeout 60 "$here/kvlapse" record --device cuda --decoder fused --policy "$policy" --budget 512 --max-tokens 2000 --ignore-eos \
+    -o "$work/f.kvl" --force --json -q >"$work/f.json" || status=1
+  show "$policy, 512 slots, fused" "$work/f.json"
+  "$here/kvlapse" verify "$work/f.kvl" || status=1
+done
+timeout 60 "$here/kvlapse" record --device cuda --decoder fused --task sort:1 --batch 20 --max-tokens 1000 --ignore-eos \
+  --policy longflow --budget 256 -o "$work/f.kvl" --force --json -q >"$work/f.json" || status=1
+show "batch of 20, longflow, 256 slots, fused" "$work/f.json"
 for tier in events qkv; do
   timeout 60 "$here/kvlapse" record --device cuda --task sort:1 --batch 20 --max-tokens 1000 --ignore-eos --policy longflow \
     --budget 256 --tier $tier -o "$work/b.kvl" --force --json -q >"$work/b.json" || status=1

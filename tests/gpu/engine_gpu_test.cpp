@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -12,6 +13,7 @@
 #include "kernels/choice/gpu.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cuda/graph_decoder.h"
+#include "kernels/gpu/ahead_backend.h"
 #include "tests/support/gpu/gpu_decode.h"
 #include "tests/support/kernels/session_cases.h"
 
@@ -181,6 +183,69 @@ TEST(GpuFastDecoder, EvictingStepsAreRepeatable) {
     }
   }
   EXPECT_EQ(results[0], results[1]);
+}
+
+// Tokens and victims of a session, in the order in which they were shown.
+struct Shown final : StepObserver {
+  void on_evicted(int sequence, int layer, const EvictionPlan& plan) override {
+    for (const Drop& d : plan.drops)
+      victims.push_back(
+          {sequence, layer, raw(plan.step), d.kv_head, raw(d.pos), std::bit_cast<int>(d.score)});
+  }
+  void on_step(const StepSummary& s) override { tokens.push_back({s.sequence, raw(s.pos), s.next_token}); }
+  std::vector<std::array<int, 6>> victims;
+  std::vector<std::array<int, 3>> tokens;
+};
+
+Shown run_fused(const Model& model, const Policy& policy, int budget, int ahead, double* seconds) {
+  constexpr int kTokens = 600;
+  GraphDecoderOptions decoder;
+  decoder.batch = 3;
+  decoder.n_slots = policy.info().rule.peak_slots(budget);
+  decoder.n_positions = 2 * kTokens;
+  decoder.score = policy.info().fused;
+  decoder.shared = policy.info().rule.granularity == Granularity::layer;
+  decoder.recent = policy.info().rule.recent_slots(budget);
+  decoder.n_reports = ahead;
+  AheadBackend backend(make_cuda_backend(0),
+                       std::make_unique<GraphDecoder>(model.weights.transformer, decoder));
+  Shown shown;
+  SessionOptions options;
+  options.policy = &policy;
+  options.budget = parse_budget(std::to_string(budget));
+  options.max_tokens = kTokens;
+  options.kv_dtype = DType::bf16;
+  options.ignore_eos = true;
+  options.observers = {&shown};
+  DecodeSession session(backend, model, options);
+  for (int n : {90, 40, 7}) {
+    SequenceRequest request;
+    for (int t = 0; t < n; ++t) request.prompt.push_back((t * 7 + n * 13 + t * t) % model.spec.n_vocab);
+    if (n == 7) request.max_tokens = kTokens / 2;
+    session.add_sequence(std::move(request));
+  }
+  const auto start = std::chrono::steady_clock::now();
+  while (session.step()) {
+  }
+  *seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return shown;
+}
+
+// Steps are queued before the results of those in front are known: what is shown must not depend on how many.
+TEST(GpuFastDecoder, WhatIsShownDoesNotDependOnHowFarTheDeviceIsAhead) {
+  KVLAPSE_NEEDS_GPU();
+  const Model model = built_in_model();
+  for (const char* name : {"longflow", "longflow:granularity=kv_head"}) {
+    const std::unique_ptr<Policy> policy = make_policy(name);
+    double at_once = 0, ahead = 0;
+    const Shown expected = run_fused(model, *policy, 64, 1, &at_once),
+                seen = run_fused(model, *policy, 64, 16, &ahead);
+    EXPECT_GT(expected.victims.size(), 500u * model.spec.n_layers);
+    EXPECT_EQ(seen.tokens, expected.tokens) << name;
+    EXPECT_EQ(seen.victims, expected.victims) << name;
+    std::printf("%s: %zu victims; %.2f s a step at a time, %.2f s with 16 under way\n", name,
+                seen.victims.size(), at_once, ahead);
+  }
 }
 
 TEST(GpuDevice, AnIndexBeyondTheGpusIsRefusedInOneLine) {

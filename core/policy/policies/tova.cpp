@@ -43,6 +43,7 @@ PolicyInfo tova_kvpress_info() {
 }
 
 std::unique_ptr<Policy> make_tova(PolicyInfo info) {
+  if (info.rule.gqa == GqaRule::mean) info.fused = FusedScore::attention;
   return std::make_unique<Tova>(std::move(info));
 }
 std::unique_ptr<Policy> make_tova_kvpress(PolicyInfo info) {
