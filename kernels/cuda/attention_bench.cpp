@@ -233,7 +233,9 @@ std::vector<Work> sweep_work() {
     work.back().variant = kVariants[1];
     work.back().variant.tuning = {.blocks_per_multiprocessor = blocks};
   }
-  for (int splits : {6, 7, 8, 9}) add(1, 16384, {.splits = splits});
+  for (int blocks : {1, 2})
+    for (int splits : {6, 8, 9, 10, 12, 14, 16})
+      add(1, 16384, {.splits = splits, .blocks_per_multiprocessor = blocks});
   for (int splits : {2, 3, 4}) add(8, 16384, {.splits = splits});
   return work;
 }
