@@ -215,7 +215,7 @@ class Recording {
   // A device that runs ahead keeps its steps to itself, but for what they chose.
   std::unique_ptr<Backend> make_fused() const {
     const auto refuse = [](std::string_view option, std::string_view expected, std::string_view found) {
-      fail("record: --decoder fused: {}: expected {}, found {}", option, expected, found);
+      fail_usage("record: --decoder fused: {}: expected {}, found {}", option, expected, found);
     };
     if (!options_.device.starts_with("cuda")) refuse("--device", "cuda or cuda:N", options_.device);
     if (policy_->info().evicts && fused_score(policy_->info()) == FusedScore::none)

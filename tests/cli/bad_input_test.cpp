@@ -126,6 +126,22 @@ TEST_F(BadInput, PolicyTaskAndBudgetNames) {
   expect(record("a.kvl", {"--task", "srot"}), 64, {"srot", "sort"});
 }
 
+// What a decoder that keeps its steps to itself cannot do is refused before a GPU is asked for.
+TEST_F(BadInput, FusedDecoder) {
+  const auto fused = [&](std::vector<std::string> extra) {
+    extra.insert(extra.begin(), {"--task", "sort", "--decoder", "fused"});
+    return record("a.kvl", extra);
+  };
+  expect(record("a.kvl", {"--decoder", "fast"}), 64, {"--decoder", "fused", "fast"});
+  expect(fused({}), 64, {"--device", "cuda", "cpu"});
+  expect(fused({"--device", "cuda", "--tier", "qkv"}), 64, {"--tier", "events", "qkv"});
+  expect(fused({"--device", "cuda", "--policy", "rkv", "--budget", "64"}), 64,
+         {"--policy", "longflow", "rkv"});
+  expect(fused({"--device", "cuda", "--temperature", "0.7"}), 64, {"--temperature", "0.7"});
+  expect(fused({"--device", "cuda", "--kv-dtype", "fp16"}), 64, {"--kv-dtype", "bf16", "fp16"});
+  EXPECT_FALSE(fs::exists(path("a.kvl")));
+}
+
 TEST_F(BadInput, UnwritableOutput) {
   expect(record("no/such/folder/a.kvl", {"--task", "sort", "--max-tokens", "8"}), 2,
          {"no/such/folder/a.kvl"});
