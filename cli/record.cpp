@@ -393,13 +393,13 @@ class Recording {
   Model model_;
   MatmulMode products_;
   bool fused_;
+  std::unique_ptr<Backend> backend_;
   std::unique_ptr<Policy> policy_;
   GpuCounters counters_;
   std::unique_ptr<GpuCapture> capture_;  // with --counters
   std::vector<Request> requests_;
   SessionOptions session_options_;
   TraceTier tier_ = TraceTier::qkv;
-  std::unique_ptr<Backend> backend_;
   std::vector<TraceSequence> texts_;
   std::chrono::steady_clock::time_point start_;
   double seconds_ = 0;

@@ -595,6 +595,8 @@ class LifeMapPanel final : public Panel {
                   drop->reason == EvictionReason::over_budget ? "over budget" : "prompt over budget");
       if (std::isinf(drop->threshold)) {
         ImGui::Text("score %s; nothing else was left to keep", format_value(drop->score).c_str());
+      } else if (std::isnan(drop->threshold)) {
+        ImGui::Text("score %s; the device kept the others' to itself", format_value(drop->score).c_str());
       } else {
         ImGui::Text("score %s, lowest kept %s", format_value(drop->score).c_str(),
                     format_value(drop->threshold).c_str());
