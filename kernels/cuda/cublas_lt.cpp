@@ -112,7 +112,7 @@ class Loaded final : public CublasLt {
       // As a graph, because that is how steps run.
       const Graph trials(stream, [&] {
         for (size_t t = 0; t < kTrials; ++t)
-          launch(p, algorithm, weights[t % weights.size()], x, out, stream.get());
+          check(launch(p, algorithm, weights[t % weights.size()], x, out, stream.get()), "trial");
       });
       float ms = 1e30f;
       for (int repeat = 0; repeat < 3; ++repeat) {

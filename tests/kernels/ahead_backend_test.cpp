@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <map>
 
@@ -25,12 +26,15 @@ struct Witness final : StepObserver {
   void on_step(const StepSummary& s) override {
     steps[{s.sequence, raw(s.pos)}] = {s.next_token, std::bit_cast<int>(s.logprob),
                                        std::bit_cast<int>(s.margin)};
+    if (s.sequence == 0 && raw(s.pos) == interrupts_at) interrupt = true;
   }
   void on_end(int sequence, std::string_view reason) override { ends[sequence] = reason; }
 
   std::map<std::array<int, 3>, std::vector<std::array<int, 4>>> drops;
   std::map<std::array<int, 2>, std::array<int, 3>> steps;
   std::map<int, std::string> ends;
+  int interrupts_at = -1;  // position of the first sequence
+  std::atomic<bool> interrupt{false};
 };
 
 class ScriptedDevice final : public AheadDevice {
@@ -104,6 +108,7 @@ void run(Backend& backend, const Model& model, const Settings& settings, Witness
   options.max_tokens = 40;
   options.sampling.temperature = temperature;
   options.ignore_eos = true;
+  options.interrupt = &witness.interrupt;
   options.observers = {&witness};
   DecodeSession session(backend, model, options);
   for (int n : {settings.n_prompt, 3}) {
@@ -139,6 +144,27 @@ TEST(AheadBackend, ASessionShowsWhatTheDeviceChose) {
       EXPECT_EQ(script.n_held, 2 * n_layers * n_heads);
       EXPECT_EQ(script.most_ahead, ahead);
     }
+}
+
+// Steps that the device is in front with are not shown.
+TEST(AheadBackend, AnInterruptEndsBehindTheStepThatWasShown) {
+  const Model model = load_model(KVLAPSE_TEST_DATA "/tiny_qwen3");
+  const Settings settings{"longflow", "8"};
+  Witness expected, seen;
+  run(*make_cpu_backend(2), model, settings, expected);
+  AheadBackend backend(make_cpu_backend(2),
+                       std::make_unique<ScriptedDevice>(expected, 2, model.spec.n_layers, 1, 4));
+  seen.interrupts_at = settings.n_prompt + 4;
+  run(backend, model, settings, seen);
+  EXPECT_EQ(seen.ends, (std::map<int, std::string>{{0, "interrupted"}, {1, "interrupted"}}));
+  for (const auto& [at, step] : seen.steps) {
+    EXPECT_EQ(step, expected.steps.at(at));
+    if (at[0] == 0) {
+      EXPECT_LE(at[1], seen.interrupts_at);
+    }
+  }
+  for (const auto& [at, drops] : seen.drops) EXPECT_EQ(drops, expected.drops.at(at));
+  EXPECT_LT(seen.steps.size(), expected.steps.size());
 }
 
 TEST(AheadBackend, OtherChoicesOfTokensAreRefused) {

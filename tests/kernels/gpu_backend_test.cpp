@@ -39,6 +39,7 @@ INSTANTIATE_TEST_SUITE_P(
                     SessionCase{"longflow", "8", DType::f32},
                     SessionCase{"longflow:granularity=kv_head:recent=3", "7", DType::f16},
                     SessionCase{"random", "7", DType::bf16, 0.8}, SessionCase{"h2o", "8", DType::f16},
+                    SessionCase{"tova", "8", DType::f32},
                     SessionCase{"rkv:cadence=4:window=2", "8", DType::f32},
                     SessionCase{"streaming_llm:sinks=2:positions=cache", "8", DType::bf16, 0, true},
                     SessionCase{"streaming_llm@kvpress:sinks=1:positions=cache:cadence=4", "8", DType::f32}),
