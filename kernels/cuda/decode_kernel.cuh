@@ -28,8 +28,8 @@
 //
 // fp8: bytes are widened to fp16 between shared memory and the matrix unit; the slots' scales travel with
 // their tile. K's scale multiplies the logit, V's the probability, relative to the largest scale that the
-// warp has met (a power of two, so that its sums are rescaled exactly), and q enters relative to its row's
-// largest value. Dimensions are taken in the order that widening leaves them in: even bytes, then odd ones.
+// warp has met (a power of two, so that its sums are rescaled exactly), and q in bf16 enters relative to its
+// row's largest value. K is widened as it lies: a lane holds four neighbours of 16 dimensions.
 #pragma once
 
 #include "core/base/fp8.h"
@@ -615,10 +615,11 @@ class DecodeCta {
     const uint32_t up = (bits + 0x7fffffu) & 0xff800000u;
     return up < 0x7e800000u ? up : 0x7e800000u;
   }
+  KVLAPSE_DEVICE static float magnitude(float v) { return bits_float(float_bits(v) & 0x7fffffffu); }
   KVLAPSE_DEVICE static float one_over_power(uint32_t bits) { return bits_float(0x7f000000u - bits); }
 
   // Q^T as the second operand: lane (g, t) holds head g, d = 16 i + 2t, +1, +8, +9; for fp8 d = 16 i + 4t,
-  // +2, +1, +3, divided by a power of two that comes back for this lane's columns, heads 2t and 2t + 1.
+  // +1, +2, +3, bf16 divided by a power of two that comes back for this lane's columns, heads 2t and 2t + 1.
   KVLAPSE_DEVICE void load_query(int item, uint32_t (&query)[Traits::kSteps][2], float (&scale)[2]) const {
     const int g = lane_ / 4, t = lane_ % 4;
     const uint32_t* q = static_cast<const uint32_t*>(args_.q) +
@@ -631,27 +632,22 @@ class DecodeCta {
     }
     scale[0] = scale[1] = 1;
     if constexpr (Traits::kFp8) {
+      if (!args_.io_bf16) return;  // what the matrix unit takes
       float largest = 0;
       KVLAPSE_UNROLL
       for (int i = 0; i < Traits::kSteps * 2; ++i) {
         float a, b;
-        unpack_io(query[i / 2][i % 2], a, b);
-        a = a < 0 ? -a : a, b = b < 0 ? -b : b;
-        largest = a > largest ? a : largest, largest = b > largest ? b : largest;
+        unpack2<Bf16>(query[i / 2][i % 2], a, b);
+        largest = larger(larger(largest, magnitude(a)), magnitude(b));
       }
-      for (int mask = 1; mask < 4; mask *= 2) {
-        const float other = shuffle_xor(largest, mask);
-        largest = other > largest ? other : largest;
-      }
+      for (int mask = 1; mask < 4; mask *= 2) largest = larger(largest, shuffle_xor(largest, mask));
       const uint32_t power = power_above(float_bits(largest));
       const float inverse = one_over_power(power);
       KVLAPSE_UNROLL
-      for (int i = 0; i < Traits::kSteps; ++i) {
-        float a, b, c, d;
-        unpack_io(query[i][0], a, b);
-        unpack_io(query[i][1], c, d);
-        query[i][0] = pack2<F16>(a * inverse, c * inverse);
-        query[i][1] = pack2<F16>(b * inverse, d * inverse);
+      for (int i = 0; i < Traits::kSteps * 2; ++i) {
+        float a, b;
+        unpack2<Bf16>(query[i / 2][i % 2], a, b);
+        query[i / 2][i % 2] = pack2<F16>(a * inverse, b * inverse);
       }
       scale[0] = shuffle_from(bits_float(power), 2 * t * 4);
       scale[1] = shuffle_from(bits_float(power), (2 * t + 1) * 4);
@@ -1015,11 +1011,11 @@ class DecodeCta {
             if constexpr (Traits::kFp8) {  // pairs of dimensions of slots 2t, 2t + 1; of 16 dimensions, of
                                            // the next
               uint32_t low[4], high[4];
-              widen_e4m3(r[0], low[0], low[1]);
-              widen_e4m3(r[2], low[2], low[3]);
+              widen_e4m3_apart(r[0], low[0], low[1]);
+              widen_e4m3_apart(r[2], low[2], low[3]);
               add(2 * i, low);
-              widen_e4m3(r[1], high[0], high[1]);
-              widen_e4m3(r[3], high[2], high[3]);
+              widen_e4m3_apart(r[1], high[0], high[1]);
+              widen_e4m3_apart(r[3], high[2], high[3]);
               add(2 * i + 1, high);
             } else {
               add(i, r);
@@ -1311,10 +1307,10 @@ class DecodeCta {
     KVLAPSE_UNROLL
     for (int i = 0; i < 4; ++i) {
       if constexpr (Traits::kFp8) {
-        uint32_t even, odd;
-        widen_e4m3(float_bits(words[i]), even, odd);
-        unpack2<Matrix>(even, values[4 * i], values[4 * i + 2]);
-        unpack2<Matrix>(odd, values[4 * i + 1], values[4 * i + 3]);
+        uint32_t low, high;
+        widen_e4m3(float_bits(words[i]), low, high);
+        unpack2<Matrix>(low, values[4 * i], values[4 * i + 1]);
+        unpack2<Matrix>(high, values[4 * i + 2], values[4 * i + 3]);
       } else {
         unpack2<Matrix>(float_bits(words[i]), values[2 * i], values[2 * i + 1]);
       }
@@ -1452,9 +1448,9 @@ class DecodeCta {
   }
   KVLAPSE_DEVICE OutputScale prepare_operand() {
     const int t = lane_ % 4, head = operand_head();
-    constexpr int kLane = Traits::kFp8 ? 4 : 2, kPair = Traits::kFp8 ? 2 : 1, kSecond = Traits::kFp8 ? 1 : 8;
+    constexpr int kLane = Traits::kFp8 ? 4 : 2, kSecond = Traits::kFp8 ? 2 : 8;
     const auto value = [&](int step, int second, int which) {
-      return smem_load(whole_address(head, step * 16 + t * kLane + second * kSecond + which * kPair));
+      return smem_load(whole_address(head, step * 16 + t * kLane + second * kSecond + which));
     };
     float largest = 0, square = 0;
     KVLAPSE_NO_UNROLL
@@ -1638,7 +1634,7 @@ class DecodeCta {
   KVLAPSE_DEVICE void subtract_output(SmemAddress data, int row, const float (&slot_scale)[2],
                                       const bool (&wanted)[4], float (&distance)[4]) const {
     const int t = lane_ % 4;
-    constexpr int kLane = Traits::kFp8 ? 4 : 2, kPair = Traits::kFp8 ? 2 : 1, kSecond = Traits::kFp8 ? 1 : 8;
+    constexpr int kLane = Traits::kFp8 ? 4 : 2, kSecond = Traits::kFp8 ? 2 : 8;
     KVLAPSE_NO_UNROLL
     for (int head = 0; head < args_.group; ++head) {
       float low = 0, high = 0;
@@ -1653,8 +1649,8 @@ class DecodeCta {
           unpack_rows(a, v, u);
           KVLAPSE_UNROLL
           for (int k = 0; k < 4; ++k) {
-            const float o = smem_load(
-                whole_address(head, (i + second) * 16 + t * kLane + k / 2 * kSecond + k % 2 * kPair));
+            const float o =
+                smem_load(whole_address(head, (i + second) * 16 + t * kLane + k / 2 * kSecond + k % 2));
             const float x = o - v[k] * slot_scale[0], y = o - u[k] * slot_scale[1];
             low += x * x, high += y * y;
           }

@@ -264,7 +264,7 @@ KVLAPSE_DEVICE void unpack2<Bf16>(uint32_t packed, float& low, float& high) {
   low = __uint_as_float(packed << 16), high = __uint_as_float(packed & 0xffff0000u);
 }
 // Four e4m3 bytes as fp16 pairs: bytes 0 and 2, bytes 1 and 3. Exact.
-KVLAPSE_DEVICE void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd) {
+KVLAPSE_DEVICE void widen_e4m3_apart(uint32_t bytes, uint32_t& even, uint32_t& odd) {
 #if __CUDA_ARCH__ >= 890
   asm("{ .reg .b32 p; .reg .b16 low, high; prmt.b32 p, %2, 0, 0x3120; mov.b32 {low, high}, p; "
       "cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
@@ -278,6 +278,17 @@ KVLAPSE_DEVICE void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd) {
   const __half2 a = __hmul2(*reinterpret_cast<const __half2*>(&low), scale),
                 b = __hmul2(*reinterpret_cast<const __half2*>(&high), scale);
   even = *reinterpret_cast<const uint32_t*>(&a), odd = *reinterpret_cast<const uint32_t*>(&b);
+#endif
+}
+// The same in order: bytes 0 and 1, bytes 2 and 3.
+KVLAPSE_DEVICE void widen_e4m3(uint32_t bytes, uint32_t& low, uint32_t& high) {
+#if __CUDA_ARCH__ >= 890
+  asm("{ .reg .b16 first, second; mov.b32 {first, second}, %2; cvt.rn.f16x2.e4m3x2 %0, first; "
+      "cvt.rn.f16x2.e4m3x2 %1, second; }"
+      : "=r"(low), "=r"(high)
+      : "r"(bytes));
+#else
+  widen_e4m3_apart(__byte_perm(bytes, 0, 0x3120), low, high);
 #endif
 }
 // Four numbers as e4m3 bytes, the first in the lowest: f32_to_e4m3's bits.

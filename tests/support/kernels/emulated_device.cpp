@@ -398,12 +398,19 @@ void unpack2<Bf16>(uint32_t packed, float& low, float& high) {
   low = bf16_to_f32(static_cast<uint16_t>(packed)), high = bf16_to_f32(static_cast<uint16_t>(packed >> 16));
 }
 
-void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd) {
+namespace {
+uint32_t widen(uint32_t bytes, int first, int second) {
   const auto half = [&](int i) -> uint32_t {
     return f32_to_f16(e4m3_to_f32(static_cast<uint8_t>(bytes >> (8 * i))));
   };
-  even = half(0) | half(2) << 16;
-  odd = half(1) | half(3) << 16;
+  return half(first) | half(second) << 16;
+}
+}  // namespace
+void widen_e4m3(uint32_t bytes, uint32_t& low, uint32_t& high) {
+  low = widen(bytes, 0, 1), high = widen(bytes, 2, 3);
+}
+void widen_e4m3_apart(uint32_t bytes, uint32_t& even, uint32_t& odd) {
+  even = widen(bytes, 0, 2), odd = widen(bytes, 1, 3);
 }
 
 namespace {

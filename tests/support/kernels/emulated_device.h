@@ -141,7 +141,8 @@ void multiply_add_16x8x8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   multiply_add_16x8x16<Element>(c, {a0, a1, 0, 0}, b, 0);
 }
 
-void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd);
+void widen_e4m3(uint32_t bytes, uint32_t& low, uint32_t& high);
+void widen_e4m3_apart(uint32_t bytes, uint32_t& even, uint32_t& odd);
 
 inline float exp2_approximate(float x) {
   return std::exp2(x);
