@@ -460,7 +460,7 @@ class DecodeCta {
         allow_next_kernel();
         if (clustered()) cluster_wait();
       }
-      const NewRows rows = load_new_rows<false>(item, info, tiles);
+      NewRows rows = load_new_rows<false>(item, info, tiles);
       if constexpr (Traits::kLeaveOneOut) clear_heaviest();
       RingCursor at = ring;
       at.advance(group, args_.n_stages);
@@ -545,7 +545,8 @@ class DecodeCta {
            static_cast<uint32_t>(stage * Traits::kTileBytes + half * kHalfSlots * Traits::kBoxRowBytes);
   }
 
-  // The new token's rows, 16 bytes a lane; only in the warp that holds its slot.
+  // The new token's rows, 16 bytes a lane; only in the warp that holds its slot. Of fp8, once quantised, a
+  // lane's eight bytes and the row's scale.
   struct NewRows {
     Float4 k, v;
   };
@@ -558,35 +559,39 @@ class DecodeCta {
     rows.v = static_cast<const Float4*>(args_.v_new)[at];
     return rows;
   }
+  // Of a lane's 8 values; lanes without a part of the row hold zeros.
+  KVLAPSE_DEVICE Float4 quantised(const Float4& row) const {
+    const float words[4] = {row.x, row.y, row.z, row.w};
+    float values[8], largest = 0;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 4; ++i) unpack_io(float_bits(words[i]), values[2 * i], values[2 * i + 1]);
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 8; ++i) largest = larger(largest, magnitude(values[i]));
+    const Fp8Scale scale = fp8_scale(bits_float(warp_largest(float_bits(largest))));
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 8; ++i) values[i] *= scale.inverse;
+    return {bits_float(narrow_e4m3(values[0], values[1], values[2], values[3])),
+            bits_float(narrow_e4m3(values[4], values[5], values[6], values[7])), scale.scale, 0};
+  }
+  // Both in turn by the same instructions: short items wait for code.
+  KVLAPSE_DEVICE void quantise(NewRows& rows) const {
+    KVLAPSE_NO_UNROLL
+    for (int plane = 0; plane < 2; ++plane) rows = {rows.v, quantised(rows.k)};
+  }
   // Puts the new token's row over what the copy brought, and into the cache for the steps to come. All lanes.
   KVLAPSE_DEVICE void write_row(int stage, int slot, int item, const Float4& row, int plane) {
     const SmemAddress tile = ring_ + static_cast<uint32_t>(stage * Traits::kTileBytes);
     unsigned char* to = const_cast<unsigned char*>(row_of(plane == 0 ? args_.k : args_.v, item, slot));
     if constexpr (Traits::kFp8) {
-      // A lane quantises 8 values; lanes without a part of the row hold zeros.
-      const float words[4] = {row.x, row.y, row.z, row.w};
-      float values[8], largest = 0;
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 4; ++i) unpack_io(float_bits(words[i]), values[2 * i], values[2 * i + 1]);
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const float size = values[i] < 0 ? -values[i] : values[i];
-        largest = size > largest ? size : largest;
-      }
-      const Fp8Scale scale = fp8_scale(bits_float(warp_largest(float_bits(largest))));
-      KVLAPSE_UNROLL
-      for (float& value : values) value *= scale.inverse;
-      const uint32_t low = narrow_e4m3(values[0], values[1], values[2], values[3]);
-      const uint64_t bytes =
-          static_cast<uint64_t>(narrow_e4m3(values[4], values[5], values[6], values[7])) << 32 | low;
+      const uint64_t bytes = static_cast<uint64_t>(float_bits(row.y)) << 32 | float_bits(row.x);
       if (lane_ < Traits::kNewChunks) {
         smem_store_u64(
             tile + chunk_offset(slot % kTileSlots, lane_ / 2) + static_cast<uint32_t>(lane_ % 2 * 8), bytes);
         reinterpret_cast<uint64_t*>(to)[lane_] = bytes;
       }
       if (lane_ == 0) {
-        smem_store(scale_address(stage, slot % kTileSlots), scale.scale);
-        (plane == 0 ? args_.k_scale : args_.v_scale)[scale_index(item, slot)] = scale.scale;
+        smem_store(scale_address(stage, slot % kTileSlots), row.z);
+        (plane == 0 ? args_.k_scale : args_.v_scale)[scale_index(item, slot)] = row.z;
       }
     } else if (lane_ < Traits::kRowChunks) {
       smem_store4(tile + chunk_offset(slot % kTileSlots, lane_), row);
@@ -655,7 +660,7 @@ class DecodeCta {
   }
 
   KVLAPSE_DEVICE void attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles, RingCursor at,
-                                  const NewRows& rows, Softmax& softmax) {
+                                  NewRows& rows, Softmax& softmax) {
     const int g = lane_ / 4, t = lane_ % 4;
     uint32_t query[Traits::kSteps][2], offsets[Traits::kBoxLoads];
     float query_scale[2];
@@ -672,6 +677,7 @@ class DecodeCta {
       bool wrote = false;
       const int first = tile * kTileSlots + half * kHalfSlots;
       if (half_of_slot(info.slot) == half_of_slot(first)) {
+        if constexpr (Traits::kFp8) quantise(rows);
         write_row(at.stage, info.slot, item, rows.k, 0);
         wrote = true;
       }
@@ -1517,7 +1523,7 @@ class DecodeCta {
   KVLAPSE_DEVICE uint64_t measure_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
                                          const float (&max)[2]) {
     const int group = tile_group(), t = lane_ % 4;
-    const NewRows rows = load_new_rows<true>(item, info, tiles);
+    NewRows rows = load_new_rows<true>(item, info, tiles);
     const SideRows lie = side_rows(item);
     const int end = scored_end(info, tiles);
     const auto side_of = [&](int tile, int half) {
@@ -1562,6 +1568,7 @@ class DecodeCta {
         if (block == 0) {
           mbarrier_wait(bar(small_.full[at.stage]), at.phase);
           if (half_of_slot(info.slot) == half_of_slot(first)) {
+            if constexpr (Traits::kFp8) rows.v = quantised(rows.v);
             write_row(at.stage, info.slot, item, rows.v, 1);
             wrote = true;
           }
