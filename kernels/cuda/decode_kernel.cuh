@@ -768,7 +768,10 @@ class DecodeCta {
                       {m[0], l[0], m[1], l[1]}, remote_address(bar(small_.softmax_bar), to));
       mbarrier_wait(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
       merge_rows(softmax_address(0), n_rows, m, l);
-      if (turn > 0) consumer_sync();  // all have read of the item in front; choose_for_layer is behind one
+      if (turn > 0 || Traits::kLeaveOneOut)
+        consumer_sync();  // all have read of the item in front (choose_for_layer is behind one), or cleared
+      else
+        warp_sync();  // lanes without heads read logits of others
     } else {
       if (g == 0) smem_store4(smem_address(small_.warp_softmax[warp_][2 * t]), {m[0], l[0], m[1], l[1]});
       consumer_sync();
