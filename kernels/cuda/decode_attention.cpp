@@ -87,25 +87,8 @@ DecodeKernel::DecodeKernel(const DecodeShape& shape, DecodePath path, const Deco
   }
   if (bulk)
     limits.resident_clusters = [function = reinterpret_cast<const void*>(kernels_[1])](int n, int n_threads,
-                                                                                       int smem_bytes) {
-      cudaLaunchAttribute cluster{};
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim.x = static_cast<unsigned>(n);
-      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(static_cast<unsigned>(n));
-      config.blockDim = dim3(static_cast<unsigned>(n_threads));
-      config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
-      config.attrs = &cluster;
-      config.numAttrs = 1;
-      int clusters = 0;
-      const cudaError_t asked = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
-      if (asked != cudaSuccess && n > kPortableCluster) {
-        cudaGetLastError();  // this device has no clusters of that size
-        return 0;
-      }
-      KVLAPSE_CUDA_CHECK(asked);
-      return clusters;
+                                                                                       int bytes) {
+      return resident_clusters(function, n, n_threads, bytes);
     };
   plan_ = plan_decode(shape, limits, tuning);
 }

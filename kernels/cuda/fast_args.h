@@ -8,6 +8,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/decode/chain_args.h"
 #include "kernels/decode/decode_args.h"
+#include "kernels/decode/product_args.h"
 #include "kernels/gpu/ahead_device.h"
 
 namespace kvlapse {
@@ -65,11 +66,11 @@ void launch_fast_silu(cudaStream_t stream, const FastSiluArgs& args, LaunchLog* 
 
 // x[b] = embedding[tokens[b]].
 struct FastEmbedArgs {
-  const __nv_bfloat16* embedding;  // rows, or tiles as chain_index says
+  const __nv_bfloat16* embedding;
   const int32_t* tokens;
   float* x;
   int32_t n_rows, width;
-  bool tiles;
+  MatrixOrder order;  // of the embedding
 };
 void launch_fast_embed(cudaStream_t stream, const FastEmbedArgs& args, LaunchLog* log = nullptr);
 
@@ -109,6 +110,12 @@ void launch_fast_advance(cudaStream_t stream, const FastAdvanceArgs& args, Launc
 // of them resident.
 void launch_product_chain(cudaStream_t stream, const ChainArgs& args, int smem_bytes, int n_multiprocessors,
                           LaunchLog* log = nullptr);
+
+// A product of up to kProductMostRows sequences, on a device of compute capability 9.0, and the clusters of
+// blocks with as much shared memory that it holds.
+ProductClusters product_clusters(int smem_bytes);
+void launch_product(cudaStream_t stream, const ProductArgs& args, int smem_bytes,
+                    const ProductClusters& clusters, LaunchLog* log = nullptr);
 
 // n values, roughly normal with that deviation.
 void launch_fill_normal(cudaStream_t stream, __nv_bfloat16* data, uint64_t n, uint64_t seed, float deviation);

@@ -49,6 +49,10 @@ __device__ __forceinline__ float4 scaled(float4 v, float factor, float4 weight) 
                      v.w * factor * weight.w);
 }
 
+__device__ __forceinline__ uint2 four_halves(float4 v) {
+  return make_uint2(device::pack2<device::Bf16>(v.x, v.y), device::pack2<device::Bf16>(v.z, v.w));
+}
+
 // A row of activations lies in two planes of float4, so that a lane reads eight neighbouring columns without
 // bank conflicts: columns 8i .. 8i+3 in the first, 8i+4 .. 8i+7 in the second. Where the c-th four columns
 // are.
@@ -185,17 +189,35 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocksPerMultiprocessor)
   }
 }
 
-__global__ void __launch_bounds__(256) fast_norm_kernel(const __grid_constant__ FastNormArgs a) {
-  __shared__ float sums[8];
+constexpr int kNormThreads = 512;
+constexpr int kNormKept = 4;  // float4 of x that a thread keeps
+
+__global__ void __launch_bounds__(kNormThreads) fast_norm_kernel(const __grid_constant__ FastNormArgs a) {
+  __shared__ float sums[kNormThreads / 32];
   device::allow_next_kernel();
+  const int n = a.width / 4, thread = static_cast<int>(threadIdx.x);
+  const float4* weight = reinterpret_cast<const float4*>(a.weight);
+  float4 scale[kNormKept], kept[kNormKept];
+#pragma unroll
+  for (int i = 0; i < kNormKept; ++i)
+    if (thread + i * kNormThreads < n) scale[i] = weight[thread + i * kNormThreads];
   device::wait_for_previous_kernel();
-  const float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.width;
+  const float4* x = reinterpret_cast<const float4*>(a.x + static_cast<int64_t>(blockIdx.x) * a.width);
   float sum = 0;
-  for (int c = static_cast<int>(threadIdx.x); c < a.width; c += 256) sum += x[c] * x[c];
+#pragma unroll
+  for (int i = 0; i < kNormKept; ++i)
+    kept[i] = thread + i * kNormThreads < n ? __ldcg(x + thread + i * kNormThreads) : make_float4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < kNormKept; ++i) sum += squares(kept[i]);
+  for (int c = thread + kNormKept * kNormThreads; c < n; c += kNormThreads) sum += squares(__ldcg(x + c));
   const float factor = rsqrtf(block_sum(sum, sums) / static_cast<float>(a.width) + a.eps);
-  __nv_bfloat16* out = a.out + static_cast<int64_t>(blockIdx.x) * a.width;
-  for (int c = static_cast<int>(threadIdx.x); c < a.width; c += 256)
-    out[c] = __float2bfloat16(x[c] * factor * a.weight[c]);
+  uint2* out = reinterpret_cast<uint2*>(a.out + static_cast<int64_t>(blockIdx.x) * a.width);
+#pragma unroll
+  for (int i = 0; i < kNormKept; ++i)
+    if (thread + i * kNormThreads < n)
+      out[thread + i * kNormThreads] = four_halves(scaled(kept[i], factor, scale[i]));
+  for (int c = thread + kNormKept * kNormThreads; c < n; c += kNormThreads)
+    out[c] = four_halves(scaled(__ldcg(x + c), factor, weight[c]));
 }
 
 constexpr int kMostPairs = 4;  // of a lane: head_dim up to 256
@@ -203,17 +225,30 @@ constexpr int kMostPairs = 4;  // of a lane: head_dim up to 256
 // A warp a head.
 __global__ void __launch_bounds__(128) fast_qkv_kernel(const __grid_constant__ FastQkvArgs a) {
   device::allow_next_kernel();
-  device::wait_for_previous_kernel();
   const int n_heads = a.n_q_heads + 2 * a.n_kv_heads, dim = a.head_dim, half = dim / 2;
   const int item = static_cast<int>(blockIdx.x) * 4 + static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (item >= a.n_rows * n_heads) return;
-  const int b = item / n_heads, head = item % n_heads;
+  const bool there = item < a.n_rows * n_heads;
+  const int b = there ? item / n_heads : 0, head = item % n_heads;
   const bool is_q = head < a.n_q_heads, is_v = head >= a.n_q_heads + a.n_kv_heads;
-  const float* from = a.qkv + static_cast<int64_t>(item) * dim;
   const float* bias = a.bias != nullptr ? a.bias + head * dim : nullptr;
   const float* norm = is_q ? a.q_norm : is_v ? nullptr : a.k_norm;
+  // Constants of the step (positions change between steps alone) are asked for before the kernel in front
+  // ends.
   const float* rope = a.rope + static_cast<int64_t>(a.pos[b]) * dim;
+  float cosine[kMostPairs], sine[kMostPairs], low_scale[kMostPairs], high_scale[kMostPairs];
+#pragma unroll
+  for (int i = 0; i < kMostPairs; ++i) {
+    const int d = lane + 32 * i;
+    const bool inside = d < half;
+    cosine[i] = inside && !is_v ? rope[d] : 1.0f;
+    sine[i] = inside && !is_v ? rope[half + d] : 0.0f;
+    low_scale[i] = inside && norm != nullptr ? norm[d] : 1.0f;
+    high_scale[i] = inside && norm != nullptr ? norm[d + half] : 1.0f;
+  }
+  device::wait_for_previous_kernel();
+  if (!there) return;
+  const float* from = a.qkv + static_cast<int64_t>(item) * dim;
   __nv_bfloat16* to =
       is_q   ? a.q + (static_cast<int64_t>(b) * a.n_q_heads + head) * dim
       : is_v ? a.v + (static_cast<int64_t>(b) * a.n_kv_heads + head - a.n_q_heads - a.n_kv_heads) * dim
@@ -222,8 +257,12 @@ __global__ void __launch_bounds__(128) fast_qkv_kernel(const __grid_constant__ F
 #pragma unroll
   for (int i = 0; i < kMostPairs; ++i) {
     const int d = lane + 32 * i;
-    low[i] = d < half ? from[d] : 0;
-    high[i] = d < half ? from[d + half] : 0;
+    low[i] = d < half ? __ldcg(from + d) : 0;
+    high[i] = d < half ? __ldcg(from + d + half) : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kMostPairs; ++i) {
+    const int d = lane + 32 * i;
     if (bias != nullptr && d < half) low[i] += bias[d], high[i] += bias[d + half];
     sum += low[i] * low[i] + high[i] * high[i];
   }
@@ -232,11 +271,9 @@ __global__ void __launch_bounds__(128) fast_qkv_kernel(const __grid_constant__ F
   for (int i = 0; i < kMostPairs; ++i) {
     const int d = lane + 32 * i;
     if (d >= half) continue;
-    float x = low[i], y = high[i];
-    if (norm != nullptr) x *= factor * norm[d], y *= factor * norm[d + half];
-    const float c = is_v ? 1.0f : rope[d], s = is_v ? 0.0f : rope[half + d];
-    to[d] = __float2bfloat16(x * c - y * s);
-    to[d + half] = __float2bfloat16(y * c + x * s);
+    const float x = low[i] * (factor * low_scale[i]), y = high[i] * (factor * high_scale[i]);
+    to[d] = __float2bfloat16(x * cosine[i] - y * sine[i]);
+    to[d + half] = __float2bfloat16(y * cosine[i] + x * sine[i]);
   }
 }
 
@@ -255,8 +292,7 @@ __global__ void __launch_bounds__(256) fast_embed_kernel(const __grid_constant__
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (i >= static_cast<int64_t>(a.n_rows) * a.width) return;
   const int64_t token = a.tokens[i / a.width], column = i % a.width;
-  a.x[i] =
-      __bfloat162float(a.embedding[a.tiles ? chain_index(token, column, a.width) : token * a.width + column]);
+  a.x[i] = __bfloat162float(a.embedding[a.order.index(token, column, a.width)]);
 }
 
 constexpr int kArgmaxBlocks = 32;  // a row
@@ -394,7 +430,7 @@ void launch_gemv(cudaStream_t stream, const GemvArgs& args, int n_multiprocessor
 
 void launch_fast_norm(cudaStream_t stream, const FastNormArgs& a, LaunchLog* log) {
   const uint64_t bytes = static_cast<uint64_t>(a.n_rows) * static_cast<uint64_t>(a.width) * 6;
-  launch_kernel(stream, {"norm", bytes, log}, shape_of(a.n_rows, 256), fast_norm_kernel, a);
+  launch_kernel(stream, {"norm", bytes, log}, shape_of(a.n_rows, kNormThreads), fast_norm_kernel, a);
 }
 void launch_fast_qkv(cudaStream_t stream, const FastQkvArgs& a, LaunchLog* log) {
   const int64_t heads = static_cast<int64_t>(a.n_rows) * (a.n_q_heads + 2 * a.n_kv_heads);

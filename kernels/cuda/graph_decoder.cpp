@@ -19,12 +19,11 @@ namespace {
 
 using Bf16Buffer = DeviceBuffer<__nv_bfloat16>;
 
-// A matrix of a step on its way to the device, as bf16: rows one behind the other, or tiles as chain_index
-// says.
+// A matrix of a step on its way to the device, as bf16.
 class HostMatrix {
  public:
-  HostMatrix(size_t elements, int64_t columns, bool tiles)
-      : values_(elements), columns_(columns), tiles_(tiles) {}
+  HostMatrix(size_t elements, int64_t columns, const MatrixOrder& order)
+      : values_(elements), columns_(columns), order_(order) {}
   // Row r of `matrix` becomes row place(r).
   template <class Place>
   void add(const Matrix& matrix, Place place) {
@@ -33,7 +32,7 @@ class HostMatrix {
       matrix_row(matrix, r, row.data());
       const int64_t to = place(r);
       for (int64_t c = 0; c < columns_; ++c)
-        values_[static_cast<size_t>(tiles_ ? chain_index(to, c, columns_) : to * columns_ + c)] =
+        values_[static_cast<size_t>(order_.index(to, c, columns_))] =
             f32_to_bf16(row[static_cast<size_t>(c)]);
     }
   }
@@ -47,7 +46,7 @@ class HostMatrix {
  private:
   std::vector<uint16_t> values_;
   int64_t columns_;
-  bool tiles_;
+  MatrixOrder order_;
 };
 
 template <class T>
@@ -94,6 +93,13 @@ struct GraphDecoder::Impl {
     ChainArgs args;
     int smem_bytes;
   };
+  // Of a layer, or of the step's end.
+  enum Product { kQkv, kO, kGateUp, kDown, kHead, kProducts };
+  enum class Multiplier { chain, product, cublas_lt, gemv };
+  struct Matrix {
+    int rows, columns;
+    MatrixOrder order;
+  };
 
   Impl(const DecoderShape& s, const GraphDecoderOptions& o)
       : shape(s),
@@ -118,7 +124,6 @@ struct GraphDecoder::Impl {
     k_new = Bf16Buffer(rows * kv_rows());
     v_new = Bf16Buffer(rows * kv_rows());
     attended = Bf16Buffer(rows * q_rows());
-    both = Bf16Buffer(rows * 2 * ffn);
     act = Bf16Buffer(rows * ffn);
     logits = DeviceBuffer<float>(rows * vocab);
     best = DeviceBuffer<unsigned long long>(rows);
@@ -147,22 +152,62 @@ struct GraphDecoder::Impl {
       s.rope.angles(Pos{p}, row.first(half), row.last(half));
     }
     rope = DeviceBuffer<float>(angles);
-    chained = o.batch <= kChainMostRows && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-              s.width % kChainTileColumns == 0 && s.ffn_width % kChainTileColumns == 0 && plan_chains();
-    if (chained) {
+    const auto q_width = static_cast<int>(q_rows());
+    matrices[kQkv] = {static_cast<int>(qkv_rows()), s.width, {}};
+    matrices[kO] = {s.width, q_width, {}};
+    matrices[kGateUp] = {2 * s.ffn_width, s.width, {}};
+    matrices[kDown] = {s.width, s.ffn_width, {}};
+    matrices[kHead] = {s.n_vocab, s.width, {}};
+    choose_multiplier();
+    if (multiplier == Multiplier::chain) {
       x_words = DeviceBuffer<uint64_t>(rows * width);
       act_words = DeviceBuffer<uint64_t>(rows * ffn / 2);
       x_words.fill_bytes(0);
       act_words.fill_bytes(0);
     }
-    if (o.batch > kGemvMostRows) lt = CublasLt::load(without_lt);
-    if (!lt && !chained) {
-      gemv_rows = std::min(o.batch, kGemvMostRows);
-      const int widest = std::max({s.width, s.ffn_width, static_cast<int>(q_rows())});
-      while (gemv_rows > 1 && !gemv_fits(gemv_rows, widest, smem_bytes)) --gemv_rows;
-      if (!gemv_fits(gemv_rows, widest, smem_bytes))
-        fail("decoder: matrices of {} columns do not fit the matrix-vector kernel's shared memory", widest);
+    if (multiplier == Multiplier::cublas_lt) both = Bf16Buffer(rows * 2 * ffn);
+  }
+
+  void choose_multiplier() {
+    const bool bulk = device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+    if (bulk && options.batch <= kChainMostRows && shape.width % kChainTileColumns == 0 &&
+        shape.ffn_width % kChainTileColumns == 0 && plan_chains()) {
+      multiplier = Multiplier::chain;
+      for (Matrix& m : matrices) m.order = {MatrixOrder::Kind::chain};
+      return;
     }
+    if (bulk && plan_products()) {
+      multiplier = Multiplier::product;
+      return;
+    }
+    if (options.batch > kGemvMostRows) lt = CublasLt::load(without_lt);
+    if (lt) {
+      multiplier = Multiplier::cublas_lt;
+      return;
+    }
+    multiplier = Multiplier::gemv;
+    gemv_rows = std::min(options.batch, kGemvMostRows);
+    const int widest = std::max({shape.width, shape.ffn_width, static_cast<int>(q_rows())});
+    while (gemv_rows > 1 && !gemv_fits(gemv_rows, widest, smem_bytes)) --gemv_rows;
+    if (!gemv_fits(gemv_rows, widest, smem_bytes))
+      fail("decoder: matrices of {} columns do not fit the matrix-vector kernel's shared memory", widest);
+  }
+  // Whether own products fit; matrices are slabs then.
+  bool plan_products() {
+    clusters = product_clusters(smem_bytes);
+    for (int i = 0; i < kProducts; ++i) {
+      const Matrix& m = matrices[i];
+      ProductArgs& a = products[i];
+      a = {};
+      a.n_rows = options.batch, a.columns = m.columns, a.n_outputs = i == kGateUp ? m.rows / 2 : m.rows;
+      choose_product_slabs(a, chain_groups(m.rows), clusters);
+      product_smem[i] = plan_product(a, smem_bytes);
+      if (product_smem[i] == 0) return false;
+    }
+    for (int i = 0; i < kProducts; ++i)
+      matrices[i].order = {MatrixOrder::Kind::slabs, products[i].slab_groups};
+    squares = DeviceBuffer<float>(static_cast<size_t>(n_multiprocessors) * kProductMostRows);
+    return true;
   }
 
   size_t items() const { return static_cast<size_t>(options.batch) * shape.n_kv_heads; }
@@ -172,22 +217,28 @@ struct GraphDecoder::Impl {
   size_t q_rows() const { return static_cast<size_t>(shape.n_q_heads) * shape.head_dim; }
   size_t kv_rows() const { return static_cast<size_t>(shape.n_kv_heads) * shape.head_dim; }
   size_t qkv_rows() const { return q_rows() + 2 * kv_rows(); }
-  bool tiled_embedding() const { return chained && shape.tied; }
+  MatrixOrder embedding_order() const { return shape.tied ? matrices[kHead].order : MatrixOrder{}; }
+  // Gate and up are one matrix, where their product makes what both give of neighbouring rows.
+  bool gates_in_product() const {
+    return multiplier == Multiplier::chain || multiplier == Multiplier::product;
+  }
   const __nv_bfloat16* head_matrix() const { return shape.tied ? embedding.data() : head.data(); }
 
   void make_matrices() {
-    const auto width = static_cast<size_t>(shape.width), ffn = static_cast<size_t>(shape.ffn_width);
-    const size_t vocab =
-        static_cast<size_t>(chained ? chain_groups(shape.n_vocab) * kChainTileRows : int64_t{shape.n_vocab});
-    embedding = Bf16Buffer((tiled_embedding() ? vocab : static_cast<size_t>(shape.n_vocab)) * width);
-    if (!shape.tied) head = Bf16Buffer(vocab * width);
+    const auto width = static_cast<size_t>(shape.width);
+    const auto matrix = [&](Product i) {
+      const Matrix& m = matrices[i];
+      return Bf16Buffer(static_cast<size_t>(m.order.stored_rows(m.rows) * m.columns));
+    };
+    embedding = shape.tied ? matrix(kHead) : Bf16Buffer(static_cast<size_t>(shape.n_vocab) * width);
+    if (!shape.tied) head = matrix(kHead);
     final_norm = DeviceBuffer<float>(width);
     layers = std::vector<Layer>(static_cast<size_t>(shape.n_layers));
     for (Layer& l : layers) {
-      l.qkv = Bf16Buffer(qkv_rows() * width);
-      l.o = Bf16Buffer(width * q_rows());
-      l.gate_up = Bf16Buffer(2 * ffn * width);
-      l.down = Bf16Buffer(width * ffn);
+      l.qkv = matrix(kQkv);
+      l.o = matrix(kO);
+      l.gate_up = matrix(kGateUp);
+      l.down = matrix(kDown);
       l.input_norm = DeviceBuffer<float>(width);
       l.ffn_norm = DeviceBuffer<float>(width);
       if (shape.qk_norm) {
@@ -238,28 +289,24 @@ struct GraphDecoder::Impl {
   void finish() {
     make_caches();
     if (lt) {
-      const int n = options.batch, width = shape.width, ffn = shape.ffn_width;
-      auto plan = [&](int rows, int columns, bool bf16, bool add, auto weights, const void* in, void* out) {
+      auto plan = [&](Product i, bool bf16, bool add, auto weights, const void* in, void* out) {
         std::vector<const void*> all;
         for (const Layer& l : layers) all.push_back(weights(l));
-        return lt->plan({rows, columns, n, bf16, add}, all, in, out, stream);
+        const Matrix& m = matrices[i];
+        plans[i] = lt->plan({m.rows, m.columns, options.batch, bf16, add}, all, in, out, stream);
       };
-      const int q_width = static_cast<int>(q_rows());
-      plans[0] = plan(
-          static_cast<int>(qkv_rows()), width, false, false, [](const Layer& l) { return l.qkv.data(); },
-          normed.data(), qkv.data());
-      plans[1] = plan(
-          width, q_width, false, true, [](const Layer& l) { return l.o.data(); }, attended.data(), x.data());
-      plans[2] = plan(
-          2 * ffn, width, true, false, [](const Layer& l) { return l.gate_up.data(); }, normed.data(),
-          both.data());
-      plans[3] = plan(
-          width, ffn, false, true, [](const Layer& l) { return l.down.data(); }, act.data(), x.data());
-      plans[4] = plan(
-          shape.n_vocab, width, false, false, [&](const Layer&) { return head_matrix(); }, normed.data(),
-          logits.data());
+      plan(
+          kQkv, false, false, [](const Layer& l) { return l.qkv.data(); }, normed.data(), qkv.data());
+      plan(
+          kO, false, true, [](const Layer& l) { return l.o.data(); }, attended.data(), x.data());
+      plan(
+          kGateUp, true, false, [](const Layer& l) { return l.gate_up.data(); }, normed.data(), both.data());
+      plan(
+          kDown, false, true, [](const Layer& l) { return l.down.data(); }, act.data(), x.data());
+      plan(
+          kHead, false, false, [&](const Layer&) { return head_matrix(); }, normed.data(), logits.data());
     }
-    if (chained) make_chains();
+    if (multiplier == Multiplier::chain) make_chains();
     if (options.n_reports > 0) {
       const auto n = static_cast<size_t>(options.n_reports) * options.batch;
       choices = PinnedBuffer<AheadChoice>(n);
@@ -356,31 +403,49 @@ struct GraphDecoder::Impl {
   }
 
   // out (+)= W in, where in is the normed residual (norm given) or bf16 rows. Gate and up are one product
-  // whose result is act (gated given).
-  struct Product {
+  // whose result is act (gated given). Of a residual, the norm that follows (next_norm given).
+  struct Operands {
     const Bf16Buffer& w;
-    int rows, columns;
     const DeviceBuffer<float>* norm = nullptr;
     const Bf16Buffer* in = nullptr;
     float* out = nullptr;
     Bf16Buffer* gated = nullptr;
     bool add = false;
+    const DeviceBuffer<float>* next_norm = nullptr;
   };
 
-  void multiply(int plan, const Product& p, LaunchLog* log) {
+  void multiply(Product product, const Operands& p, LaunchLog* log) {
     cudaStream_t s = stream.get();
-    if (lt) {
-      if (p.norm)
-        launch_fast_norm(
-            s, {x.data(), p.norm->data(), normed.data(), options.batch, p.columns, shape.norm_eps}, log);
-      lt->run(plans[plan], p.w.data(), p.norm ? normed.data() : p.in->data(),
-              p.gated ? static_cast<void*>(both.data()) : p.out, s);
+    const int columns = matrices[product].columns, n_outputs = matrices[product].rows / (p.gated ? 2 : 1);
+    const bool by_product = multiplier == Multiplier::product && p.norm != nullptr && n_squares > 0;
+    if (multiplier != Multiplier::gemv && p.norm != nullptr && !by_product)
+      launch_fast_norm(s, {x.data(), p.norm->data(), normed.data(), options.batch, columns, shape.norm_eps},
+                       log);
+    const Bf16Buffer& in = p.norm ? normed : *p.in;
+    if (multiplier == Multiplier::product) {
+      ProductArgs a = products[product];
+      a.weights = bits(p.w);
+      a.input = bits(in);
+      a.out = p.out;
+      a.gated = p.gated ? bits(*p.gated) : nullptr;
+      a.add = p.add;
+      a.eps = shape.norm_eps;
+      if (by_product) a.squares = squares.data(), a.n_squares = n_squares;
+      if (p.next_norm) {
+        a.scaled = bits(normed), a.next_norm = p.next_norm->data(), a.next_squares = squares.data();
+        n_squares = product_launch_blocks(a, clusters);
+      }
+      launch_product(s, a, product_smem[product], clusters, log);
+      return;
+    }
+    if (multiplier == Multiplier::cublas_lt) {
+      lt->run(plans[product], p.w.data(), in.data(), p.gated ? static_cast<void*>(both.data()) : p.out, s);
       if (log) log->add("cublasLt", p.w.bytes(), true);
-      if (p.gated) launch_fast_silu(s, {both.data(), p.gated->data(), options.batch, p.rows}, log);
+      if (p.gated) launch_fast_silu(s, {both.data(), p.gated->data(), options.batch, n_outputs}, log);
       return;
     }
     for (int b = 0; b < options.batch; b += gemv_rows) {
-      const size_t in_row = static_cast<size_t>(b) * p.columns, out_row = static_cast<size_t>(b) * p.rows;
+      const size_t in_row = static_cast<size_t>(b) * columns, out_row = static_cast<size_t>(b) * n_outputs;
       GemvArgs a{};
       a.weights = p.w.data();
       a.x = p.norm ? x.data() + in_row : nullptr;
@@ -389,8 +454,8 @@ struct GraphDecoder::Impl {
       a.out = p.out ? p.out + out_row : nullptr;
       a.out_bf16 = p.gated ? p.gated->data() + out_row : nullptr;
       a.n_rows = std::min(gemv_rows, options.batch - b);
-      a.n_outputs = a.out_stride = p.rows;
-      a.columns = p.columns;
+      a.n_outputs = a.out_stride = n_outputs;
+      a.columns = columns;
       a.eps = shape.norm_eps;
       a.paired = p.gated != nullptr;
       a.add = p.add;
@@ -401,8 +466,8 @@ struct GraphDecoder::Impl {
   void launch_step(LaunchLog* log) {
     cudaStream_t s = stream.get();
     const int n = options.batch, width = shape.width;
-    launch_fast_embed(s, {embedding.data(), tokens.data(), x.data(), n, width, tiled_embedding()}, log);
-    if (chained)
+    launch_fast_embed(s, {embedding.data(), tokens.data(), x.data(), n, width, embedding_order()}, log);
+    if (multiplier == Multiplier::chain)
       launch_chains(log);
     else
       launch_products(log);
@@ -424,36 +489,22 @@ struct GraphDecoder::Impl {
 
   void launch_products(LaunchLog* log) {
     cudaStream_t s = stream.get();
-    const int n = options.batch, width = shape.width, ffn = shape.ffn_width;
-    const int q_width = static_cast<int>(q_rows());
+    const int n = options.batch;
+    n_squares = 0;
     for (const Layer& l : layers) {
-      multiply(0,
-               {.w = l.qkv,
-                .rows = static_cast<int>(qkv_rows()),
-                .columns = width,
-                .norm = &l.input_norm,
-                .out = qkv.data()},
-               log);
+      const DeviceBuffer<float>& next = &l == &layers.back() ? final_norm : (&l + 1)->input_norm;
+      multiply(kQkv, {.w = l.qkv, .norm = &l.input_norm, .out = qkv.data()}, log);
       launch_fast_qkv(
           s,
           {qkv.data(), l.bias.data(), l.q_norm.data(), l.k_norm.data(), rope.data(), pos.data(), q.data(),
            k_new.data(), v_new.data(), n, shape.n_q_heads, shape.n_kv_heads, shape.head_dim, shape.norm_eps},
           log);
       kernel.launch(s, l.attention, log);
-      multiply(1,
-               {.w = l.o, .rows = width, .columns = q_width, .in = &attended, .out = x.data(), .add = true},
-               log);
-      multiply(2, {.w = l.gate_up, .rows = ffn, .columns = width, .norm = &l.ffn_norm, .gated = &act}, log);
-      multiply(3, {.w = l.down, .rows = width, .columns = ffn, .in = &act, .out = x.data(), .add = true},
-               log);
+      multiply(kO, {.w = l.o, .in = &attended, .out = x.data(), .add = true, .next_norm = &l.ffn_norm}, log);
+      multiply(kGateUp, {.w = l.gate_up, .norm = &l.ffn_norm, .gated = &act}, log);
+      multiply(kDown, {.w = l.down, .in = &act, .out = x.data(), .add = true, .next_norm = &next}, log);
     }
-    multiply(4,
-             {.w = shape.tied ? embedding : head,
-              .rows = shape.n_vocab,
-              .columns = width,
-              .norm = &final_norm,
-              .out = logits.data()},
-             log);
+    multiply(kHead, {.w = shape.tied ? embedding : head, .norm = &final_norm, .out = logits.data()}, log);
     launch_fast_argmax(s, {logits.data(), best.data(), n, shape.n_vocab}, log);
   }
 
@@ -474,7 +525,15 @@ struct GraphDecoder::Impl {
   DecodeKernel kernel;
   std::unique_ptr<CublasLt> lt;
   std::string without_lt;
-  int plans[5] = {};
+  Multiplier multiplier = Multiplier::gemv;
+  Matrix matrices[kProducts];
+  ProductArgs products[kProducts];  // of own products, but for what they read and write
+  int product_smem[kProducts] = {};
+  ProductClusters clusters;
+  DeviceBuffer<float>
+      squares;        // of own products: of the residual, by blocks of the launch that added to it last
+  int n_squares = 0;  // of those blocks; 0 before the first
+  int plans[kProducts] = {};  // of cuBLASLt
   Bf16Buffer embedding, head;
   DeviceBuffer<float> final_norm, rope;
   std::vector<Layer> layers;
@@ -484,7 +543,6 @@ struct GraphDecoder::Impl {
   DeviceBuffer<int32_t> tokens, pos, step;
   DeviceBuffer<uint64_t> keys;  // [L, B * H, kMaxDecodeSplits]
   DeviceBuffer<uint32_t> arrivals, flags, barrier, head_arrivals;
-  bool chained = false;       // products go through the chain, matrices lie in its tiles
   std::vector<Chain> chains;  // before the first layer, behind each
   DeviceBuffer<uint64_t> x_words, act_words;
   PinnedBuffer<AheadChoice> choices;  // [n_reports, B]
@@ -525,30 +583,33 @@ GraphDecoder::GraphDecoder(const DecoderShape& shape, const GraphDecoderOptions&
 GraphDecoder::GraphDecoder(const TransformerWeights& w, const GraphDecoderOptions& options)
     : impl_(std::make_unique<Impl>(shape_of(w), options)) {
   impl_->make_matrices();
-  const bool chained = impl_->chained;
-  const auto upload = [](Bf16Buffer& to, int columns, bool tiles, auto fill) {
-    HostMatrix matrix(to.size(), columns, tiles);
+  const auto upload = [&](Bf16Buffer& to, int columns, const MatrixOrder& order, auto fill) {
+    HostMatrix matrix(to.size(), columns, order);
     fill(matrix);
     matrix.upload(to);
   };
-  upload(impl_->embedding, w.width, impl_->tiled_embedding(), [&](HostMatrix& m) { m.add(w.embedding); });
-  if (!impl_->shape.tied) upload(impl_->head, w.width, chained, [&](HostMatrix& m) { m.add(w.head); });
+  const auto upload_product = [&](Bf16Buffer& to, Impl::Product product, auto fill) {
+    upload(to, impl_->matrices[product].columns, impl_->matrices[product].order, fill);
+  };
+  upload(impl_->embedding, w.width, impl_->embedding_order(), [&](HostMatrix& m) { m.add(w.embedding); });
+  if (!impl_->shape.tied) upload_product(impl_->head, Impl::kHead, [&](HostMatrix& m) { m.add(w.head); });
   impl_->final_norm.upload(w.final_norm);
   const auto q_rows = static_cast<int64_t>(impl_->q_rows()), kv_rows = static_cast<int64_t>(impl_->kv_rows());
+  const bool neighbours = impl_->gates_in_product();
   for (size_t i = 0; i < w.layers.size(); ++i) {
     const LayerWeights& from = w.layers[i];
     Impl::Layer& to = impl_->layers[i];
-    upload(to.qkv, w.width, chained, [&](HostMatrix& m) {
+    upload_product(to.qkv, Impl::kQkv, [&](HostMatrix& m) {
       m.add(from.q);
       m.add(from.k, q_rows);
       m.add(from.v, q_rows + kv_rows);
     });
-    upload(to.o, static_cast<int>(q_rows), chained, [&](HostMatrix& m) { m.add(from.o); });
-    upload(to.gate_up, w.width, chained, [&](HostMatrix& m) {
-      m.add(from.gate, [&](int64_t r) { return chained ? chain_gated_row(r, false) : r; });
-      m.add(from.up, [&](int64_t r) { return chained ? chain_gated_row(r, true) : w.ffn_width + r; });
+    upload_product(to.o, Impl::kO, [&](HostMatrix& m) { m.add(from.o); });
+    upload_product(to.gate_up, Impl::kGateUp, [&](HostMatrix& m) {
+      m.add(from.gate, [&](int64_t r) { return neighbours ? chain_gated_row(r, false) : r; });
+      m.add(from.up, [&](int64_t r) { return neighbours ? chain_gated_row(r, true) : w.ffn_width + r; });
     });
-    upload(to.down, w.ffn_width, chained, [&](HostMatrix& m) { m.add(from.down); });
+    upload_product(to.down, Impl::kDown, [&](HostMatrix& m) { m.add(from.down); });
     to.input_norm.upload(from.input_norm);
     to.ffn_norm.upload(from.ffn_norm);
     to.q_norm.upload(from.q_norm);
@@ -678,11 +739,13 @@ AheadDevice::Step GraphDecoder::take() {
 }
 
 uint64_t GraphDecoder::weight_bytes() const {
-  uint64_t bytes =
-      static_cast<uint64_t>(impl_->shape.n_vocab) * static_cast<uint64_t>(impl_->shape.width) * 2;
-  for (const Impl::Layer& l : impl_->layers)
-    bytes += l.qkv.bytes() + l.o.bytes() + l.gate_up.bytes() + l.down.bytes();
-  return bytes;
+  const auto bytes = [&](int product) {
+    const Impl::Matrix& m = impl_->matrices[product];
+    return static_cast<uint64_t>(m.rows) * static_cast<uint64_t>(m.columns) * 2;
+  };
+  uint64_t layer = 0;
+  for (int product : {Impl::kQkv, Impl::kO, Impl::kGateUp, Impl::kDown}) layer += bytes(product);
+  return bytes(Impl::kHead) + layer * impl_->layers.size();
 }
 
 uint64_t GraphDecoder::kv_bytes() const {
@@ -691,8 +754,12 @@ uint64_t GraphDecoder::kv_bytes() const {
 }
 
 std::string GraphDecoder::products() const {
-  if (impl_->chained) return "chain";
-  if (impl_->lt) return "cublasLt";
+  switch (impl_->multiplier) {
+    case Impl::Multiplier::chain: return "chain";
+    case Impl::Multiplier::product: return "product";
+    case Impl::Multiplier::cublas_lt: return "cublasLt";
+    case Impl::Multiplier::gemv: break;
+  }
   return impl_->without_lt.empty() ? "gemv" : "gemv (" + impl_->without_lt + ")";
 }
 

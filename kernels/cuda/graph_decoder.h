@@ -1,8 +1,9 @@
 // GraphDecoder: the fast decode step: bf16 weights and K/V, fp32 sums in whatever order is fast, attention
 // with the fused step (append, attend, score, next victim), the whole step of all layers one CUDA graph in
-// which each chosen token feeds the next step, so that nothing waits for the host. Matrix products: of up to
-// kChainMostRows sequences one launch between two attentions (sm_90, kernels/decode/chain_args.h); cuBLASLt
-// for batches above kGemvMostRows; own matrix-vector kernels otherwise.
+// which each chosen token feeds the next step, so that nothing waits for the host. Matrix products on sm_90:
+// of up to kChainMostRows sequences one launch between two attentions (kernels/decode/chain_args.h), of up to
+// kProductMostRows a launch each (kernels/decode/product_args.h). Otherwise cuBLASLt for batches above
+// kGemvMostRows, and own matrix-vector kernels.
 //
 // With n_reports steps are read as AheadDevice says: the last kernel of a step writes what it chose into host
 // memory, in a ring of so many steps, and the device goes on.
@@ -76,7 +77,7 @@ class GraphDecoder final : public AheadDevice {
 
   uint64_t weight_bytes() const;  // that a step reads; the embedding's rows aside
   uint64_t kv_bytes() const;      // that the next step reads
-  std::string products() const;   // what multiplies: "chain", "gemv", "cublasLt"
+  std::string products() const;   // what multiplies: "chain", "product", "cublasLt", "gemv"
   int n_splits() const;
   std::vector<LaunchRecord> launches();  // of one step, with the bytes that each should move
 

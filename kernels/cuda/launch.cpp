@@ -21,6 +21,28 @@ int device_attribute(cudaDeviceAttr which) {
   return value;
 }
 
+int resident_clusters(const void* kernel, int n, int n_threads, int smem_bytes) {
+  constexpr int kPortable = 8;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(n);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(n));
+  config.blockDim = dim3(static_cast<unsigned>(n_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const cudaError_t asked = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (asked != cudaSuccess && n > kPortable) {
+    cudaGetLastError();
+    return 0;
+  }
+  KVLAPSE_CUDA_CHECK(asked);
+  return clusters;
+}
+
 void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape, const void* kernel,
                    void** args) {
   cudaLaunchAttribute attributes[3] = {};

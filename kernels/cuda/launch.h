@@ -24,6 +24,9 @@ struct LaunchInfo {
   LaunchLog* log = nullptr;
 };
 
+// Clusters of n blocks that the device holds at once; 0 where it has none of that size.
+int resident_clusters(const void* kernel, int n, int n_threads, int smem_bytes);
+
 void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShape& shape, const void* kernel,
                    void** args);
 
