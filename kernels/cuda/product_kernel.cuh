@@ -23,12 +23,14 @@ class Product {
         small_(*reinterpret_cast<ProductSmall*>(shared + args.small_offset)),
         warp_(thread_index() / 32),
         lane_(thread_index() % 32),
-        rank_(block_index() % args.cluster),
-        n_steps_(step_of(rank_ + 1) - step_of(rank_)),
+        shift_(args.cluster - 1),
+        rank_(block_index() & shift_),
+        first_step_(step_of(rank_)),
+        n_steps_(step_of(rank_ + 1) - first_step_),
         shared_(smem_address(shared)) {}
 
   KVLAPSE_DEVICE void run() {
-    if (thread_index() == 0) init_barriers();
+    if (warp_ == 0) init_barriers();
     block_sync();
     if (args_.cluster > 1) cluster_arrive();
     allow_next_kernel();
@@ -45,40 +47,43 @@ class Product {
   static constexpr int kSlabGroups = kGroups * kSets;
   static constexpr int kParts = kProductWarps / kSets;  // of a chunk's steps
   static constexpr uint32_t kStageBytes = kSlabGroups * kProductGroupBytes;
-  static constexpr int kAtOnce =
-      kProductBytesAtOnce / kStageBytes > 2 ? kProductBytesAtOnce / kStageBytes : 2;
   static constexpr int kPairs = kProductStepColumns / 32;  // of tiles, in a step
   static_assert(kProductChunkSteps % kParts == 0 && kSets % 2 == 0 && kProductWarps % kBlocks == 0);
   using Sums = float[kGroups][kBlocks][4];
 
-  // The first step of a block of the cluster.
-  KVLAPSE_DEVICE int step_of(int rank) const {
-    return args_.columns / kProductStepColumns * rank / args_.cluster;
+  KVLAPSE_DEVICE int all_steps() const {
+    return static_cast<int>(static_cast<uint32_t>(args_.columns) / kProductStepColumns);
   }
+  // The first step of a block of the cluster.
+  KVLAPSE_DEVICE int step_of(int rank) const { return all_steps() * rank >> shift_; }
   KVLAPSE_DEVICE int part() const { return warp_ % kParts; }
   KVLAPSE_DEVICE int set() const { return warp_ / kParts; }
   KVLAPSE_DEVICE int n_chunks() const { return (n_steps_ + kProductChunkSteps - 1) / kProductChunkSteps; }
-  KVLAPSE_DEVICE int first_slab() const { return block_index() / args_.cluster; }
-  KVLAPSE_DEVICE int next_slab(int slab) const { return slab + block_count() / args_.cluster; }
+  KVLAPSE_DEVICE int first_slab() const { return block_index() >> shift_; }
+  KVLAPSE_DEVICE int next_slab(int slab) const { return slab + (block_count() >> shift_); }
   KVLAPSE_DEVICE SmemAddress bar(const uint64_t& b) const { return smem_address(&b); }
   KVLAPSE_DEVICE SmemAddress stage_address(int stage) const {
     return shared_ + static_cast<uint32_t>(stage) * kStageBytes;
   }
 
+  // A lane a stage and a chunk.
   KVLAPSE_DEVICE void init_barriers() {
-    for (int i = 0; i < args_.n_stages; ++i) {
-      mbarrier_init(bar(small_.full[i]), 1);
-      mbarrier_init(bar(small_.empty[i]), kSets);
+    static_assert(kProductMostStages <= 32 && kProductMostChunks <= 32);
+    if (lane_ < args_.n_stages) {
+      mbarrier_init(bar(small_.full[lane_]), 1);
+      mbarrier_init(bar(small_.empty[lane_]), kSets);
     }
-    for (int i = 0; i < args_.n_chunks; ++i) {
-      mbarrier_init(bar(small_.input_full[i]), kProductWarps * 32);
-      mbarrier_init(bar(small_.input_empty[i]), kProductWarps);
+    if (lane_ < args_.n_chunks) {
+      mbarrier_init(bar(small_.input_full[lane_]), kProductWarps * 32);
+      mbarrier_init(bar(small_.input_empty[lane_]), kProductWarps);
     }
-    mbarrier_init(bar(small_.factors_full), 1);
-    mbarrier_init(bar(small_.sums_full), 1);
+    if (lane_ == 0) {
+      mbarrier_init(bar(small_.factors_full), 1);
+      mbarrier_init(bar(small_.sums_full), 1);
+    }
     fence_barrier_init();
     // From the other block: what its warps have summed of half of the sets.
-    if (args_.cluster > 1)
+    if (lane_ == 0 && args_.cluster > 1)
       mbarrier_arrive_expect(bar(small_.sums_full), kProductWarps / 2 * kGroups * kBlocks * 512);
   }
 
@@ -86,12 +91,13 @@ class Product {
   KVLAPSE_DEVICE void copy() {
     if (lane_ != 0) return;
     const uint64_t policy = evict_first_policy();
-    const int64_t step_elements = kStageBytes / 2, all_steps = args_.columns / kProductStepColumns;
+    constexpr int64_t step_elements = kStageBytes / 2;
     RingCursor ring, landed;
-    int n_landed = -kAtOnce;
+    int n_landed = -args_.copies_at_once;
     KVLAPSE_NO_UNROLL
     for (int slab = first_slab(); slab < args_.n_slabs; slab = next_slab(slab)) {
-      const uint16_t* from = args_.weights + (slab * all_steps + step_of(rank_)) * step_elements;
+      const uint16_t* from =
+          args_.weights + (static_cast<int64_t>(slab) * all_steps() + first_step_) * step_elements;
       KVLAPSE_NO_UNROLL
       for (int step = 0; step < n_steps_; ++step, from += step_elements) {
         if (n_landed++ >= 0) {
@@ -111,23 +117,39 @@ class Product {
   KVLAPSE_DEVICE void add_squares() {
     if (args_.squares == nullptr) return;
     wait_for_previous_kernel();
-    constexpr int kLoads = 32;
-    const float* from = args_.squares + lane_;
-    float sum = 0;
+    // Eight lanes a block's sums, four sequences each.
+    constexpr int kLoads = 16;
+    const int first = lane_ / 8;
+    const float* from = args_.squares + first * kProductMostRows + lane_ % 8 * 4;
+    Float4 sum{0, 0, 0, 0};
     KVLAPSE_NO_UNROLL
-    for (int i = 0; i < args_.n_squares; i += kLoads) {
-      float part[kLoads];
+    for (int i = first; i < args_.n_squares; i += 4 * kLoads, from += 4 * kLoads * kProductMostRows) {
+      Float4 part[kLoads];
       KVLAPSE_UNROLL
       for (int k = 0; k < kLoads; ++k)
-        part[k] = i + k < args_.n_squares && lane_ < args_.n_rows
-                      ? load_shared_by_device(from + (i + k) * kProductMostRows)
-                      : 0;
+        part[k] =
+            i + 4 * k < args_.n_squares
+                ? load_shared_by_device(reinterpret_cast<const Float4*>(from + 4 * k * kProductMostRows))
+                : Float4{0, 0, 0, 0};
       KVLAPSE_UNROLL
-      for (int k = 0; k < kLoads; ++k) sum += part[k];
+      for (int k = 0; k < kLoads; ++k) add(sum, part[k]);
     }
-    small_.factors[lane_] = inverse_square_root(sum / static_cast<float>(args_.columns) + args_.eps);
+    float own = 0;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float v = i == 0 ? sum.x : i == 1 ? sum.y : i == 2 ? sum.z : sum.w;
+      v += shuffle_xor(v, 8);
+      v += shuffle_xor(v, 16);
+      if (i == first) own = v;  // of sequence lane % 8 * 4 + first
+    }
+    small_.factors[lane_ % 8 * 4 + first] =
+        inverse_square_root(own / static_cast<float>(args_.columns) + args_.eps);
     warp_sync();
     if (lane_ == 0) mbarrier_arrive(bar(small_.factors_full));
+  }
+
+  KVLAPSE_DEVICE static void add(Float4& a, const Float4& b) {
+    a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
   }
 
   // ---- activations ----
@@ -140,7 +162,7 @@ class Product {
     static_assert(kProductChunkSteps * kProductStepColumns == 32 * 8);  // of a row: 16 bytes a lane
     const int first = chunk * kProductChunkSteps;
     if (lane_ < (n_steps_ - first) * (kProductStepColumns / 8)) {
-      const uint16_t* from = args_.input + (step_of(rank_) + first) * kProductStepColumns + lane_ * 8;
+      const uint16_t* from = args_.input + (first_step_ + first) * kProductStepColumns + lane_ * 8;
       const SmemAddress to = input_address(buffer) + static_cast<uint32_t>(lane_ * 16);
       KVLAPSE_UNROLL
       for (int k = 0; k < kBlocks; ++k) {
@@ -159,11 +181,12 @@ class Product {
     float squares[2] = {};
     KVLAPSE_NO_UNROLL
     for (int slab = first_slab(); slab < args_.n_slabs; slab = next_slab(slab)) {
+      start_input();
+      if (args_.cluster > 1) cluster_wait();  // the other block's barriers are there
       Sums sums = {};
       multiply_slab(sums);
-      float old[4];
-      read_old(rank_of(slab, first_group()), old);  // on their way while sums are handed over
-      if (slab != first_slab()) consumer_sync();    // the last slab's sums are read
+      Old old = read_old(slab, first_group());    // on its way while sums are handed over
+      if (slab != first_slab()) consumer_sync();  // the last slab's sums are read
       hand_over(sums);
       write(slab, old, squares);
     }
@@ -171,34 +194,47 @@ class Product {
   }
   KVLAPSE_DEVICE void consumer_sync() { named_barrier(kProductConsumerBarrier, kProductWarps * 32); }
 
-  KVLAPSE_DEVICE void multiply_slab(Sums& sums) {
-    const int ahead = args_.n_chunks - 1;
-    RingCursor next = input_;  // where chunk + ahead goes
-    for (int i = 0; i < ahead; ++i) {
-      if (i < n_chunks()) copy_input(i, next.stage);
-      next.step(1, args_.n_chunks);
+  // The slab's first chunks, as many as there is room for beside the one that is multiplied.
+  KVLAPSE_DEVICE int chunks_ahead() const {
+    return args_.n_chunks - 1 < n_chunks() ? args_.n_chunks - 1 : n_chunks();
+  }
+  KVLAPSE_DEVICE void start_input() const {
+    RingCursor to = input_;
+    KVLAPSE_NO_UNROLL
+    for (int chunk = 0; chunk < chunks_ahead(); ++chunk) {
+      copy_input(chunk, to.stage);
+      to.step(1, args_.n_chunks);
     }
-    RingCursor at = ring_;
-    at.step(part(), args_.n_stages);
+  }
+  KVLAPSE_DEVICE void multiply_slab(Sums& sums) {
+    const int ahead = chunks_ahead();
+    RingCursor next = input_;  // where chunk + ahead goes
+    next.step(ahead, args_.n_chunks);
     KVLAPSE_NO_UNROLL
     for (int chunk = 0; chunk < n_chunks(); ++chunk) {
-      mbarrier_wait(bar(small_.input_full[input_.stage]), input_.phase);
-      KVLAPSE_UNROLL
-      for (int i = 0; i < kProductChunkSteps; i += kParts) {
-        if (chunk * kProductChunkSteps + i + part() >= n_steps_) break;
-        multiply_step(i + part(), at, sums);
-        at.step(kParts, args_.n_stages);
-      }
-      warp_sync();
-      if (lane_ == 0) mbarrier_arrive(bar(small_.input_empty[input_.stage]));
-      input_.step(1, args_.n_chunks);
+      multiply_chunk(chunk, sums);
       if (chunk + ahead < n_chunks()) {
         mbarrier_wait(bar(small_.input_empty[next.stage]), next.phase ^ 1u);  // the chunk before this one
         copy_input(chunk + ahead, next.stage);
       }
       next.step(1, args_.n_chunks);
     }
-    ring_.advance(n_steps_, args_.n_stages);
+  }
+  KVLAPSE_DEVICE void multiply_chunk(int chunk, Sums& sums) {
+    const int first = chunk * kProductChunkSteps;
+    mbarrier_wait(bar(small_.input_full[input_.stage]), input_.phase);
+    RingCursor at = ring_;
+    at.step(part(), args_.n_stages);
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kProductChunkSteps; i += kParts) {
+      if (first + i + part() >= n_steps_) break;
+      multiply_step(i + part(), at, sums);
+      at.step(kParts, args_.n_stages);
+    }
+    warp_sync();
+    if (lane_ == 0) mbarrier_arrive(bar(small_.input_empty[input_.stage]));
+    input_.step(1, args_.n_chunks);
+    ring_.step(n_steps_ - first < kProductChunkSteps ? n_steps_ - first : kProductChunkSteps, args_.n_stages);
   }
 
   // A step of a chunk.
@@ -241,14 +277,13 @@ class Product {
   // ---- sums ----
   // Of the groups that this block writes, in the order in which they are added: by block of the cluster, then
   // by part. A lane has rows g and g + 8 of a group, sequences 8k + 2t and the next.
-  KVLAPSE_DEVICE int own_groups() const { return kSlabGroups / args_.cluster; }
+  KVLAPSE_DEVICE int own_groups() const { return kSlabGroups >> shift_; }
   KVLAPSE_DEVICE SmemAddress sums_address(int source, int part, int group, int block) const {
     const int at = ((source * kParts + part) * own_groups() + group) * kBlocks + block;
     return shared_ + static_cast<uint32_t>(args_.sums_offset + (at * 32 + lane_) * 16);
   }
   KVLAPSE_DEVICE void hand_over(const Sums& sums) {
-    const int owner = set() * kGroups / own_groups(), first = set() * kGroups % own_groups();
-    if (args_.cluster > 1) cluster_wait();  // its barriers are there
+    const int owner = set() * args_.cluster / kSets, first = set() * kGroups - owner * own_groups();
     KVLAPSE_UNROLL
     for (int j = 0; j < kGroups; ++j) KVLAPSE_UNROLL
     for (int k = 0; k < kBlocks; ++k) {
@@ -272,10 +307,7 @@ class Product {
       for (int part = 0; part < kParts; ++part)
         parts[part] = smem_load4(sums_address(source, part, group, block));
       KVLAPSE_UNROLL
-      for (int part = 0; part < kParts; ++part) {
-        sum.x += parts[part].x, sum.y += parts[part].y;
-        sum.z += parts[part].z, sum.w += parts[part].w;
-      }
+      for (int part = 0; part < kParts; ++part) add(sum, parts[part]);
     }
     return sum;
   }
@@ -287,39 +319,51 @@ class Product {
   KVLAPSE_DEVICE int rank_of(int slab, int group) const {
     return slab * kSlabGroups + rank_ * own_groups() + group;
   }
-  // What outputs of a group are added to.
-  KVLAPSE_DEVICE void read_old(int rank, float (&old)[4]) const {
-    const int row = rank * kChainTileRows + lane_ / 4;
-    const float* from = args_.out + static_cast<int64_t>(sequence()) * args_.n_outputs + row;
+  KVLAPSE_DEVICE int row_of(int slab, int group) const {
+    return rank_of(slab, group) * kChainTileRows + lane_ / 4;
+  }
+  KVLAPSE_DEVICE int64_t output_index(int row) const {
+    return static_cast<int64_t>(sequence()) * args_.n_outputs + row;
+  }
+  // What a lane's outputs of a group meet. Values i are of row g + i / 2 * 8, sequence() + i % 2.
+  struct Old {
+    float values[4];   // that they are added to
+    float weights[2];  // of the next norm
+  };
+  KVLAPSE_DEVICE Old read_old(int slab, int group) const {
+    Old old{};
+    if (!args_.add || group >= own_groups()) return old;
+    const int row = row_of(slab, group);
     KVLAPSE_UNROLL
     for (int i = 0; i < 4; ++i)
-      old[i] = args_.add && writes(row, i) ? load_shared_by_device(from + place(i)) : 0;
+      if (writes(row, i)) old.values[i] = load_shared_by_device(args_.out + output_index(row) + place(i));
+    if (args_.scaled == nullptr) return old;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 2; ++i)
+      if (row + i * 8 < args_.n_outputs) old.weights[i] = args_.next_norm[row + i * 8];
+    return old;
   }
-  KVLAPSE_DEVICE void write(int slab, float (&old)[4], float (&squares)[2]) {
+  KVLAPSE_DEVICE void write(int slab, Old& old, float (&squares)[2]) {
     float factors[2] = {1, 1};
     if (args_.squares != nullptr)
       factors[0] = small_.factors[sequence()], factors[1] = small_.factors[sequence() + 1];
     KVLAPSE_NO_UNROLL
     for (int group = first_group(); group < own_groups(); group += kProductWarps / kBlocks) {
-      const int rank = rank_of(slab, group);
       const Float4 v = total(group, own_block());
       const float values[4] = {v.x * factors[0], v.y * factors[1], v.z * factors[0], v.w * factors[1]};
       if (args_.gated != nullptr)
-        write_gated(rank, values);
+        write_gated(rank_of(slab, group) * 8 + lane_ / 4, values);
       else
-        write_sums(rank, values, old, squares);
-      if (group + kProductWarps / kBlocks < own_groups()) read_old(rank + kProductWarps / kBlocks, old);
+        write_sums(row_of(slab, group), values, old, squares);
+      old = read_old(slab, group + kProductWarps / kBlocks);
     }
   }
-  // Values i are of row g + i / 2 * 8, sequence() + i % 2.
-  KVLAPSE_DEVICE void write_sums(int rank, const float (&values)[4], const float (&old)[4],
-                                 float (&squares)[2]) {
-    const int row = rank * kChainTileRows + lane_ / 4;
-    const int64_t at = static_cast<int64_t>(sequence()) * args_.n_outputs + row;
+  KVLAPSE_DEVICE void write_sums(int row, const float (&values)[4], const Old& old, float (&squares)[2]) {
+    const int64_t at = output_index(row);
     float now[4];
     KVLAPSE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      now[i] = old[i] + values[i];
+      now[i] = old.values[i] + values[i];
       if (writes(row, i)) args_.out[at + place(i)] = now[i];
     }
     if (args_.scaled == nullptr) return;
@@ -327,8 +371,7 @@ class Product {
     for (int i = 0; i < 4; ++i) {
       const bool there = writes(row, i);
       if (there) squares[i % 2] += now[i] * now[i];
-      const float scaled = there ? now[i] * args_.next_norm[row + i / 2 * 8] : 0;
-      const float next = shuffle_xor(scaled, 4);  // of row ^ 1
+      const float scaled = now[i] * old.weights[i / 2], next = shuffle_xor(scaled, 4);  // of row ^ 1
       if (there && row % 2 == 0) store_bits(args_.scaled + at + place(i), pack2<Bf16>(scaled, next));
     }
   }
@@ -338,11 +381,10 @@ class Product {
   KVLAPSE_DEVICE bool writes(int row, int i) const {
     return row + i / 2 * 8 < args_.n_outputs && sequence() + i % 2 < args_.n_rows;
   }
-  KVLAPSE_DEVICE void write_gated(int rank, const float (&v)[4]) {
-    const int row = rank * 8 + lane_ / 4;
+  KVLAPSE_DEVICE void write_gated(int row, const float (&v)[4]) {
     KVLAPSE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const float value = v[i] / (1.0f + exponential(-v[i])) * v[i + 2];
+      const float value = v[i] * reciprocal_approximate(1.0f + exponential(-v[i])) * v[i + 2];
       const float next = shuffle_xor(value, 4);  // of row ^ 1
       if (row % 2 == 0 && row < args_.n_outputs && sequence() + i < args_.n_rows)
         store_bits(args_.gated + static_cast<int64_t>(sequence() + i) * args_.n_outputs + row,
@@ -369,9 +411,10 @@ class Product {
   const ProductArgs& args_;
   ProductSmall& small_;
   const int warp_, lane_;
-  const int rank_, n_steps_;  // of the cluster; of this block
+  const int shift_;                        // log2 of the cluster
+  const int rank_, first_step_, n_steps_;  // of the cluster; of this block
   const SmemAddress shared_;
-  RingCursor ring_, input_;  // of the slab's first step and chunk
+  RingCursor ring_, input_;  // of a chunk's first step, and of the chunk
 };
 
 // Calls run<groups, sets, blocks>() of the kernel that a plan has.

@@ -28,7 +28,7 @@ inline constexpr int kProductStepTiles = kProductStepColumns / kChainTileColumns
 inline constexpr int kProductGroupBytes = kProductStepTiles * kChainTileBytes;  // of a step
 inline constexpr int kProductMostStages = 32;
 // Of weights under way at a time: what is asked for beyond stands in front of the activations (chain_args.h).
-inline constexpr int kProductBytesAtOnce = 64 * 1024;
+inline constexpr int kProductBytesAtOnce = 96 * 1024;
 inline constexpr int kProductRingBytes = 96 * 1024;  // at least, where activations have their least chunks
 inline constexpr int kProductChunkSteps = 4;         // of activations that are copied together
 inline constexpr int kProductLeastChunks = 3, kProductMostChunks = 16;  // in shared memory
@@ -85,8 +85,9 @@ struct ProductArgs {
   int32_t n_rows, columns, n_outputs;
   int32_t n_slabs, slab_groups, cluster;
   bool add;
-  int32_t n_stages, n_chunks;                       // of weights and activations in shared memory
-  int32_t input_offset, sums_offset, small_offset;  // of it
+  // By plan_product: steps of weights and chunks of activations in shared memory, steps under way, places.
+  int32_t n_stages, n_chunks, copies_at_once;
+  int32_t input_offset, sums_offset, small_offset;
 };
 
 // Barriers and what blocks hand over, in shared memory.

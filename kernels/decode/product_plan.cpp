@@ -41,7 +41,8 @@ int plan_product(ProductArgs& args, int smem_bytes) {
   args.n_stages = std::min((free - args.n_chunks * chunk) / stage, kProductMostStages);
   // A warp waits for a stage by parity: of the turns before its own only the last may be under way. That is
   // so when the ring holds a step of every warp of a set.
-  if (args.n_stages < kProductWarps / division.sets) return 0;
+  if (args.n_stages < std::max(kProductChunkSteps, kProductWarps / division.sets)) return 0;
+  args.copies_at_once = std::clamp(kProductBytesAtOnce / stage, 1, args.n_stages);
   args.input_offset = args.n_stages * stage;
   args.sums_offset = args.input_offset + args.n_chunks * chunk;
   args.small_offset = args.sums_offset + sums;

@@ -196,6 +196,8 @@ TEST(Product, RingsOfAnyDepthAndAnyNumberOfColumns) {
                       .smem_bytes = smem_bytes,
                       .add = true},
                      static_cast<uint64_t>(columns + smem_bytes));
+  // Fewer stages than copies would be under way.
+  expect_right({.n_rows = 6, .columns = 1984, .n_outputs = 120, .slab_groups = 8, .smem_bytes = 95000}, 5);
 }
 
 // Neither the order in which threads run nor how slabs are dealt to clusters changes a bit.
