@@ -83,16 +83,24 @@ void check(const DecodeShape& s) {
     fail("decode kernel: expected a batch and slots, found {} and {}", s.batch, s.n_slots);
 }
 
+// As many items as keep the device busy with a block each, and no more.
+bool fills_once(const DecodeShape& shape, const DecodeLimits& limits) {
+  return shape.n_items() >= kEnoughBlocks * limits.n_multiprocessors &&
+         shape.n_items() <= limits.n_multiprocessors;
+}
+
 // Two blocks a multiprocessor hide the fixed cost of short items, up to eight a block (H100 and H200, 1024
 // slots), and of few items that are not long. Not when blocks are between one and two to a multiprocessor
-// anyway.
+// anyway; fp8 items that fill the device once are cut in two for it (H200, 3276 slots: 5 %).
 bool wants_two_blocks(const DecodeShape& shape, const DecodeLimits& limits, const DecodeTuning& tuning) {
   const int items = shape.n_items(), blocks = limits.n_multiprocessors;
+  const bool halves = shape.fp8() && fills_once(shape, limits);
   return limits.clusters && tuning.splits == 0 && tuning.stages == 0 && tuning.ctas == 0 &&
-         ceil_div(shape.n_slots, kDecodeTileSlots) <= (4 * items <= blocks ? kBriefItem : kShortItem) &&
+         ceil_div(shape.n_slots, kDecodeTileSlots) <=
+             (4 * items <= blocks || halves ? kBriefItem : kShortItem) &&
          shape.row_bytes() * kDecodeTileSlots * 4 <= 65536 &&  // four stages fit half the shared memory
          !(shape.leave_one_out && shape.group() * shape.head_dim > 512) &&
-         (items < kEnoughBlocks * blocks || (items > blocks && items <= 8 * blocks));
+         (items < kEnoughBlocks * blocks || halves || (items > blocks && items <= 8 * blocks));
 }
 
 }  // namespace
@@ -149,7 +157,8 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
     // split becomes shorter.
     const int least = splits, most_useful = std::min(
                                   most, per_multiprocessor == 1 ? tiles : std::min(tiles / 2, kBriefSplits));
-    const double enough = kEnoughBlocks * limits.n_multiprocessors;
+    const double enough =
+        kEnoughBlocks * limits.n_multiprocessors * (fills_once(shape, limits) ? per_multiprocessor : 1);
     for (int more = splits + 1; more <= most_useful && shape.n_items() * splits < enough; ++more)
       if (ceil_div(tiles, more) < ceil_div(tiles, splits) && resident(more, smem_bytes) >= shape.n_items())
         splits = more;
