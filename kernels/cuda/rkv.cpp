@@ -16,23 +16,21 @@ RkvCompaction::RkvCompaction(const RkvShape& shape) : shape_(shape) {
   const int n_multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount),
             most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
             of_two = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - kReservedBytes;
+  const auto fit = [&](int bytes, int least) {
+    return fit_rkv(scalars_, shape.head_dim, element, bytes, least);
+  };
   // Two blocks a multiprocessor, which hide each other's waits, where their registers and memory allow it.
-  int resident = 2;
-  scalars_.key_rows = element == 4 ? 0 : rkv_key_rows(scalars_, shape.head_dim, element, of_two);
-  if (scalars_.key_rows < kWantedKeyRows) {
-    resident = 1;
-    scalars_.key_rows = rkv_key_rows(scalars_, shape.head_dim, element, most);
-  }
-  if (scalars_.key_rows == 0)
-    fail("rkv kernel: {} slots, window {} x {}: do not fit into {} bytes of shared memory", shape.n_slots,
-         shape.window, scalars_.group, most);
+  const bool two = element < 4 && fit(of_two, kWantedKeyRows);
   if (!overlaps_) {
     scalars_.blocks = 1;
   } else if (shape.blocks == 0) {
     while (scalars_.blocks < kRkvMaxBlocks &&
-           shape.n_items() * scalars_.blocks * 2 <= resident * n_multiprocessors)
+           shape.n_items() * scalars_.blocks * 2 <= (two ? 2 : 1) * n_multiprocessors)
       scalars_.blocks *= 2;
   }
+  if (two ? !fit(of_two, kWantedKeyRows) : !fit(most, kRkvFirstKeys))
+    fail("rkv kernel: {} slots, window {} x {}: do not fit into {} bytes of shared memory", shape.n_slots,
+         shape.window, scalars_.group, most);
   scalars_.layout = rkv_layout(scalars_, shape.head_dim, element);
   const auto allow = [&](cudaFuncAttribute which, int value) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel_), which, value);

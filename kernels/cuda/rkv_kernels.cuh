@@ -1,7 +1,7 @@
 // An R-KV compaction (contract: kernels/decode/rkv_args.h) in one kernel, written in the operations of
 // device_ops.cuh and rkv_ops.cuh only, so that the CPU emulator of the tests compiles the same text; include
 // those (or the emulator) first. A cluster of blocks, or one, has a head:
-//   measure: K once, in the order of slots, 32 rows a warp, from device memory straight into the registers
+//   measure: K once, in the order of slots, 16 rows a warp, from device memory straight into the registers
 //   that multiply them: norms, sum of unit keys, the window's softmax, and whether a row is like one of the
 //   last keys.
 //   search: rows that found no such key, packed anew, meet the other keys from the end, as many at once as
@@ -9,6 +9,8 @@
 //   weigh: K again, last rows first (they are still in registers): importance and projections on the sum.
 //   select (the first block of the head): pool, softmax, scores, order, moves.
 #pragma once
+
+#include <type_traits>
 
 #include "kernels/decode/rkv_args.h"
 
@@ -25,7 +27,7 @@ struct RkvElement<F32> {
   static constexpr int kBytes = 4;
 };
 
-// 32 rows of a warp in registers. Lane (g, t) = (lane / 4, lane % 4) has chunks of 16 bytes 4 j + t of rows
+// 16 rows of a warp in registers. Lane (g, t) = (lane / 4, lane % 4) has chunks of 16 bytes 4 j + t of rows
 // 8 i + g. As the columns of a product they are operands of mma as they lie in registers and memory: a
 // product sums over components in any order that both sides agree on. What they are multiplied with lies in
 // shared memory in groups of 16 rows, in the order in which lanes take it.
@@ -39,12 +41,14 @@ class RkvFragments {
   static constexpr int kValues = 16 / kElementBytes;  // of a chunk
   static constexpr int kGroupBytes = 16 * kRowBytes;
   static constexpr int kBytes = kRkvTileRows * kRowBytes;
+  static constexpr int kRows = kRkvTileRows / 8;  // of a lane
+  static_assert(kRows == 2);
 
   // row(i): row 8 i + g in chunks.
   template <class Row>
   KVLAPSE_DEVICE void load(int lane, Row row) {
     KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const Float4* const from = row(i) + lane % 4;
       KVLAPSE_UNROLL
       for (int j = 0; j < kLaneChunks; ++j) chunks_[i][j] = from[4 * j];
@@ -53,13 +57,13 @@ class RkvFragments {
   // Into kBytes of shared memory and back, by the same lane.
   KVLAPSE_DEVICE void save(SmemAddress to, int lane) const {
     KVLAPSE_UNROLL
-    for (int i = 0; i < 4 * kLaneChunks; ++i)
+    for (int i = 0; i < kRows * kLaneChunks; ++i)
       smem_store4(to + static_cast<uint32_t>((i * 32 + lane) * 16),
                   chunks_[i / kLaneChunks][i % kLaneChunks]);
   }
   KVLAPSE_DEVICE void restore(SmemAddress from, int lane) {
     KVLAPSE_UNROLL
-    for (int i = 0; i < 4 * kLaneChunks; ++i)
+    for (int i = 0; i < kRows * kLaneChunks; ++i)
       chunks_[i / kLaneChunks][i % kLaneChunks] =
           smem_load4(from + static_cast<uint32_t>((i * 32 + lane) * 16));
   }
@@ -85,48 +89,93 @@ class RkvFragments {
       smem_store(first + 512, v.z), smem_store(first + 520, v.w);
     }
   }
-  // Component d of a vector, by the lanes of a warp in a row: rows 0 to 2 of a group add up to it.
+  // Component d of a vector, by the lanes of a warp in a row. Three parts add up to it; a chunk times a chunk
+  // is one product of words 0 and 2, as the upper rows, with columns 0 to 2, and of 1 and 3 with columns 4
+  // to 6.
+  static constexpr int kParts = kElementBytes == 4 ? 1 : 3;
   KVLAPSE_DEVICE static void store_vector(SmemAddress to, int d, float value) {
     if constexpr (kElementBytes == 4) {
       smem_store(to + static_cast<uint32_t>(d * 4), value);
     } else {
       float rest[2] = {value, shuffle_xor(value, 1)};
       KVLAPSE_UNROLL
-      for (int part = 0; part < 3; ++part) {
+      for (int part = 0; part < kParts; ++part) {
         const uint32_t packed = pack2<Element>(rest[0], rest[1]);
         float low, high;
         unpack2<Element>(packed, low, high);
         rest[0] -= low, rest[1] -= high;
-        if (d % 2 == 0) smem_store(operand_word(to, part, d / 8, d / 2 % 4), bits_float(packed));
+        const int chunk = d / 8, word = d / 2 % 4, column = word % 2 * 4 + part;
+        if (d % 2 == 0)
+          smem_store(
+              to + static_cast<uint32_t>(chunk / 4 * 256 + (column * 4 + chunk % 4) * 8 + word / 2 * 4),
+              bits_float(packed));
       }
     }
+  }
+  // Row 8 t + g times such a vector, in lanes t < kRows.
+  KVLAPSE_DEVICE float dot(SmemAddress vector, int lane) const {
+    const int g = lane / 4, t = lane % 4;
+    float sum[kRows];
+    if constexpr (kElementBytes == 4) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kRows; ++i) sum[i] = 0;
+      KVLAPSE_UNROLL
+      for (int j = 0; j < kLaneChunks; ++j) {
+        const Float4 other = smem_load4(vector + static_cast<uint32_t>((4 * j + t) * 16));
+        KVLAPSE_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          const Float4& own = chunks_[i][j];
+          sum[i] += own.x * other.x + own.y * other.y + own.z * other.z + own.w * other.w;
+        }
+      }
+    } else {
+      float c[kRows][4];
+      KVLAPSE_UNROLL
+      for (int i = 0; i < 4 * kRows; ++i) c[i / 4][i % 4] = 0;
+      KVLAPSE_UNROLL
+      for (int j = 0; j < kLaneChunks; ++j) {
+        uint64_t other = 0;
+        if (g % 4 < kParts) other = smem_load_u64(vector + static_cast<uint32_t>(j * 256 + lane * 8));
+        KVLAPSE_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          const Float4& v = chunks_[i][j];
+          multiply_add_16x8x16<Element>(c[i],
+                                        {float_bits(v.x), float_bits(v.y), float_bits(v.z), float_bits(v.w)},
+                                        static_cast<uint32_t>(other), static_cast<uint32_t>(other >> 32));
+        }
+      }
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kRows; ++i) sum[i] = t < 2 ? c[i][0] + c[i][1] : c[i][2] + c[i][3];
+    }
+    quad_sum(sum);
+    return own_of(sum, t);
   }
 
   // c[i] = group x rows 8 i .. 8 i + 7 in the layout of mma's C: lane (g, t) has rows g and g + 8 of the
   // group, columns 2t, + 1.
-  KVLAPSE_DEVICE void products(float (&c)[4][4], SmemAddress group, int lane) const {
+  KVLAPSE_DEVICE void products(float (&c)[kRows][4], SmemAddress group, int lane) const {
     KVLAPSE_UNROLL
-    for (int i = 0; i < 16; ++i) c[i / 4][i % 4] = 0;
+    for (int i = 0; i < 4 * kRows; ++i) c[i / 4][i % 4] = 0;
     if constexpr (kElementBytes == 4) {
       const int g = lane / 4, t = lane % 4;
       KVLAPSE_NO_UNROLL
       for (int half = 0; half < 2; ++half) {
         KVLAPSE_NO_UNROLL
         for (int column = 0; column < 8; ++column) {
-          float dot[4] = {0, 0, 0, 0};
+          float dot[kRows] = {};
           KVLAPSE_UNROLL
           for (int j = 0; j < kLaneChunks; ++j) {
             const Float4 other =
                 smem_load4(group + static_cast<uint32_t>((half * 8 + column) * kRowBytes + (4 * j + t) * 16));
             KVLAPSE_UNROLL
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < kRows; ++i) {
               const Float4& own = chunks_[i][j];
               dot[i] += own.x * other.x + own.y * other.y + own.z * other.z + own.w * other.w;
             }
           }
           quad_sum(dot);
           KVLAPSE_UNROLL
-          for (int i = 0; i < 4; ++i) {
+          for (int i = 0; i < kRows; ++i) {
             const float low = shuffle_from(dot[i], 8 * t), high = shuffle_from(dot[i], 8 * t + 4);
             if (g != column) continue;
             c[i][0] = half == 0 ? low : c[i][0], c[i][1] = half == 0 ? high : c[i][1];
@@ -145,12 +194,12 @@ class RkvFragments {
                        b[4] = {float_bits(second.x), float_bits(second.y), float_bits(second.z),
                                float_bits(second.w)};
         KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kRows; ++i) {
           const Float4& v = chunks_[i][j];
           multiply_add_16x8x16<Element>(c[i], a, float_bits(v.x), float_bits(v.y));
         }
         KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kRows; ++i) {
           const Float4& v = chunks_[i][j];
           multiply_add_16x8x16<Element>(c[i], b, float_bits(v.z), float_bits(v.w));
         }
@@ -158,66 +207,141 @@ class RkvFragments {
     }
   }
 
-  // Of rows 8 i + g, the same in the four lanes of a row.
-  KVLAPSE_DEVICE void squares(float (&square)[4], int lane) const {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) square[i] = 0;
+  // Of row 8 t + g, in lanes t < kRows.
+  KVLAPSE_DEVICE float square(int lane) const {
+    const int g = lane / 4, t = lane % 4;
+    float square[kRows];
     if constexpr (kElementBytes == 4) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kRows; ++i) square[i] = 0;
       KVLAPSE_UNROLL
       for (int j = 0; j < kLaneChunks; ++j) {
         KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kRows; ++i) {
           const Float4& v = chunks_[i][j];
           square[i] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
         }
       }
+      quad_sum(square);
     } else {
       // The diagonals of words x words: as the upper and the lower rows of a product two words of a chunk lie
       // where they must.
-      const int g = lane / 4;
+      float c[kRows][2][4];
       KVLAPSE_UNROLL
-      for (int pair = 0; pair < 4; pair += 2) {
-        float c[2][2][4];
+      for (int i = 0; i < 8 * kRows; ++i) c[i / 8][i / 4 % 2][i % 4] = 0;
+      KVLAPSE_UNROLL
+      for (int j = 0; j < kLaneChunks; ++j) {
         KVLAPSE_UNROLL
-        for (int i = 0; i < 16; ++i) c[i / 8][i / 4 % 2][i % 4] = 0;
-        KVLAPSE_UNROLL
-        for (int j = 0; j < kLaneChunks; ++j) {
-          KVLAPSE_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const Float4& v = chunks_[pair + i][j];
-            multiply_add_16x8x8<Element>(c[i][0], float_bits(v.x), float_bits(v.y), float_bits(v.x));
-            multiply_add_16x8x8<Element>(c[i][1], float_bits(v.x), float_bits(v.y), float_bits(v.y));
-          }
-          KVLAPSE_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const Float4& v = chunks_[pair + i][j];
-            multiply_add_16x8x8<Element>(c[i][0], float_bits(v.z), float_bits(v.w), float_bits(v.z));
-            multiply_add_16x8x8<Element>(c[i][1], float_bits(v.z), float_bits(v.w), float_bits(v.w));
-          }
+        for (int i = 0; i < kRows; ++i) {
+          const Float4& v = chunks_[i][j];
+          multiply_add_16x8x8<Element>(c[i][0], float_bits(v.x), float_bits(v.y), float_bits(v.x));
+          multiply_add_16x8x8<Element>(c[i][1], float_bits(v.x), float_bits(v.y), float_bits(v.y));
         }
         KVLAPSE_UNROLL
-        for (int i = 0; i < 2; ++i)
-          if (lane % 4 == g / 2)
-            square[pair + i] = g % 2 == 0 ? c[i][0][0] + c[i][1][2] : c[i][0][1] + c[i][1][3];
+        for (int i = 0; i < kRows; ++i) {
+          const Float4& v = chunks_[i][j];
+          multiply_add_16x8x8<Element>(c[i][0], float_bits(v.z), float_bits(v.w), float_bits(v.z));
+          multiply_add_16x8x8<Element>(c[i][1], float_bits(v.z), float_bits(v.w), float_bits(v.w));
+        }
       }
+      KVLAPSE_UNROLL
+      for (int i = 0; i < kRows; ++i)
+        square[i] =
+            shuffle_from(g % 2 == 0 ? c[i][0][0] + c[i][1][2] : c[i][0][1] + c[i][1][3], lane - t + g / 2);
     }
-    quad_sum(square);
+    return own_of(square, t);
   }
 
-  // add(component, sum over rows 8 i + g of value x factor[i]), once a component.
-  template <class Add>
-  KVLAPSE_DEVICE void sum_rows(const float (&factor)[4], int lane, Add add) const {
+  // add(component, sum over rows of value x factor(row)), once a component.
+  template <class Factor, class Add>
+  KVLAPSE_DEVICE void sum_rows(int lane, Factor factor, Add add) const {
+    if constexpr (std::is_same_v<Element, Bf16>)
+      multiply_rows(lane, factor, add);
+    else
+      add_rows(lane, factor, add);
+  }
+
+  // Of values for rows 8 i + 2t + e, [2 i + e]: their combination over g, for the row that own_row() is of a
+  // lane; two lanes have the same.
+  template <class T, class Combine>
+  KVLAPSE_DEVICE static T over_groups(T (&v)[2 * kRows], int lane, Combine combine) {
+    KVLAPSE_UNROLL
+    for (int step = 0; step < 2; ++step) {
+      const int mask = 16 >> step, n = kRows >> step;
+      const bool upper = (lane & mask) != 0;
+      KVLAPSE_UNROLL
+      for (int e = 0; e < n; ++e) {
+        const T sent = upper ? v[e] : v[e + n], kept = upper ? v[e + n] : v[e];
+        v[e] = combine(kept, shuffle_xor(sent, mask));
+      }
+    }
+    return combine(v[0], shuffle_xor(v[0], 4));
+  }
+  KVLAPSE_DEVICE static int own_row(int lane) { return lane / 16 * 8 + lane % 4 * 2 + lane / 8 % 2; }
+  // Of the lanes with the same row one counts.
+  KVLAPSE_DEVICE static bool owns_row(int lane) { return lane / 4 % 2 == 0; }
+
+  KVLAPSE_DEVICE static float own_of(const float (&v)[kRows], int t) { return t == 0 ? v[0] : v[1]; }
+  KVLAPSE_DEVICE static void quad_sum(float (&v)[kRows]) {
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      v[i] += shuffle_xor(v[i], 1);
+      v[i] += shuffle_xor(v[i], 2);
+    }
+  }
+
+ private:
+  // Transposed rows by factors in two parts: 16 bits of each, of whatever size. Chunk j of a lane meets
+  // columns 2 j, + 1 alone, so that one block of sums has a component of its own for every lane.
+  template <class Factor, class Add>
+  KVLAPSE_DEVICE void multiply_rows(int lane, Factor factor, Add add) const {
+    const int g = lane / 4, t = lane % 4;
+    uint32_t parts[2];  // part g % 2 of rows 8 i + 2t, + 1
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const float first = factor(8 * i + 2 * t), second = factor(8 * i + 2 * t + 1);
+      const uint32_t upper = pack2<Element>(first, second);
+      float first_upper, second_upper;
+      unpack2<Element>(upper, first_upper, second_upper);
+      parts[i] = g % 2 == 0 ? upper : pack2<Element>(first - first_upper, second - second_upper);
+    }
+    KVLAPSE_UNROLL
+    for (int half = 0; half < 2; ++half) {  // of a chunk
+      float c[4] = {0, 0, 0, 0};
+      KVLAPSE_UNROLL
+      for (int j = 0; j < kLaneChunks; ++j) {
+        uint32_t a[4];
+        KVLAPSE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const Float4& v = chunks_[i][j];
+          a[2 * i] = transpose_matrix(float_bits(half == 0 ? v.x : v.z));
+          a[2 * i + 1] = transpose_matrix(float_bits(half == 0 ? v.y : v.w));
+        }
+        const bool meets = g / 2 == j;
+        multiply_add_16x8x16<Element>(c, a, meets ? parts[0] : 0, meets ? parts[1] : 0);
+      }
+      if (t >= kLaneChunks) continue;
+      const int component = (4 * t + g / 2) * 8 + 4 * half + g % 2;
+      add(component, c[0] + c[1]);
+      add(component + 2, c[2] + c[3]);
+    }
+  }
+  template <class Factor, class Add>
+  KVLAPSE_DEVICE void add_rows(int lane, Factor factor, Add add) const {
+    float own[kRows];
+    KVLAPSE_UNROLL
+    for (int i = 0; i < kRows; ++i) own[i] = factor(8 * i + lane / 4);
     KVLAPSE_UNROLL
     for (int j = 0; j < kLaneChunks; ++j) {
       float sum[kValues];
       KVLAPSE_UNROLL
       for (int e = 0; e < kValues; ++e) sum[e] = 0;
       KVLAPSE_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kRows; ++i) {
         float v[kValues];
         values_of(chunks_[i][j], v);
         KVLAPSE_UNROLL
-        for (int e = 0; e < kValues; ++e) sum[e] += v[e] * factor[i];
+        for (int e = 0; e < kValues; ++e) sum[e] += v[e] * own[i];
       }
       // Over g: lanes halve what they hold while they add.
       int first = 0;
@@ -239,34 +363,6 @@ class RkvFragments {
       if (kValues >= 8 || (lane & 4) == 0) add((4 * j + lane % 4) * kValues + first, sum[0]);
     }
   }
-
-  // Of values for rows 8 i + 2t + e, [2 i + e]: their combination over g, for the row that own_row() is of a
-  // lane. Every lane has one.
-  template <class T, class Combine>
-  KVLAPSE_DEVICE static T over_groups(T (&v)[8], int lane, Combine combine) {
-    KVLAPSE_UNROLL
-    for (int step = 0; step < 3; ++step) {
-      const int mask = 16 >> step, n = 4 >> step;
-      const bool upper = (lane & mask) != 0;
-      KVLAPSE_UNROLL
-      for (int e = 0; e < n; ++e) {
-        const T sent = upper ? v[e] : v[e + n], kept = upper ? v[e + n] : v[e];
-        v[e] = combine(kept, shuffle_xor(sent, mask));
-      }
-    }
-    return v[0];
-  }
-  KVLAPSE_DEVICE static int own_row(int lane) { return lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2; }
-
-  KVLAPSE_DEVICE static void quad_sum(float (&v)[4]) {
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      v[i] += shuffle_xor(v[i], 1);
-      v[i] += shuffle_xor(v[i], 2);
-    }
-  }
-
- private:
   // Where words 0 and 1 of a chunk lie 8 bytes apart, 2 and 3 512 bytes behind them.
   KVLAPSE_DEVICE static SmemAddress operand_word(SmemAddress to, int row, int chunk, int word) {
     const int lane = row % 8 * 4 + chunk % 4;
@@ -274,7 +370,7 @@ class RkvFragments {
                                       word % 2 * 8 + row / 8 % 2 * 4);
   }
 
-  Float4 chunks_[4][kLaneChunks];
+  Float4 chunks_[kRows][kLaneChunks];
 };
 
 // An array in shared memory whose indices the emulator checks.
@@ -338,7 +434,7 @@ class RkvBlock {
   // Asks anew what is cheaper to ask for than to keep beside rows in registers.
   KVLAPSE_DEVICE void know_thread() {
     const uint32_t thread = thread_index_again();
-    thread_ = static_cast<int>(thread & (kRkvThreads - 1));
+    thread_ = static_cast<int>(thread);
     warp_ = thread_ / 32, lane_ = thread_ % 32;
     g_ = lane_ / 4, t_ = lane_ % 4;
   }
@@ -382,9 +478,9 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
   }
 
  private:
-  static constexpr int kParts = 64, kBuckets = 32 * kParts;  // of the sort
+  static constexpr int kBuckets = kRkvBuckets, kParts = kBuckets / 32;  // of the sort
   static constexpr uint32_t kSign = 0x80000000u;
-  static_assert(kBuckets == kRkvBuckets && kBuckets % (4 * kRkvThreads) == 0);
+  static_assert(kBuckets % (4 * kRkvThreads) == 0);
 
   KVLAPSE_DEVICE float block_reduce(float v, bool max) const {
     const RkvArray<float> values(shared_ + args_.layout.small, kWarps);
@@ -486,7 +582,7 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
   // A bucket is one of equal parts between two neighbours of a sample that every warp sorts: whatever
   // scores look like, few share one.
   KVLAPSE_DEVICE void fill_buckets(int n) const {
-    constexpr int kAtOnce = 5, kMiddle = 16;
+    constexpr int kAtOnce = 3, kMiddle = 16;
     uint32_t sample = keys_by_rank()[lane_ * n / 32];
     KVLAPSE_UNROLL
     for (int size = 2; size <= 32; size *= 2) {
@@ -641,7 +737,7 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
   }
   // Nobody reads what another move writes: all loads of a thread are in flight together.
   KVLAPSE_DEVICE void move_rows() const {
-    constexpr int kAtOnce = 8;
+    constexpr int kAtOnce = 4;
     const RkvArray<uint16_t> holes = drop_list(2), movers = drop_list(3);
     Float4* const k = static_cast<Float4*>(args_.k);
     Float4* const v = static_cast<Float4*>(args_.v);
@@ -700,29 +796,15 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     meet();
     int mine = 0;  // tiles of this warp
     KVLAPSE_NO_UNROLL
-    for (;; ++mine) {
-      know_thread();
-      const int tile = tile_of(mine);
-      if (!is_tile(tile)) break;
-      if (mine > 0) load_tile(tile);
-      if (is_tile(tile_of(mine + 1))) prefetch_tile(tile_of(mine + 1));
-      if (is_kept(mine)) rows_.save(kept_tile(mine), lane_);
-      measure(tile);
-    }
+    for (; know_thread(), is_tile(tile_of(mine)); ++mine) measure(mine);
     const bool searched = search();
     share_sums();
     gather();
     block_sync();
+    know_thread();
+    if (searched && mine > 0) load_tile(tile_of(mine - 1));
     KVLAPSE_NO_UNROLL
-    for (int i = mine - 1; i >= 0; --i) {
-      know_thread();
-      if (searched || (i < mine - 1 && !is_kept(i)))
-        load_tile(tile_of(i));
-      else if (i < mine - 1)
-        rows_.restore(kept_tile(i), lane_);
-      if (i > 0 && (searched || !is_kept(i - 1))) prefetch_tile(tile_of(i - 1));
-      weigh(tile_of(i));
-    }
+    while (--mine >= 0) weigh(mine, searched);
     meet();
     if (block_ == 0) this->select();
   }
@@ -732,6 +814,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
       Block::g_, Block::t_, Block::know_thread, Block::held_, Block::fixed_, Block::importances,
       Block::projections, Block::forgiven, Block::slot_of, Block::rank_of, Block::kWarps, Block::kRowChunks,
       Block::kRowBytes, Block::at, Block::prefix;
+  static constexpr int kRows = Fragments::kRows;
   static constexpr float kNothing = -1e30f;
   static constexpr uint16_t kNoRank = 0xffff;  // of a row that is not there
 
@@ -806,9 +889,15 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     return keys() +
            static_cast<uint32_t>(kRkvFirstKeys * kRowBytes + (mine * kWarps + warp_) * Fragments::kBytes);
   }
+  // The same for a tile's logits, in the registers' order.
+  KVLAPSE_DEVICE bool has_logits(int mine) const { return mine * kWarps + warp_ < args_.logit_tiles; }
+  KVLAPSE_DEVICE SmemAddress logits(int mine, int part) const {
+    const int tile = part * args_.logit_tiles + mine * kWarps + warp_;
+    return address(args_.layout.logits) + static_cast<uint32_t>((tile * 32 + lane_) * 16);
+  }
   // What this needs of device memory is asked for before anything is waited for, with the first rows.
   KVLAPSE_DEVICE void prepare() {
-    constexpr int kSlotsAtOnce = 8, kChunksAtOnce = 2;
+    constexpr int kSlotsAtOnce = 3, kChunksAtOnce = 2;
     const int first_key = held_ > kRkvFirstKeys ? held_ - kRkvFirstKeys : 0;
     const int own_key =
         first_key + thread_ / kRowChunks < held_ ? first_key + thread_ / kRowChunks : first_key;
@@ -820,8 +909,6 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     load_queries(chunks, thread_, n_chunks);
     if (is_tile(tile_of(0))) load_tile(tile_of(0));
 
-    for (int i = thread_; i < 16 * kRowChunks; i += kRkvThreads)
-      smem_store4(vector() + static_cast<uint32_t>(i * 16), Float4{0, 0, 0, 0});
     for (int i = thread_; i < kHeadDim; i += kRkvThreads) sums()[i] = 0, totals()[i] = 0;
     if (thread_ < 2) left()[thread_] = 0;
     for (int i = held_ + thread_; i < rkv_padded(held_); i += kRkvThreads)
@@ -907,55 +994,67 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   // ---- measure ----
   // What a lane knows of rows 8 i + 2t + e, [2 i + e].
   struct Rows {
-    float inverse[8];
-    int rank[8];  // kNoRank: not there
+    float inverse[2 * kRows];
+    int rank[2 * kRows];  // kNoRank: not there
   };
-  KVLAPSE_DEVICE void measure(int tile) {
-    float square[4], inverse[4];
-    rows_.squares(square, lane_);
-    const int slot = slot_in(tile, t_);  // a row a lane
-    if (slot < held_)
-      inverses()[slot] =
-          inverse_of(t_ < 2 ? (t_ == 0 ? square[0] : square[1]) : (t_ == 2 ? square[2] : square[3]));
+  KVLAPSE_DEVICE void measure(int mine) {
+    const int tile = tile_of(mine);
+    const bool goes_on = is_tile(tile_of(mine + 1));
+    if (goes_on) prefetch_tile(tile_of(mine + 1));
+    if (is_kept(mine)) rows_.save(kept_tile(mine), lane_);
+    const float square = rows_.square(lane_);
+    const int slot = slot_in(tile, t_);
+    if (t_ < kRows && slot < held_) inverses()[slot] = inverse_of(square);
     warp_sync();
-    KVLAPSE_UNROLL
-    for (int i = 0; i < 4; ++i) inverse[i] = inverses()[slot_in(tile, i)];
-    rows_.sum_rows(inverse, lane_, [&](int d, float v) { shared_add(&sums()[d], round_to_int(v * fixed_)); });
+    rows_.sum_rows(
+        lane_, [&](int i) { return inverses()[tile * kRkvTileRows + i]; },
+        [&](int d, float v) { shared_add(&sums()[d], round_to_int(v * fixed_)); });
+    know_thread();
     Rows rows;
     KVLAPSE_UNROLL
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 2 * kRows; ++i) {
       const int other = tile * kRkvTileRows + i / 2 * 8 + 2 * t_ + i % 2;
       rows.inverse[i] = inverses()[other];
       rows.rank[i] = rank_of()[other];
     }
-    weigh_window(tile, rows);
+    float likeness[kRows][4], logit[2 * kRows];
+    rows_.products(likeness, keys(), lane_);
+    int part = 0;
+    KVLAPSE_NO_UNROLL
+    for (;; ++part) {
+      weigh_queries(logit, part);
+      if ((part + 1) * 8 >= args_.window) break;
+      weigh_window(mine, part, logit, rows);
+    }
+    know_thread();
+    if (goes_on) load_tile(tile_of(mine + 1));  // meanwhile this tile's numbers
+    weigh_window(mine, part, logit, rows);
+    know_thread();
     const int own = tile * kRkvTileRows + Fragments::own_row(lane_);
     const int first_key = held_ > kRkvFirstKeys ? held_ - kRkvFirstKeys : 0;
     uint32_t found = 0;
-    compare<true>(first_key, 0, rows, found);
-    settle(own < held_ ? own : -1, first_key, found, 0);
+    compare<true>(likeness, first_key, 0, rows, found);
+    settle(Fragments::owns_row(lane_) && own < held_ ? own : -1, first_key, found, 0);
   }
   // Max and sum of 2^ of the tile's logits before the window.
-  KVLAPSE_DEVICE void weigh_window(int tile, const Rows& rows) const {
-    for (int part = 0; part * 8 < args_.window; ++part) {
-      float logit[8], most = kNothing, sum = 0;
-      weigh_queries(logit, part);
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        if (rows.rank[i] >= prefix()) logit[i] = 2 * kNothing;  // 2^ of it is zero
-        most = larger(most, logit[i]);
-      }
-      most = larger(most, shuffle_xor(most, 1));
-      most = larger(most, shuffle_xor(most, 2));
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i) sum += exp2_approximate(logit[i] - most);
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      const int query = query_of(part);
-      if (t_ != 0 || query < 0) continue;
-      float* const to = softmax_part(tile, query);
-      to[0] = most, to[1] = sum;
+  KVLAPSE_DEVICE void weigh_window(int mine, int part, float (&logit)[2 * kRows], const Rows& rows) const {
+    float most = kNothing, sum = 0;
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 2 * kRows; ++i) {
+      if (rows.rank[i] >= prefix()) logit[i] = 2 * kNothing;  // 2^ of it is zero
+      most = larger(most, logit[i]);
     }
+    if (has_logits(mine)) smem_store4(logits(mine, part), Float4{logit[0], logit[1], logit[2], logit[3]});
+    most = larger(most, shuffle_xor(most, 1));
+    most = larger(most, shuffle_xor(most, 2));
+    KVLAPSE_UNROLL
+    for (int i = 0; i < 2 * kRows; ++i) sum += exp2_approximate(logit[i] - most);
+    sum += shuffle_xor(sum, 1);
+    sum += shuffle_xor(sum, 2);
+    const int query = query_of(part);
+    if (t_ != 0 || query < 0) return;
+    float* const to = softmax_part(tile_of(mine), query);
+    to[0] = most, to[1] = sum;
   }
   KVLAPSE_DEVICE float* softmax_part(int tile, int query) const {
     const int tiles = (args_.n_slots + kRkvTileRows - 1) / kRkvTileRows;
@@ -973,24 +1072,25 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     return g_ < 1 << query_bits() && query < args_.window ? query : -1;
   }
   // logit[2 i + e]: of row 8 i + 2t + e and query_of(part), the most of the group's heads.
-  KVLAPSE_DEVICE void weigh_queries(float (&logit)[8], int part) const {
+  KVLAPSE_DEVICE void weigh_queries(float (&logit)[2 * kRows], int part) const {
     const int bits = query_bits(), heads = 8 >> bits, groups = (args_.group + 2 * heads - 1) >> (4 - bits);
     SmemAddress group = queries() + static_cast<uint32_t>(part * groups * Fragments::kGroupBytes);
     KVLAPSE_UNROLL
-    for (int i = 0; i < 8; ++i) logit[i] = -3.0e38f;
+    for (int i = 0; i < 2 * kRows; ++i) logit[i] = -3.0e38f;
     KVLAPSE_NO_UNROLL
     for (int n = 0; n < groups; ++n, group += Fragments::kGroupBytes) {
-      float c[4][4];
+      float c[kRows][4];
       rows_.products(c, group, lane_);
       KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i) logit[i] = larger(logit[i], larger(c[i / 2][i % 2], c[i / 2][2 + i % 2]));
+      for (int i = 0; i < 2 * kRows; ++i)
+        logit[i] = larger(logit[i], larger(c[i / 2][i % 2], c[i / 2][2 + i % 2]));
     }
     for (int mask = 4 << bits; mask < 32; mask *= 2) {
       KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i) logit[i] = larger(logit[i], shuffle_xor(logit[i], mask));
+      for (int i = 0; i < 2 * kRows; ++i) logit[i] = larger(logit[i], shuffle_xor(logit[i], mask));
     }
     KVLAPSE_UNROLL
-    for (int i = 0; i < 8; ++i) logit[i] *= args_.logit_scale;
+    for (int i = 0; i < 2 * kRows; ++i) logit[i] *= args_.logit_scale;
   }
 
   // ---- the last key that a row is like ----
@@ -998,20 +1098,20 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   // shared memory, whose first has rank `base`, amounts at most fixed_ <= 2^22. Here keys first .. first
   // + 15. kLikely: some row has its key among them.
   template <bool kLikely>
-  KVLAPSE_DEVICE void compare(int base, int first, const Rows& rows, uint32_t& found) const {
-    float c[4][4];
-    rows_.products(c, keys() + static_cast<uint32_t>(first * kRowBytes), lane_);
+  KVLAPSE_DEVICE void compare(float (&c)[kRows][4], int base, int first, const Rows& rows,
+                              uint32_t& found) const {
     const float key_inverse[2] = {key_inverses()[first + g_], key_inverses()[first + 8 + g_]};
     KVLAPSE_UNROLL
-    for (int i = 0; i < 16; ++i) c[i / 4][i % 4] *= rows.inverse[i / 4 * 2 + i % 2] * key_inverse[i / 2 % 2];
+    for (int i = 0; i < 4 * kRows; ++i)
+      c[i / 4][i % 4] *= rows.inverse[i / 4 * 2 + i % 2] * key_inverse[i / 2 % 2];
     const bool has_first = base + first == 0;  // rank 0 is what a row has that has no other
     const auto own = [&](int i) { return rows.rank[i] - base - first; };
     bool has_own = false;
     KVLAPSE_UNROLL
-    for (int i = 0; i < 8; ++i) has_own |= static_cast<uint32_t>(own(i)) < 16;
+    for (int i = 0; i < 2 * kRows; ++i) has_own |= static_cast<uint32_t>(own(i)) < 16;
     if (has_own) {  // a row is not like itself
       KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 2 * kRows; ++i) {
         c[i / 2][i % 2] = own(i) == g_ ? 0.0f : c[i / 2][i % 2];
         c[i / 2][2 + i % 2] = own(i) == g_ + 8 ? 0.0f : c[i / 2][2 + i % 2];
       }
@@ -1019,7 +1119,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     if (!kLikely && !has_first) {
       bool any = false;
       KVLAPSE_UNROLL
-      for (int i = 0; i < 16; ++i) any |= c[i / 4][i % 4] > args_.threshold;
+      for (int i = 0; i < 4 * kRows; ++i) any |= c[i / 4][i % 4] > args_.threshold;
       if (warp_ballot(any) == 0) return;
     }
     // Keys g and g + 8, of which the later one counts. An amount is rounded by adding a number whose last
@@ -1028,9 +1128,9 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     const float low_threshold = has_first && g_ == 0 ? -3.0e38f : args_.threshold;
     const uint32_t low_key = (static_cast<uint32_t>(first + 1 + g_) << 24) + (1u << 23) - float_bits(kRounds),
                    high_key = low_key + (8u << 24);
-    uint32_t best[8];
+    uint32_t best[2 * kRows];
     KVLAPSE_UNROLL
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 2 * kRows; ++i) {
       const float low = c[i / 2][i % 2], high = c[i / 2][2 + i % 2];
       const bool is_high = high > args_.threshold;
       const uint32_t amount = float_bits((is_high ? high : low) * fixed_ + kRounds);
@@ -1096,7 +1196,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     };
     Rows rows;
     KVLAPSE_UNROLL
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 2 * kRows; ++i) {
       const int slot = slot_at(i / 2 * 8 + 2 * t_ + i % 2);
       rows.rank[i] = slot >= 0 ? rank_of()[slot] : kNoRank;
       rows.inverse[i] = slot >= 0 ? inverses()[slot] : 0.0f;
@@ -1105,11 +1205,13 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
       const int slot = slot_at(8 * i + g_);
       return row(slot >= 0 ? slot : 0);
     });
-    const int own = slot_at(Fragments::own_row(lane_));
+    const int own = Fragments::owns_row(lane_) ? slot_at(Fragments::own_row(lane_)) : -1;
     uint32_t found = 0;
     KVLAPSE_NO_UNROLL
     for (int first = (end - base - 1) / 16 * 16; first >= 0; first -= 16) {
-      compare<false>(base, first, rows, found);
+      float c[kRows][4];
+      rows_.products(c, keys() + static_cast<uint32_t>(first * kRowBytes), lane_);
+      compare<false>(c, base, first, rows, found);
       if (warp_ballot(found != 0 || own < 0) == 0xffffffffu) break;
     }
     settle(own, base, found, list ^ 1);
@@ -1133,7 +1235,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     // A warp a query, from the end.
     const int tiles = (held_ + kRkvTileRows - 1) / kRkvTileRows;
     for (int query = kWarps - 1 - warp_; query < args_.window; query += kWarps) {
-      constexpr int kAtOnce = 2;
+      constexpr int kAtOnce = 3;
       float most = kNothing, sum = 0;
       for (int first = lane_; first < tiles; first += kAtOnce * 32) {
         float tops_there[kAtOnce], parts[kAtOnce];
@@ -1160,32 +1262,43 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   }
 
   // ---- weigh ----
-  KVLAPSE_DEVICE void weigh(int tile) const {
-    const auto add = [](float a, float b) { return a + b; };
-    float dot[8], sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    {
-      float c[4][4];
-      rows_.products(c, vector(), lane_);
-      KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i) dot[i] = c[i / 2][i % 2];
-    }
+  // Behind it the rows of the tile before are on their way. again: all that were in registers are lost.
+  KVLAPSE_DEVICE void weigh(int mine, bool again) {
+    know_thread();
+    const int tile = tile_of(mine);
+    const bool reads = mine > 0 && (again || !is_kept(mine - 1));
+    if (reads) prefetch_tile(tile_of(mine - 1));
+    const float dot = rows_.dot(vector(), lane_);
+    know_thread();
+    float sum[2 * kRows] = {};
+    KVLAPSE_NO_UNROLL
     for (int part = 0; part * 8 < args_.window; ++part) {
-      float logit[8];
-      weigh_queries(logit, part);
+      float logit[2 * kRows];
+      if (has_logits(mine)) {
+        const Float4 v = smem_load4(logits(mine, part));
+        logit[0] = v.x, logit[1] = v.y, logit[2] = v.z, logit[3] = v.w;
+      } else {
+        weigh_queries(logit, part);
+      }
+      if ((part + 1) * 8 >= args_.window && mine > 0) {
+        if (reads)
+          load_tile(tile_of(mine - 1));
+        else
+          rows_.restore(kept_tile(mine - 1), lane_);
+      }
       const int query = query_of(part);
       const float top = query < 0 ? 0 : tops()[2 * query], scale = query < 0 ? 0 : tops()[2 * query + 1];
       KVLAPSE_UNROLL
-      for (int i = 0; i < 8; ++i)
+      for (int i = 0; i < 2 * kRows; ++i)
         if (query >= 0) sum[i] += exp2_approximate(logit[i] - top) * scale;
     }
-    const float projection = Fragments::over_groups(dot, lane_, add),
-                importance = Fragments::over_groups(sum, lane_, add);
-    const int slot = tile * kRkvTileRows + Fragments::own_row(lane_);
-    if (slot >= held_) return;
-    const int rank = rank_of()[slot];
+    know_thread();
+    const float importance = Fragments::over_groups(sum, lane_, [](float a, float b) { return a + b; });
+    const int own = tile * kRkvTileRows + Fragments::own_row(lane_), slot = slot_in(tile, t_);
+    if (own < held_ && Fragments::owns_row(lane_)) put(importances(), rank_of()[own], importance);
+    if (t_ >= kRows || slot >= held_) return;
     const float inverse = inverses()[slot], length = 1.0f - 1e-8f * inverse;  // of the unit key
-    put(importances(), rank, importance);
-    put(projections(), rank, projection * inverse - length * length);
+    put(projections(), rank_of()[slot], dot * inverse - length * length);
   }
 
   Fragments rows_;

@@ -19,18 +19,18 @@
 
 namespace kvlapse {
 
-inline constexpr int kRkvThreads = 256;    // of a block
-inline constexpr int kRkvTileRows = 32;    // of a warp
+inline constexpr int kRkvThreads = 384;    // of a block
+inline constexpr int kRkvTileRows = 16;    // of a warp
 inline constexpr int kRkvFirstKeys = 16;   // that every row meets
 inline constexpr int kRkvMaxColumns = 64;  // window x group
 inline constexpr int kRkvMaxSlots = 8192;
 inline constexpr int kRkvMaxBlocks = 8;     // of a head
-inline constexpr int kRkvBuckets = 2048;    // of the sort
+inline constexpr int kRkvBuckets = 3072;    // of the sort
 inline constexpr int kRkvMaxKeyRows = 240;  // that are searched at once: 8 bits
 
 // A block's shared memory, in bytes from its start. By slot or rank: arrays of n_slots.
 struct RkvLayout {
-  int vector, keys;  // rows, behind the window's queries; the sort's buckets take the place of all
+  int vector, keys, logits;  // behind the window's queries; the sort's buckets take the place of all
   int key_inverse;
   int inverse;  // float by slot; then two uint16 each: buckets and ranks while they are sorted
   int importance, projection, forgiven;  // by rank; the first two before that: slots that found no key
@@ -59,10 +59,11 @@ struct RkvArgs {
   int32_t group;       // G
   int32_t n_slots;     // S
   int32_t budget;
-  int32_t window;    // window * group <= kRkvMaxColumns
-  int32_t kernel;    // of the max pool, odd
-  int32_t blocks;    // of a head: a cluster, 1 where there are none
-  int32_t key_rows;  // of keys, and of rows that are read again, in shared memory: a multiple of 16
+  int32_t window;       // window * group <= kRkvMaxColumns
+  int32_t kernel;       // of the max pool, odd
+  int32_t blocks;       // of a head: a cluster, 1 where there are none
+  int32_t key_rows;     // of keys, and of rows that are read again, in shared memory: a multiple of 16
+  int32_t logit_tiles;  // of a block: the first, whose logits wait in shared memory for the second reading
   float lambda;
   float threshold;
   float logit_scale;  // log2(e) / sqrt(D)
@@ -93,9 +94,11 @@ constexpr RkvLayout rkv_layout(const RkvArgs& a, int head_dim, int element_bytes
   RkvLayout at{};
   const int row = head_dim * element_bytes, n = rkv_padded(a.n_slots);
   at.vector = rkv_query_rows(a.window, a.group) * row;
-  at.keys = at.vector + 16 * row;
-  const int keys_end = at.keys + a.key_rows * row, counters = kRkvBuckets * 4;
-  at.key_inverse = keys_end > counters ? keys_end : counters;
+  at.keys = at.vector + 4 * row;
+  at.logits = at.keys + a.key_rows * row;
+  const int logits_end = at.logits + a.logit_tiles * (a.window + 7) / 8 * kRkvTileRows * 32,
+            counters = kRkvBuckets * 4;
+  at.key_inverse = logits_end > counters ? logits_end : counters;
   at.inverse = at.key_inverse + a.key_rows * 4;
   at.importance = at.inverse + n * 4;
   at.projection = at.importance + n * 4;
@@ -109,8 +112,8 @@ constexpr RkvLayout rkv_layout(const RkvArgs& a, int head_dim, int element_bytes
   at.bytes = at.small + 256;
   return at;
 }
-// The most keys that fit into `bytes` of shared memory, 0: none do.
-int rkv_key_rows(const RkvArgs& args, int head_dim, int element_bytes, int bytes);
+// Shares `bytes` of shared memory out: key_rows, at least `least`, and logit_tiles. False: they do not fit.
+bool fit_rkv(RkvArgs& args, int head_dim, int element_bytes, int bytes, int least);
 
 // Fills what follows from the shape. Throws Error when it is not supported.
 void set_rkv_scalars(RkvArgs& args, const RkvShape& shape);

@@ -33,17 +33,21 @@ void set_rkv_scalars(RkvArgs& args, const RkvShape& s) {
   args.kernel = s.kernel;
   args.blocks = s.blocks < 1 ? 1 : s.blocks;
   args.key_rows = kRkvFirstKeys;
+  args.logit_tiles = 0;
   args.lambda = s.lambda;
   args.threshold = s.threshold;
   args.logit_scale = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(s.head_dim));
 }
 
-int rkv_key_rows(const RkvArgs& args, int head_dim, int element_bytes, int bytes) {
-  RkvArgs with = args;
-  for (with.key_rows = std::max((args.n_slots + 15) / 16 * 16, kRkvFirstKeys); with.key_rows >= kRkvFirstKeys;
-       with.key_rows -= 16)
-    if (rkv_layout(with, head_dim, element_bytes).bytes <= bytes) return with.key_rows;
-  return 0;
+bool fit_rkv(RkvArgs& args, int head_dim, int element_bytes, int bytes, int least) {
+  const int tiles = (args.n_slots + kRkvTileRows - 1) / kRkvTileRows;
+  const auto fits = [&] { return rkv_layout(args, head_dim, element_bytes).bytes <= bytes; };
+  args.key_rows = least;
+  for (args.logit_tiles = (tiles + args.blocks - 1) / args.blocks; args.logit_tiles > 0; --args.logit_tiles)
+    if (fits()) break;
+  for (args.key_rows = std::max(rkv_padded(args.n_slots), least); args.key_rows >= least; args.key_rows -= 16)
+    if (fits()) return true;
+  return false;
 }
 
 uint64_t rkv_bytes(const RkvShape& s, int held) {

@@ -33,6 +33,7 @@ void run_rkv_emulated(RkvProblem& p, uint64_t seed) {
   RkvArgs args{};
   set_rkv_scalars(args, p.shape);
   args.key_rows = static_cast<int>(16 + seed % 4 * 80);
+  args.logit_tiles = static_cast<int>(seed * 7 % 30);
   std::vector<float> softmax(static_cast<size_t>(args.n_items) * p.shape.tiles() * p.shape.window * 2);
   // The kernels read rows in chunks of 16 bytes.
   const auto aligned = [](std::vector<std::byte>& bytes, std::vector<uint64_t>& storage) {
