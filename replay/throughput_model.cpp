@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <map>
+#include <optional>
 
 #include "core/base/error.h"
 #include "replay/memory_simulator.h"
@@ -56,50 +57,9 @@ double launches_of(const GpuProfile& gpu, int n_layers, int batch) {
   return n_layers * (at == gpu.launches.end() ? gpu.launches.back() : *at).per_layer;
 }
 
-}  // namespace
-
-int slots_at(const Policy& policy, int budget, int n_prompt, int n_seen) {
-  if (!policy.info().evicts) return n_seen;
-  return n_seen <= n_prompt ? n_seen : held_after(policy.info().rule, budget, n_prompt, n_seen - 1) + 1;
-}
-
-int64_t sequence_bytes(const DecoderShape& shape, const Policy& policy, int budget, int n_prompt,
-                       int n_total) {
-  int peak = n_total;
-  if (policy.info().evicts)
-    peak = std::min(n_total, std::max(n_prompt, policy.info().rule.peak_slots(budget)));
-  return static_cast<int64_t>(shape.geometry.cache_bytes(peak)) +
-         policy_state_bytes(policy, shape.geometry, peak);
-}
-
-int largest_batch(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy,
-                  std::span<const RequestLength> mix) {
-  double bytes = 0;
-  int peak = 0;
-  for (const RequestLength& r : mix) {
-    const int n_total = r.n_prompt + r.n_output;
-    if (policy.info().evicts)
-      peak = std::max(peak, std::min(n_total, policy.info().rule.peak_slots(r.budget)));
-    bytes += static_cast<double>(sequence_bytes(shape, policy, r.budget, r.n_prompt, n_total));
-  }
-  const double workspace = static_cast<double>(policy_workspace_bytes(policy, shape.geometry, peak));
-  const double room =
-      gpu.memory_gib.value * kGiB * gpu.usable_share - static_cast<double>(shape.resident_bytes) - workspace;
-  const double one = bytes / static_cast<double>(mix.size());
-  return room < one ? 0 : static_cast<int>(room / one);
-}
-
-double predicted_step_ms(const GpuProfile& gpu, const MeasuredStep& step) {
-  return gpu.step_overhead_us.value * 1e-3 + step.launches * gpu.launch_us.value * 1e-3 +
-         step.batch * gpu.per_sequence_us.value * 1e-3 +
-         static_cast<double>(step.weight_bytes) / (gpu.weight_read_gbps.value * 1e6) +
-         static_cast<double>(step.kv_bytes) / (gpu.kv_read_gbps.value * 1e6);
-}
-
-GpuProfile fit_profile(GpuProfile profile, std::span<const MeasuredStep> steps, const std::string& source) {
-  const bool counted = std::all_of(steps.begin(), steps.end(),
-                                   [](const MeasuredStep& s) { return s.launches > 0 && s.n_layers > 0; });
-  const int n = counted ? kMostUnknowns : kMostUnknowns - 1;
+// The profile by the first n unknowns; nothing when a launch would cost less than nothing.
+std::optional<GpuProfile> fit_unknowns(GpuProfile profile, std::span<const MeasuredStep> steps, int n,
+                                       const std::string& source) {
   if (static_cast<int>(steps.size()) <= n)
     fail("{}: expected at least {} measured steps, found {}", source, n + 1, steps.size());
   // Columns are scaled to their largest value, so that the normal equations stay well conditioned.
@@ -151,9 +111,9 @@ GpuProfile fit_profile(GpuProfile profile, std::span<const MeasuredStep> steps, 
     return Sourced{1e-6 / value(i), error(i) / (value(i) * value(i)) * 1e-6, provenance};
   };
   profile.step_overhead_us = {value(0) * 1e3, error(0) * 1e3, provenance};
-  if (counted) {
+  if (n == kMostUnknowns) {
+    if (!(value(3) > 0)) return std::nullopt;
     profile.launch_us = {value(3) * 1e3, error(3) * 1e3, provenance};
-    profile.launches.clear();
     std::map<int, std::pair<int, int>> by_batch;  // launches, layers
     for (const MeasuredStep& step : steps) {
       by_batch[step.batch].first += step.launches;
@@ -161,13 +121,63 @@ GpuProfile fit_profile(GpuProfile profile, std::span<const MeasuredStep> steps, 
     }
     for (const auto& [batch, sums] : by_batch)
       profile.launches.push_back({batch, static_cast<double>(sums.first) / sums.second});
-  } else {
-    profile.launch_us = {0, 0, "not counted: part of the step's overhead"};
   }
   profile.weight_read_gbps = bandwidth(1);
   profile.kv_read_gbps = bandwidth(2);
   profile.per_sequence_us = {0, 0, "none: within the noise of these steps"};
   return profile;
+}
+
+}  // namespace
+
+int slots_at(const Policy& policy, int budget, int n_prompt, int n_seen) {
+  if (!policy.info().evicts) return n_seen;
+  return n_seen <= n_prompt ? n_seen : held_after(policy.info().rule, budget, n_prompt, n_seen - 1) + 1;
+}
+
+int64_t sequence_bytes(const DecoderShape& shape, const Policy& policy, int budget, int n_prompt,
+                       int n_total) {
+  int peak = n_total;
+  if (policy.info().evicts)
+    peak = std::min(n_total, std::max(n_prompt, policy.info().rule.peak_slots(budget)));
+  return static_cast<int64_t>(shape.geometry.cache_bytes(peak)) +
+         policy_state_bytes(policy, shape.geometry, peak);
+}
+
+int largest_batch(const GpuProfile& gpu, const DecoderShape& shape, const Policy& policy,
+                  std::span<const RequestLength> mix) {
+  double bytes = 0;
+  int peak = 0;
+  for (const RequestLength& r : mix) {
+    const int n_total = r.n_prompt + r.n_output;
+    if (policy.info().evicts)
+      peak = std::max(peak, std::min(n_total, policy.info().rule.peak_slots(r.budget)));
+    bytes += static_cast<double>(sequence_bytes(shape, policy, r.budget, r.n_prompt, n_total));
+  }
+  const double workspace = static_cast<double>(policy_workspace_bytes(policy, shape.geometry, peak));
+  const double room =
+      gpu.memory_gib.value * kGiB * gpu.usable_share - static_cast<double>(shape.resident_bytes) - workspace;
+  const double one = bytes / static_cast<double>(mix.size());
+  return room < one ? 0 : static_cast<int>(room / one);
+}
+
+double predicted_step_ms(const GpuProfile& gpu, const MeasuredStep& step) {
+  return gpu.step_overhead_us.value * 1e-3 + step.launches * gpu.launch_us.value * 1e-3 +
+         step.batch * gpu.per_sequence_us.value * 1e-3 +
+         static_cast<double>(step.weight_bytes) / (gpu.weight_read_gbps.value * 1e6) +
+         static_cast<double>(step.kv_bytes) / (gpu.kv_read_gbps.value * 1e6);
+}
+
+GpuProfile fit_profile(GpuProfile profile, std::span<const MeasuredStep> steps, const std::string& source) {
+  profile.launch_us = {0, 0, "not counted: part of the step's overhead"};
+  profile.launches.clear();
+  if (std::all_of(steps.begin(), steps.end(),
+                  [](const MeasuredStep& s) { return s.launches > 0 && s.n_layers > 0; })) {
+    if (std::optional<GpuProfile> fitted = fit_unknowns(profile, steps, kMostUnknowns, source))
+      return *fitted;
+    profile.launch_us.provenance = "within the noise of these steps: part of the step's overhead";
+  }
+  return *fit_unknowns(profile, steps, kMostUnknowns - 1, source);
 }
 
 std::vector<CheckedStep> leave_one_out(const GpuProfile& profile, std::span<const MeasuredStep> steps) {

@@ -87,7 +87,7 @@ struct MeasuredStep {
 };
 
 // Step overhead and the bandwidths of weights and K/V by least squares of relative step time: three unknowns;
-// four with the cost of a launch, where every step says how many it has.
+// four with the cost of a launch, where every step says how many it has and more of them cost more.
 // The cost of one sequence stays 0: what steps of a few batches tell of it is within their noise. Each error
 // is the standard error from the residuals. `profile` gives name, memory and what its provenance begins with.
 // Throws Error when the steps do not determine the unknowns: not more steps than these, or all alike.

@@ -129,6 +129,13 @@ TEST(FitProfile, TellsLaunchesFromTheStepsOverhead) {
                     predict(without, llama_8b(), *full, 0, batch, 10, 10).step_ms,
                 3e-3 * n_layers * per_layer, 1e-9)
         << batch;
+  // Where more launches take less time it is other things that differ: three unknowns.
+  std::vector<MeasuredStep> other = steps;
+  for (MeasuredStep& step : other) step.step_ms -= 4e-3 * step.launches;
+  const GpuProfile three = fit_profile(plain_gpu(), other, "a test");
+  EXPECT_EQ(three.launch_us.value, 0);
+  EXPECT_TRUE(three.launches.empty());
+  EXPECT_LT(three.step_overhead_us.value, 400);
   // Uncounted in one step: three unknowns.
   steps[0].launches = 0;
   EXPECT_EQ(fit_profile(plain_gpu(), steps, "a test").launch_us.value, 0);
