@@ -244,9 +244,11 @@ class Product {
                                                             step * kProductStepColumns * 2 + lane_ % 4 * 16);
     Float4 x[kPairs][kBlocks];  // eight columns of a sequence each
     KVLAPSE_UNROLL
-    for (int p = 0; p < kPairs; ++p) KVLAPSE_UNROLL
-    for (int k = 0; k < kBlocks; ++k)
-      x[p][k] = smem_load4(input + static_cast<uint32_t>(k * 8 * kProductInputStride + p * 64));
+    for (int p = 0; p < kPairs; ++p) {
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kBlocks; ++k)
+        x[p][k] = smem_load4(input + static_cast<uint32_t>(k * 8 * kProductInputStride + p * 64));
+    }
     // The stage's turn before ours may still be under way, and a wait by parity would take its end for ours.
     mbarrier_wait(bar(small_.empty[at.stage]), at.phase ^ 1u);
     mbarrier_wait(bar(small_.full[at.stage]), at.phase);
@@ -263,11 +265,13 @@ class Product {
         w[i][3] = float_bits(v.w);
       }
       KVLAPSE_UNROLL
-      for (int p = 0; p < kPairs; ++p) KVLAPSE_UNROLL
-      for (int k = 0; k < kBlocks; ++k) {
-        const Float4& v = x[p][k];
-        multiply_add_16x8x16<Bf16>(sums[j][k], w[2 * p], float_bits(v.x), float_bits(v.y));
-        multiply_add_16x8x16<Bf16>(sums[j][k], w[2 * p + 1], float_bits(v.z), float_bits(v.w));
+      for (int p = 0; p < kPairs; ++p) {
+        KVLAPSE_UNROLL
+        for (int k = 0; k < kBlocks; ++k) {
+          const Float4& v = x[p][k];
+          multiply_add_16x8x16<Bf16>(sums[j][k], w[2 * p], float_bits(v.x), float_bits(v.y));
+          multiply_add_16x8x16<Bf16>(sums[j][k], w[2 * p + 1], float_bits(v.z), float_bits(v.w));
+        }
       }
     }
     warp_sync();
@@ -285,14 +289,16 @@ class Product {
   KVLAPSE_DEVICE void hand_over(const Sums& sums) {
     const int owner = set() * args_.cluster / kSets, first = set() * kGroups - owner * own_groups();
     KVLAPSE_UNROLL
-    for (int j = 0; j < kGroups; ++j) KVLAPSE_UNROLL
-    for (int k = 0; k < kBlocks; ++k) {
-      const SmemAddress to = sums_address(rank_, part(), first + j, k);
-      const Float4 v{sums[j][k][0], sums[j][k][1], sums[j][k][2], sums[j][k][3]};
-      if (owner == rank_)
-        smem_store4(to, v);
-      else
-        remote_store4(remote_address(to, owner), v, remote_address(bar(small_.sums_full), owner));
+    for (int j = 0; j < kGroups; ++j) {
+      KVLAPSE_UNROLL
+      for (int k = 0; k < kBlocks; ++k) {
+        const SmemAddress to = sums_address(rank_, part(), first + j, k);
+        const Float4 v{sums[j][k][0], sums[j][k][1], sums[j][k][2], sums[j][k][3]};
+        if (owner == rank_)
+          smem_store4(to, v);
+        else
+          remote_store4(remote_address(to, owner), v, remote_address(bar(small_.sums_full), owner));
+      }
     }
     consumer_sync();
     if (args_.cluster > 1) mbarrier_wait(bar(small_.sums_full), 0);

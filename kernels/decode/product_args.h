@@ -29,9 +29,10 @@ inline constexpr int kProductGroupBytes = kProductStepTiles * kChainTileBytes;  
 inline constexpr int kProductMostStages = 32;
 // Of weights under way at a time: what is asked for beyond stands in front of the activations (chain_args.h).
 inline constexpr int kProductBytesAtOnce = 96 * 1024;
-inline constexpr int kProductRingBytes = 96 * 1024;  // at least, where activations have their least chunks
-inline constexpr int kProductChunkSteps = 4;         // of activations that are copied together
-inline constexpr int kProductLeastChunks = 3, kProductMostChunks = 16;  // in shared memory
+// Of shared memory for weights; activations have what is left, but their least chunks in any case.
+inline constexpr int kProductRingBytes = 96 * 1024;
+inline constexpr int kProductChunkSteps = 4;  // of activations that are copied together
+inline constexpr int kProductLeastChunks = 3, kProductMostChunks = 16;
 // Between sequences: neighbours lie in different banks.
 inline constexpr int kProductInputStride = kProductChunkSteps * kProductStepColumns * 2 + 64;
 
@@ -73,17 +74,19 @@ struct ProductArgs {
   float* out;               // [B, n_outputs]: = or, if `add`, += the product
   uint16_t* gated;  // not null: bf16 [B, n_outputs] = silu(gate) * up instead; rows as chain_gated_row
 
-  const float*
-      squares;  // [n_squares, kProductMostRows] of the input's norm over `columns` values; null without
+  // Of the input's norm: parts of the sums of squares of `columns` values; null without.
+  const float* squares;  // [n_squares, kProductMostRows]
   int32_t n_squares;
   float eps;
 
-  uint16_t* scaled;        // bf16 [B, n_outputs] of what is added to, times next_norm; null without
+  // Of the next product's norm, where this one adds: out times next_norm, parts of the sums of squares; null
+  // without.
+  uint16_t* scaled;        // bf16 [B, n_outputs]
   const float* next_norm;  // [n_outputs]
   float* next_squares;     // [blocks of the launch, kProductMostRows]
 
   int32_t n_rows, columns, n_outputs;
-  int32_t n_slabs, slab_groups, cluster;
+  int32_t n_slabs, slab_groups, cluster;  // by choose_product_slabs
   bool add;
   // By plan_product: steps of weights and chunks of activations in shared memory, steps under way, places.
   int32_t n_stages, n_chunks, copies_at_once;
@@ -99,7 +102,7 @@ struct alignas(16) ProductSmall {
   float squares[kProductWarps][8];
 };
 
-// Of one and of two blocks each, that the device holds at once; 0: not to be used.
+// Clusters of one and of two blocks that the device holds at once; 0: not to be used.
 struct ProductClusters {
   int of[3] = {};
 };
