@@ -126,7 +126,8 @@ constexpr int product_blocks(int n_rows) {
   return n_rows <= 8 ? 1 : n_rows <= 16 ? 2 : 4;
 }
 // Slabs and cluster for a matrix of n_groups, by args' n_rows and columns: what reads the fewest bytes of
-// weights and activations in the busiest block, in few rounds. The matrix is stored by it.
+// weights and activations in the busiest block, in few rounds. The matrix is stored by it. Where the device
+// holds no cluster, there is none (0).
 void choose_product_slabs(ProductArgs& args, int64_t n_groups, const ProductClusters& clusters);
 // Blocks of the launch.
 int product_launch_blocks(const ProductArgs& args, const ProductClusters& clusters);

@@ -29,7 +29,9 @@ int product_launch_blocks(const ProductArgs& args, const ProductClusters& cluste
 }
 
 int plan_product(ProductArgs& args, int smem_bytes) {
-  if (args.n_rows < 1 || args.n_rows > kProductMostRows || args.columns % kProductStepColumns != 0) return 0;
+  if (args.n_rows < 1 || args.n_rows > kProductMostRows || args.columns % kProductStepColumns != 0 ||
+      args.cluster < 1)
+    return 0;
   const ProductDivision division = product_division(args.slab_groups);
   const int columns = product_blocks(args.n_rows) * 8;
   const int stage = args.slab_groups * kProductGroupBytes, chunk = columns * kProductInputStride;

@@ -242,6 +242,9 @@ TEST(Product, SlabsAndPlans) {
   EXPECT_EQ(plan_product(a, 232448), 0);
   a.columns = 4096, a.n_rows = 33;
   EXPECT_EQ(plan_product(a, 232448), 0);
+  choose_product_slabs(a, 256, {});
+  a.n_rows = 32;
+  EXPECT_EQ(plan_product(a, 232448), 0);
   // Few columns are not divided.
   a.columns = 256;
   expect_slabs(256, 1, 2, 128);
