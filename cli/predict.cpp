@@ -211,12 +211,14 @@ void run_fit(const Options& o, Context& context) {
   out << document.dump(2) << '\n';
   if (!out.flush()) fail("{}: cannot be written", o.output_file);
   if (context.json) return print_json(document);
+  const std::string launch = gpu.launch_us.value > 0 ? fmt::format("a launch {:.1f} +- {:.1f} us",
+                                                                   gpu.launch_us.value, gpu.launch_us.error)
+                                                     : "launches " + gpu.launch_us.provenance;
   fmt::print(
-      "{}: {}; step overhead {:.0f} +- {:.0f} us, a launch {:.1f} +- {:.1f} us, weights {:.0f} +- {:.0f} "
-      "GB/s, K/V {:.0f} +- {:.0f} GB/s\n",
-      o.output_file, gpu.name, gpu.step_overhead_us.value, gpu.step_overhead_us.error, gpu.launch_us.value,
-      gpu.launch_us.error, gpu.weight_read_gbps.value, gpu.weight_read_gbps.error, gpu.kv_read_gbps.value,
-      gpu.kv_read_gbps.error);
+      "{}: {}; step overhead {:.0f} +- {:.0f} us, {}, weights {:.0f} +- {:.0f} GB/s, K/V {:.0f} +- {:.0f} "
+      "GB/s\n",
+      o.output_file, gpu.name, gpu.step_overhead_us.value, gpu.step_overhead_us.error, launch,
+      gpu.weight_read_gbps.value, gpu.weight_read_gbps.error, gpu.kv_read_gbps.value, gpu.kv_read_gbps.error);
 }
 
 // Bytes that a decode step reads of the weights: all but the embedding table, whose row it looks up; a tied

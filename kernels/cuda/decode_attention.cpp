@@ -8,7 +8,6 @@
 namespace kvlapse {
 namespace {
 
-constexpr int kPortableCluster = 8;
 // A box reads 128 bytes of a row: 256 at a time ask for what the other box asks for too (8 % slower on an
 // H200).
 constexpr CUtensorMapL2promotion kFetch = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;

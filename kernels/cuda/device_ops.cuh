@@ -388,17 +388,6 @@ KVLAPSE_DEVICE void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-// Of another CTA of the cluster, behind a cluster barrier.
-KVLAPSE_DEVICE Float4 remote_load4(SmemAddress from) {
-  Float4 v{};
-#if __CUDA_ARCH__ >= 900
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(from)
-               : "memory");
-#endif
-  return v;
-}
 // The address of the same shared memory in another CTA of the cluster.
 KVLAPSE_DEVICE SmemAddress remote_address(SmemAddress local, int rank) {
   uint32_t remote = 0;

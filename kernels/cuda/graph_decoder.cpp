@@ -96,7 +96,7 @@ struct GraphDecoder::Impl {
   // Of a layer, or of the step's end.
   enum Product { kQkv, kO, kGateUp, kDown, kHead, kProducts };
   enum class Multiplier { chain, product, cublas_lt, gemv };
-  struct Matrix {
+  struct MatrixShape {
     int rows, columns;
     MatrixOrder order;
   };
@@ -118,13 +118,11 @@ struct GraphDecoder::Impl {
     if (s.width % 8 != 0 || s.ffn_width % 8 != 0)
       fail("decoder: widths: expected multiples of 8, found {} and {}", s.width, s.ffn_width);
     x = DeviceBuffer<float>(rows * width);
-    normed = Bf16Buffer(rows * width);
     qkv = DeviceBuffer<float>(rows * qkv_rows());
     q = Bf16Buffer(rows * q_rows());
     k_new = Bf16Buffer(rows * kv_rows());
     v_new = Bf16Buffer(rows * kv_rows());
     attended = Bf16Buffer(rows * q_rows());
-    act = Bf16Buffer(rows * ffn);
     logits = DeviceBuffer<float>(rows * vocab);
     best = DeviceBuffer<unsigned long long>(rows);
     tokens = DeviceBuffer<int32_t>(rows);
@@ -164,6 +162,9 @@ struct GraphDecoder::Impl {
       act_words = DeviceBuffer<uint64_t>(rows * ffn / 2);
       x_words.fill_bytes(0);
       act_words.fill_bytes(0);
+    } else {
+      normed = Bf16Buffer(rows * width);
+      act = Bf16Buffer(rows * ffn);
     }
     if (multiplier == Multiplier::cublas_lt) both = Bf16Buffer(rows * 2 * ffn);
   }
@@ -173,7 +174,7 @@ struct GraphDecoder::Impl {
     if (bulk && options.batch <= kChainMostRows && shape.width % kChainTileColumns == 0 &&
         shape.ffn_width % kChainTileColumns == 0 && plan_chains()) {
       multiplier = Multiplier::chain;
-      for (Matrix& m : matrices) m.order = {MatrixOrder::Kind::chain};
+      for (MatrixShape& m : matrices) m.order = {MatrixOrder::Kind::chain};
       return;
     }
     if (bulk && plan_products()) {
@@ -196,7 +197,7 @@ struct GraphDecoder::Impl {
   bool plan_products() {
     clusters = product_clusters(smem_bytes);
     for (int i = 0; i < kProducts; ++i) {
-      const Matrix& m = matrices[i];
+      const MatrixShape& m = matrices[i];
       ProductArgs& a = products[i];
       a = {};
       a.n_rows = options.batch, a.columns = m.columns, a.n_outputs = i == kGateUp ? m.rows / 2 : m.rows;
@@ -227,7 +228,7 @@ struct GraphDecoder::Impl {
   void make_matrices() {
     const auto width = static_cast<size_t>(shape.width);
     const auto matrix = [&](Product i) {
-      const Matrix& m = matrices[i];
+      const MatrixShape& m = matrices[i];
       return Bf16Buffer(static_cast<size_t>(m.order.stored_rows(m.rows) * m.columns));
     };
     embedding = shape.tied ? matrix(kHead) : Bf16Buffer(static_cast<size_t>(shape.n_vocab) * width);
@@ -292,7 +293,7 @@ struct GraphDecoder::Impl {
       auto plan = [&](Product i, bool bf16, bool add, auto weights, const void* in, void* out) {
         std::vector<const void*> all;
         for (const Layer& l : layers) all.push_back(weights(l));
-        const Matrix& m = matrices[i];
+        const MatrixShape& m = matrices[i];
         plans[i] = lt->plan({m.rows, m.columns, options.batch, bf16, add}, all, in, out, stream);
       };
       plan(
@@ -403,10 +404,12 @@ struct GraphDecoder::Impl {
   }
 
   // out (+)= W in, where in is the normed residual (norm given) or bf16 rows. Gate and up are one product
-  // whose result is act (gated given). Of a residual, the norm that follows (next_norm given).
+  // whose result is act (gated given). Of a residual, the norm that follows (next_norm given). Own products
+  // share a norm with the one that added to the residual before them (added_by given).
   struct Operands {
     const Bf16Buffer& w;
     const DeviceBuffer<float>* norm = nullptr;
+    std::optional<Product> added_by = std::nullopt;
     const Bf16Buffer* in = nullptr;
     float* out = nullptr;
     Bf16Buffer* gated = nullptr;
@@ -417,8 +420,8 @@ struct GraphDecoder::Impl {
   void multiply(Product product, const Operands& p, LaunchLog* log) {
     cudaStream_t s = stream.get();
     const int columns = matrices[product].columns, n_outputs = matrices[product].rows / (p.gated ? 2 : 1);
-    const bool by_product = multiplier == Multiplier::product && p.norm != nullptr && n_squares > 0;
-    if (multiplier != Multiplier::gemv && p.norm != nullptr && !by_product)
+    const bool shares_norm = multiplier == Multiplier::product && p.added_by;
+    if (multiplier != Multiplier::gemv && p.norm != nullptr && !shares_norm)
       launch_fast_norm(s, {x.data(), p.norm->data(), normed.data(), options.batch, columns, shape.norm_eps},
                        log);
     const Bf16Buffer& in = p.norm ? normed : *p.in;
@@ -430,11 +433,10 @@ struct GraphDecoder::Impl {
       a.gated = p.gated ? bits(*p.gated) : nullptr;
       a.add = p.add;
       a.eps = shape.norm_eps;
-      if (by_product) a.squares = squares.data(), a.n_squares = n_squares;
-      if (p.next_norm) {
+      if (shares_norm)
+        a.squares = squares.data(), a.n_squares = product_launch_blocks(products[*p.added_by], clusters);
+      if (p.next_norm)
         a.scaled = bits(normed), a.next_norm = p.next_norm->data(), a.next_squares = squares.data();
-        n_squares = product_launch_blocks(a, clusters);
-      }
       launch_product(s, a, product_smem[product], clusters, log);
       return;
     }
@@ -490,10 +492,10 @@ struct GraphDecoder::Impl {
   void launch_products(LaunchLog* log) {
     cudaStream_t s = stream.get();
     const int n = options.batch;
-    n_squares = 0;
+    std::optional<Product> added_by = std::nullopt;
     for (const Layer& l : layers) {
       const DeviceBuffer<float>& next = &l == &layers.back() ? final_norm : (&l + 1)->input_norm;
-      multiply(kQkv, {.w = l.qkv, .norm = &l.input_norm, .out = qkv.data()}, log);
+      multiply(kQkv, {.w = l.qkv, .norm = &l.input_norm, .added_by = added_by, .out = qkv.data()}, log);
       launch_fast_qkv(
           s,
           {qkv.data(), l.bias.data(), l.q_norm.data(), l.k_norm.data(), rope.data(), pos.data(), q.data(),
@@ -501,10 +503,14 @@ struct GraphDecoder::Impl {
           log);
       kernel.launch(s, l.attention, log);
       multiply(kO, {.w = l.o, .in = &attended, .out = x.data(), .add = true, .next_norm = &l.ffn_norm}, log);
-      multiply(kGateUp, {.w = l.gate_up, .norm = &l.ffn_norm, .gated = &act}, log);
+      multiply(kGateUp, {.w = l.gate_up, .norm = &l.ffn_norm, .added_by = kO, .gated = &act}, log);
       multiply(kDown, {.w = l.down, .in = &act, .out = x.data(), .add = true, .next_norm = &next}, log);
+      added_by = kDown;
     }
-    multiply(kHead, {.w = shape.tied ? embedding : head, .norm = &final_norm, .out = logits.data()}, log);
+    multiply(
+        kHead,
+        {.w = shape.tied ? embedding : head, .norm = &final_norm, .added_by = kDown, .out = logits.data()},
+        log);
     launch_fast_argmax(s, {logits.data(), best.data(), n, shape.n_vocab}, log);
   }
 
@@ -526,13 +532,12 @@ struct GraphDecoder::Impl {
   std::unique_ptr<CublasLt> lt;
   std::string without_lt;
   Multiplier multiplier = Multiplier::gemv;
-  Matrix matrices[kProducts];
+  MatrixShape matrices[kProducts];
   ProductArgs products[kProducts];  // of own products, but for what they read and write
   int product_smem[kProducts] = {};
   ProductClusters clusters;
-  DeviceBuffer<float>
-      squares;        // of own products: of the residual, by blocks of the launch that added to it last
-  int n_squares = 0;  // of those blocks; 0 before the first
+  // Of own products: the residual's, by blocks of the product that added to it last.
+  DeviceBuffer<float> squares;
   int plans[kProducts] = {};  // of cuBLASLt
   Bf16Buffer embedding, head;
   DeviceBuffer<float> final_norm, rope;
@@ -740,7 +745,7 @@ AheadDevice::Step GraphDecoder::take() {
 
 uint64_t GraphDecoder::weight_bytes() const {
   const auto bytes = [&](int product) {
-    const Impl::Matrix& m = impl_->matrices[product];
+    const Impl::MatrixShape& m = impl_->matrices[product];
     return static_cast<uint64_t>(m.rows) * static_cast<uint64_t>(m.columns) * 2;
   };
   uint64_t layer = 0;

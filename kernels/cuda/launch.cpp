@@ -22,7 +22,6 @@ int device_attribute(cudaDeviceAttr which) {
 }
 
 int resident_clusters(const void* kernel, int n, int n_threads, int smem_bytes) {
-  constexpr int kPortable = 8;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = static_cast<unsigned>(n);
@@ -35,8 +34,8 @@ int resident_clusters(const void* kernel, int n, int n_threads, int smem_bytes) 
   config.numAttrs = 1;
   int clusters = 0;
   const cudaError_t asked = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  if (asked != cudaSuccess && n > kPortable) {
-    cudaGetLastError();
+  if (asked != cudaSuccess && n > kPortableCluster) {
+    cudaGetLastError();  // this device has no clusters of that size
     return 0;
   }
   KVLAPSE_CUDA_CHECK(asked);

@@ -24,6 +24,7 @@ struct LaunchInfo {
   LaunchLog* log = nullptr;
 };
 
+inline constexpr int kPortableCluster = 8;  // blocks: more must be allowed, and not every device has them
 // Clusters of n blocks that the device holds at once; 0 where it has none of that size.
 int resident_clusters(const void* kernel, int n, int n_threads, int smem_bytes);
 

@@ -3,7 +3,7 @@
 // alone.
 //
 // What limits it beside device memory is the second-level cache, which every block asks for weights and
-// activations (about 5.5 TB/s on an H200, where device memory gives 4.7): blocks of a cluster divide the
+// activations (on an H200 times fit 5.5 TB/s; device memory gives 4.7): blocks of a cluster divide the
 // columns, so that each reads a part of the activations only, and the warps of a block read them from shared
 // memory.
 //

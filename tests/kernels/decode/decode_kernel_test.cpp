@@ -107,6 +107,19 @@ TEST(DecodePlan, AStageBelongsToOneGroup) {
         }
 }
 
+// Of items that fill the device once, fp8 ones alone are halves of two blocks a multiprocessor.
+TEST(DecodePlan, Fp8ItemsThatFillTheDeviceAreHalved) {
+  const auto expect_splits = [](DecodeShape shape, int splits, int ctas) {
+    const DecodePlan plan = plan_decode(shape, {.resident_clusters = {}});
+    EXPECT_EQ(plan.n_splits, splits) << shape.batch << " x " << shape.n_slots;
+    EXPECT_EQ(plan.n_ctas, ctas) << shape.batch << " x " << shape.n_slots;
+  };
+  expect_splits({16, 32, 8, 128, 3276, DType::f8e4m3}, 2, 256);
+  expect_splits({16, 32, 8, 128, 3276, DType::bf16}, 1, 128);
+  expect_splits({16, 32, 8, 128, 4608, DType::f8e4m3}, 1, 128);  // long
+  expect_splits({32, 32, 8, 128, 3276, DType::f8e4m3}, 1, 128);  // more than once
+}
+
 TEST(DecodePlan, LeavingOutFitsBesideTheRingAndReadsVTwice) {
   for (int dim : {32, 64, 128, 256})
     for (int group : {1, 4, 8})

@@ -443,11 +443,6 @@ SmemAddress remote_address(SmemAddress local, int rank) {
   const int first = block_index() / machine->launch.cluster * machine->launch.cluster;
   return (static_cast<uint32_t>(first + rank + 1) << kBlockShift) | (local & ((1u << kBlockShift) - 1));
 }
-Float4 remote_load4(SmemAddress from) {
-  Float4 v;
-  std::memcpy(&v, pointer_in(from, 16), 16);
-  return v;
-}
 void remote_store(SmemAddress to, uint32_t v) {
   std::memcpy(pointer_in(to, 4), &v, 4);
 }

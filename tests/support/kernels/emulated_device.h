@@ -247,7 +247,6 @@ void block_sync();
 void cluster_arrive();
 void cluster_wait();
 SmemAddress remote_address(SmemAddress local, int rank);
-Float4 remote_load4(SmemAddress from);
 void remote_store(SmemAddress to, uint32_t v);
 void remote_add(SmemAddress to, int32_t v);
 void remote_store4(SmemAddress to, Float4 v, SmemAddress bar);
