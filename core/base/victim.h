@@ -7,7 +7,7 @@
 namespace kvlapse {
 
 // What a slot's score is made of, p its probability in this step, summed over the query heads that decide.
-enum class FusedScore : uint8_t {
+enum class FusedScore : int32_t {  // as wide as what a device compares
   none,                      // plain attention, no victim
   attention,                 // p (TOVA)
   contribution,              // p * ||v||_1 (LongFlow)

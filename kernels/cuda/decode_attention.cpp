@@ -118,12 +118,14 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.n_items = shape_.n_items();
   args.n_kv_heads = shape_.n_kv_heads;
   args.group = shape_.group();
+  args.half_group = (shape_.group() + 1) / 2;
   args.n_slots = args.budget = shape_.n_slots;
   args.n_splits = plan_.n_splits;
   args.n_groups = plan_.n_groups;
   args.warp_bytes = plan_.warp_bytes;
   args.n_stages = plan_.n_stages;
   args.logits_bytes = plan_.logits_bytes;
+  args.softmax_rows = plan_.softmax_rows;
   args.partial_offset = plan_.partial_offset;
   args.owners = plan_.owners;
   args.small_offset = plan_.small_offset;

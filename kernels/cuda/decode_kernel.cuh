@@ -61,8 +61,7 @@ struct alignas(16) DecodeSmall {
   uint64_t gather_bar;   // leave one out: the whole output has arrived
   uint64_t keys[kConsumerWarps];
   uint64_t layer_keys[kConsumerWarps];
-  int32_t info[2][4];
-  alignas(16) float warp_softmax[kConsumerWarps][kMaxDecodeGroup][2];  // (max, sum)
+  int32_t info[2][8];
   float inverse_sum[kMaxDecodeGroup];
   int32_t last_arrival;
 };
@@ -74,7 +73,10 @@ struct DecodeTraits {
   static constexpr bool kLeaveOneOut = kLeavesOut;  // the score is FusedScore::leave_one_out
   static constexpr bool kShares = kMayShare;        // a layer's heads may share their victim
   static constexpr bool kFp8 = __is_same(Element, E4m3);
-  static constexpr int kThreads = (max_decode_warps(kHeadDimension) + 1) * 32;  // at most
+  // At most, which decides how many registers there are: 128 where two blocks of seven warps share them.
+  static constexpr int kThreads = paired_decode_warps(kHeadDimension, kFp8 && !kLeavesOut) > 4
+                                      ? 512
+                                      : (max_decode_warps(kHeadDimension) + 1) * 32;
   static constexpr int kHeadDim = kHeadDimension;
   static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);
   static constexpr bool kBulk =
@@ -105,16 +107,21 @@ struct MatrixElement<E4m3> {
   using Type = F16;
 };
 
+struct DecodeTiles {
+  int begin, end;
+  KVLAPSE_DEVICE int count() const { return end - begin; }
+};
 struct ItemInfo {
   int n;        // valid slots, the new token's included
   int slot;     // of the new token, or -1
   int expired;  // slot that leaves the recent window, or -1
   int pos;
+  DecodeTiles tiles;  // of this split
 };
 
-// Of a half tile among all of an item; -1 for -1.
+// The first slot of a slot's half tile; no half's for -1.
 KVLAPSE_DEVICE int half_of_slot(int slot) {
-  return slot >> 5;
+  return slot & ~(kHalfSlots - 1);
 }
 
 KVLAPSE_DEVICE void merge_softmax(float& m, float& l, float other_m, float other_l) {
@@ -149,8 +156,7 @@ class DecodeCta {
         scales_(ring_ + static_cast<uint32_t>(args.n_stages * Traits::kTileBytes)),
         logits_(scales_ + static_cast<uint32_t>(args.n_stages * Traits::kScaleBytes)),
         softmax_(logits_ + static_cast<uint32_t>(args.logits_bytes)),
-        received_(softmax_ +
-                  static_cast<uint32_t>(args.n_splits * args.n_groups * kTileWarps) * kDecodeSoftmaxBytes),
+        received_(softmax_ + static_cast<uint32_t>(args.softmax_rows) * kDecodeSoftmaxBytes),
         n_threads_(args.n_groups * kTileWarps * 32),
         warp_(thread_index() / 32),
         lane_(thread_index() % 32),
@@ -172,6 +178,8 @@ class DecodeCta {
       produce(first);
     } else {
       if (warp_ == 0) init_barriers();
+      for (int i = thread_index(); i < args_.softmax_rows * 4; i += n_threads_)
+        smem_store4(softmax_ + static_cast<uint32_t>(i * 16), {kNoMax, kEmptySum, kNoMax, kEmptySum});
       block_sync();
       if (clustered()) cluster_arrive();
       consume();
@@ -180,10 +188,7 @@ class DecodeCta {
 
  private:
   using Matrix = typename MatrixElement<typename Traits::Element>::Type;
-  struct Tiles {
-    int begin, end;
-    KVLAPSE_DEVICE int count() const { return end - begin; }
-  };
+  using Tiles = DecodeTiles;
   struct Softmax {
     float max[2];      // of query heads 2t, 2t+1
     float inverse[2];  // 1 / sum; 0 for heads that do not exist
@@ -207,7 +212,7 @@ class DecodeCta {
   KVLAPSE_DEVICE bool clustered() const { return Traits::kBulk && args_.n_splits != 1; }
   KVLAPSE_DEVICE SmemAddress bar(const uint64_t& b) const { return smem_address(&b); }
   KVLAPSE_DEVICE bool shared() const { return Traits::kShares && args_.shared; }
-  KVLAPSE_DEVICE int half_group() const { return (args_.group + 1) / 2; }  // lanes of a quad that hold heads
+  KVLAPSE_DEVICE int half_group() const { return args_.half_group; }  // lanes of a quad that hold heads
   KVLAPSE_DEVICE Tiles tiles_of(int n) const {
     const int tiles = (n + kTileSlots - 1) / kTileSlots;
     return {tiles * rank_ / args_.n_splits, tiles * (rank_ + 1) / args_.n_splits};
@@ -231,11 +236,12 @@ class DecodeCta {
   KVLAPSE_DEVICE SmemAddress scale_address(int stage, int slot) const {
     return scales_ + static_cast<uint32_t>(stage * Traits::kScaleBytes + slot * 4);
   }
-  KVLAPSE_DEVICE int64_t slot_index(int item, int slot) const {
-    return static_cast<int64_t>(item) * args_.n_slots + slot;
+  // Of arrays by slot, which the plan keeps below 2^31 elements.
+  KVLAPSE_DEVICE uint32_t slot_index(int item, int slot) const {
+    return static_cast<uint32_t>(item * args_.n_slots + slot);
   }
-  KVLAPSE_DEVICE int64_t protect_index(int item, int group16) const {
-    return static_cast<int64_t>(item) * ((args_.n_slots + kTileSlots - 1) / kTileSlots * 4) + group16;
+  KVLAPSE_DEVICE uint32_t protect_index(int item, int group16) const {
+    return static_cast<uint32_t>(item * ((args_.n_slots + kTileSlots - 1) / kTileSlots * 4) + group16);
   }
 
   // All lanes of a warp.
@@ -285,7 +291,7 @@ class DecodeCta {
           ring.step(1, args_.n_stages);
         }
       if (!ahead || turn == 0) read_oldest(item, state);
-      const ItemInfo info = resolve(state, n);
+      const ItemInfo info = resolve(state, n, tiles);
       if (lane_ == 0) publish(info, turn);
       prefetch_side(item, tiles, n);
       KVLAPSE_NO_UNROLL
@@ -341,18 +347,18 @@ class DecodeCta {
     return args_.k_new != nullptr && held < args_.budget ? held + 1 : held;
   }
   // All lanes.
-  KVLAPSE_DEVICE ItemInfo resolve(const ItemState& state, int n) const {
-    if (state.pos < 0) return {0, -1, -1, state.pos};
+  KVLAPSE_DEVICE ItemInfo resolve(const ItemState& state, int n, const Tiles& tiles) const {
+    if (state.pos < 0) return {0, -1, -1, state.pos, tiles};
     const uint64_t key = warp_min(state.key);
     const int held = held_before(state);
-    if (args_.k_new == nullptr) return {n, -1, -1, state.pos};
-    if (held < args_.budget) return {n, held, state.oldest, state.pos};
+    if (args_.k_new == nullptr) return {n, -1, -1, state.pos, tiles};
+    if (held < args_.budget) return {n, held, state.oldest, state.pos, tiles};
     int slot = static_cast<int>(static_cast<uint32_t>(key));
     if (key == ~uint64_t{0} || slot >= held) {
       slot = state.oldest >= 0 ? state.oldest : 0;
       if (lane_ == 0) *args_.flags = kFlagNoCandidate;
     }
-    return {n, slot, state.oldest, state.pos};
+    return {n, slot, state.oldest, state.pos, tiles};
   }
 
   // Norms, scores and protection bits of an item into L2 while K streams, in one piece: a tile's share of
@@ -380,6 +386,8 @@ class DecodeCta {
     to[1] = info.slot;
     to[2] = info.expired;
     to[3] = info.pos;
+    to[4] = info.tiles.begin;
+    to[5] = info.tiles.end;
     mbarrier_arrive(bar(small_.info_full[i]));
   }
 
@@ -445,7 +453,7 @@ class DecodeCta {
     KVLAPSE_NO_UNROLL
     for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
       const ItemInfo info = take_info(turn);  // behind the kernel in front, unless state may be read early
-      const Tiles tiles = tiles_of(info.n);
+      const Tiles tiles = info.tiles;
       Softmax softmax{{kNoMax, kNoMax}, {0, 0}, {1, 1}};
       // Early: their latency is hidden by K, and by the kernel in front.
       SlotSide sides[2];
@@ -455,17 +463,22 @@ class DecodeCta {
         sides[0] = load_side(side_rows(item), first, end);
         sides[1] = load_side(side_rows(item), first + args_.n_groups * kTileSlots, end);
       }
+      uint32_t query = query_index(item), has_new = takes(tiles, info.slot) ? 1 : 0;
       if (turn == 0) {
+        if (clustered()) cluster_wait();
+        computed_here(query), computed_here(has_new);
         wait_for_previous_kernel();
         allow_next_kernel();
-        if (clustered()) cluster_wait();
       }
-      NewRows rows = load_new_rows<false>(item, info, tiles);
+      NewRows rows;
       if constexpr (Traits::kLeaveOneOut) clear_heaviest();
       RingCursor at = ring;
-      at.advance(group, args_.n_stages);
-      attend_keys(item, turn, info, tiles, at, rows, softmax);
+      at.step(group, args_.n_stages);
+      // How far behind the split's last tile this group's next one would be.
+      const int over = attend_keys(item, turn, info, tiles, at, query, has_new != 0, rows, softmax);
       arrive_again(choice);
+      send_softmax(softmax);
+      const float new_norm = has_new != 0 ? note_new_token(item, info, rows.v) : 0;
       combine_softmax(item, turn, softmax);
       choose_for_layer(choice);
 
@@ -473,20 +486,19 @@ class DecodeCta {
       KVLAPSE_UNROLL
       for (int i = 0; i < Traits::kSteps; ++i)
         for (int j = 0; j < 4; ++j) output[i][j] = 0;
-      at = ring;
-      at.advance(tiles.count() + group, args_.n_stages);
-      uint64_t key = attend_values(item, info, tiles, at, rows, softmax, sides, output);
+      at.shift(group - over, args_.n_stages);
+      uint64_t key = attend_values(item, info, tiles, at, rows.v, new_norm, softmax, sides, output);
       if constexpr (Traits::kLeaveOneOut) {
         combine_output(item, turn, output);
-        at = ring;
-        at.advance(2 * tiles.count() + group, args_.n_stages);
+        at.shift(group - over, args_.n_stages);
         key = measure_values(item, info, tiles, at, softmax.max);
         finish_choice(item, turn, info, key);
       } else {
         finish(item, turn, info, key, output);
       }
       choice = {item, info.n, keeper(turn), args_.score != FusedScore::none && info.pos >= 0 && shared()};
-      ring.advance(Traits::kPlanes * tiles.count(), args_.n_stages);
+      at.shift(-over, args_.n_stages);
+      ring = at;
     }
     if (choice.due) {
       consumer_sync();
@@ -498,7 +510,7 @@ class DecodeCta {
     const int i = turn & 1;
     mbarrier_wait(bar(small_.info_full[i]), (static_cast<uint32_t>(turn) >> 1) & 1);
     const int32_t* from = small_.info[i];
-    const ItemInfo info{from[0], from[1], from[2], from[3]};
+    const ItemInfo info{from[0], from[1], from[2], from[3], {from[4], from[5]}};
     warp_sync();
     if (lane_ == 0) mbarrier_arrive(bar(small_.info_empty[i]));
     return info;
@@ -550,10 +562,9 @@ class DecodeCta {
   struct NewRows {
     Float4 k, v;
   };
-  template <bool kLastFirst>  // tiles in descending order
-  KVLAPSE_DEVICE NewRows load_new_rows(int item, const ItemInfo& info, const Tiles& tiles) const {
+  KVLAPSE_DEVICE NewRows load_new_rows(int item, bool takes_them) const {
     NewRows rows{};
-    if (lane_ >= Traits::kNewChunks || !takes(tiles, info.slot, kLastFirst)) return rows;
+    if (lane_ >= Traits::kNewChunks || !takes_them) return rows;
     const int64_t at = static_cast<int64_t>(item) * Traits::kNewChunks + lane_;
     rows.k = static_cast<const Float4*>(args_.k_new)[at];
     rows.v = static_cast<const Float4*>(args_.v_new)[at];
@@ -625,16 +636,17 @@ class DecodeCta {
 
   // Q^T as the second operand: lane (g, t) holds head g, d = 16 i + 2t, +1, +8, +9; for fp8 d = 16 i + 4t,
   // +1, +2, +3, bf16 divided by a power of two that comes back for this lane's columns, heads 2t and 2t + 1.
-  KVLAPSE_DEVICE void load_query(int item, uint32_t (&query)[Traits::kSteps][2], float (&scale)[2]) const {
-    const int g = lane_ / 4, t = lane_ % 4;
-    const uint32_t* q = static_cast<const uint32_t*>(args_.q) +
-                        (static_cast<int64_t>(item) * args_.group + g) * (Traits::kHeadDim / 2);
-    constexpr int kSecond = Traits::kFp8 ? 1 : 4, kLane = Traits::kFp8 ? 2 : 1;
+  KVLAPSE_DEVICE uint32_t query_index(int item) const {
+    return static_cast<uint32_t>((item * args_.group + own_head()) * (Traits::kHeadDim / 2) +
+                                 lane_ % 4 * (Traits::kFp8 ? 2 : 1));
+  }
+  // Columns without a head repeat the last one's: nothing of them is kept.
+  KVLAPSE_DEVICE int own_head() const { return lane_ / 4 < args_.group ? lane_ / 4 : args_.group - 1; }
+  KVLAPSE_DEVICE void load_query(const uint32_t* row, uint32_t (&query)[Traits::kSteps][2],
+                                 float (&scale)[2]) const {
+    constexpr int kSecond = Traits::kFp8 ? 1 : 4;
     KVLAPSE_UNROLL
-    for (int i = 0; i < Traits::kSteps; ++i) {
-      query[i][0] = g < args_.group ? q[i * 8 + t * kLane] : 0;
-      query[i][1] = g < args_.group ? q[i * 8 + t * kLane + kSecond] : 0;
-    }
+    for (int i = 0; i < Traits::kSteps; ++i) query[i][0] = row[i * 8], query[i][1] = row[i * 8 + kSecond];
     scale[0] = scale[1] = 1;
     if constexpr (Traits::kFp8) {
       if (!args_.io_bf16) return;  // what the matrix unit takes
@@ -654,29 +666,32 @@ class DecodeCta {
         unpack2<Bf16>(query[i / 2][i % 2], a, b);
         query[i / 2][i % 2] = pack2<F16>(a * inverse, b * inverse);
       }
+      const int t = lane_ % 4;
       scale[0] = shuffle_from(bits_float(power), 2 * t * 4);
       scale[1] = shuffle_from(bits_float(power), (2 * t + 1) * 4);
     }
   }
 
-  KVLAPSE_DEVICE void attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles, RingCursor at,
-                                  NewRows& rows, Softmax& softmax) {
+  KVLAPSE_DEVICE int attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles, RingCursor& at,
+                                 uint32_t query_at, bool has_new, NewRows& rows, Softmax& softmax) {
     const int g = lane_ / 4, t = lane_ % 4;
     uint32_t query[Traits::kSteps][2], offsets[Traits::kBoxLoads];
     float query_scale[2];
-    load_query(item, query, query_scale);
+    load_query(static_cast<const uint32_t*>(args_.q) + query_at, query, query_scale);
+    rows = load_new_rows(item, has_new);
     fragment_offsets((lane_ & 7) + ((lane_ >> 3) & 1) * 8, lane_ >> 4, offsets);
     const float scale[2] = {query_scale[0] * args_.logit_scale, query_scale[1] * args_.logit_scale};
     float sum[2] = {kEmptySum, kEmptySum};
     SmemAddress logits = logit_address(warp_, 0);
     const int half = own_half();
     bool waits = !Traits::kLeaveOneOut && turn > 0;
+    int tile = tiles.begin + tile_group();
     KVLAPSE_NO_UNROLL
-    for (int tile = tiles.begin + tile_group(); tile < tiles.end; tile += args_.n_groups) {
+    for (; tile < tiles.end; tile += args_.n_groups) {
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
       bool wrote = false;
       const int first = tile * kTileSlots + half * kHalfSlots;
-      if (half_of_slot(info.slot) == half_of_slot(first)) {
+      if (half_of_slot(info.slot) == first) {
         if constexpr (Traits::kFp8) quantise(rows);
         write_row(at.stage, info.slot, item, rows.k, 0);
         wrote = true;
@@ -749,51 +764,49 @@ class DecodeCta {
       at.step(args_.n_groups, args_.n_stages);
     }
     softmax.inverse[0] = sum[0], softmax.inverse[1] = sum[1];  // sums until combine_softmax
+    return tile - tiles.end;
   }
 
-  // In: max and sum (in `inverse`) of this lane. Out: max and 1/sum of the whole row.
+  // In: max and sum (in `inverse`) of this lane. Every warp's row goes to every split's own memory, with the
+  // bytes of its barrier: nobody gathers first, and no wait is over the cluster.
+  KVLAPSE_DEVICE void send_softmax(Softmax& softmax) {
+    const int g = lane_ / 4;
+    float(&m)[2] = softmax.max;
+    float(&l)[2] = softmax.inverse;
+    merge_lanes(m, l);
+    const Float4 row{m[0], l[0], m[1], l[1]};
+    if (clustered()) {
+      if (thread_index() == 0)
+        mbarrier_arrive_expect(bar(small_.softmax_bar), static_cast<uint32_t>(softmax_rows()) * kRowBytes);
+      for (int to = g; to < args_.n_splits; to += 8)
+        remote_store4(remote_address(softmax_address(rank_ * consumer_warps() + warp_), to), row,
+                      remote_address(bar(small_.softmax_bar), to));
+    } else if (g == 0) {
+      smem_store4(softmax_address(warp_), row);
+    }
+  }
+  KVLAPSE_DEVICE int softmax_rows() const {
+    return clustered() ? args_.n_splits * consumer_warps() : consumer_warps();
+  }
+
+  // Out: max and 1/sum of the whole row.
   KVLAPSE_DEVICE void combine_softmax(int item, int turn, Softmax& softmax) {
     const int g = lane_ / 4, t = lane_ % 4;
     float(&m)[2] = softmax.max;
     float(&l)[2] = softmax.inverse;
-    merge_lanes(m, l);
-    if (clustered()) {
-      // Every warp's row goes to every split's own memory, with the bytes of its barrier: nobody gathers
-      // first, and no wait is over the cluster.
-      const int n_rows = args_.n_splits * consumer_warps();
-      if (thread_index() == 0)
-        mbarrier_arrive_expect(bar(small_.softmax_bar), static_cast<uint32_t>(n_rows) * kRowBytes);
-      for (int to = g; to < args_.n_splits; to += 8)
-        remote_store4(remote_address(softmax_address(rank_ * consumer_warps() + warp_), to),
-                      {m[0], l[0], m[1], l[1]}, remote_address(bar(small_.softmax_bar), to));
+    if (clustered())
       mbarrier_wait(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
-      merge_rows(softmax_address(0), n_rows, m, l);
+    else
+      consumer_sync();
+    if (Traits::kBulk || args_.n_splits == 1)
+      merge_rows(m, l);
+    else
+      exchange_softmax_in_memory(item, m, l);
+    if (clustered()) {
       if (turn > 0 || Traits::kLeaveOneOut)
         consumer_sync();  // all have read of the item in front (choose_for_layer is behind one), or cleared
       else
         warp_sync();  // lanes without heads read logits of others
-    } else {
-      if (g == 0) smem_store4(smem_address(small_.warp_softmax[warp_][2 * t]), {m[0], l[0], m[1], l[1]});
-      consumer_sync();
-    }
-    if (args_.n_splits == 1) {
-      merge_rows(smem_address(small_.warp_softmax[0][2 * t]), consumer_warps(), m, l);
-    } else if (!clustered()) {
-      Float4* scratch =
-          reinterpret_cast<Float4*>(args_.split_softmax) + static_cast<int64_t>(item) * kMaxDecodeSplits * 4;
-      if (warp_ == 0) {
-        merge_rows(smem_address(small_.warp_softmax[0][2 * t]), consumer_warps(), m, l);
-        if (g == 0) scratch[rank_ * 4 + t] = {m[0], l[0], m[1], l[1]};
-        warp_sync();
-        if (lane_ == 0) resident_barrier(args_.split_barrier + item, rank_, args_.n_splits);
-      }
-      consumer_sync();
-      m[0] = m[1] = kNoMax, l[0] = l[1] = kEmptySum;
-      for (int r = 0; r < args_.n_splits; ++r) {
-        const Float4 row = load_shared_by_device(scratch + r * 4 + t);
-        merge(m[0], l[0], row.x, row.y);
-        merge(m[1], l[1], row.z, row.w);
-      }
     }
     if constexpr (Traits::kLeaveOneOut) {
       KVLAPSE_UNROLL
@@ -815,7 +828,25 @@ class DecodeCta {
     }
   }
   static constexpr uint32_t kRowBytes = kDecodeSoftmaxBytes;
-  // Of what warps of all splits send, heads 2t and 2t + 1.
+  KVLAPSE_DEVICE void exchange_softmax_in_memory(int item, float (&m)[2], float (&l)[2]) {
+    const int g = lane_ / 4, t = lane_ % 4;
+    Float4* scratch =
+        reinterpret_cast<Float4*>(args_.split_softmax) + static_cast<int64_t>(item) * kMaxDecodeSplits * 4;
+    if (warp_ == 0) {
+      merge_rows(m, l);
+      if (g == 0) scratch[rank_ * 4 + t] = {m[0], l[0], m[1], l[1]};
+      warp_sync();
+      if (lane_ == 0) resident_barrier(args_.split_barrier + item, rank_, args_.n_splits);
+    }
+    consumer_sync();
+    m[0] = m[1] = kNoMax, l[0] = l[1] = kEmptySum;
+    for (int r = 0; r < args_.n_splits; ++r) {
+      const Float4 row = load_shared_by_device(scratch + r * 4 + t);
+      merge(m[0], l[0], row.x, row.y);
+      merge(m[1], l[1], row.z, row.w);
+    }
+  }
+  // Of what warps send, heads 2t and 2t + 1.
   KVLAPSE_DEVICE SmemAddress softmax_address(int row) const {
     return softmax_ + static_cast<uint32_t>(row) * kRowBytes + static_cast<uint32_t>(lane_ % 4 * 16);
   }
@@ -847,23 +878,23 @@ class DecodeCta {
       }
     }
   }
-  // n rows of (max, sum), a lane reading every eighth, four at a time.
-  KVLAPSE_DEVICE void merge_rows(SmemAddress row, int n, float (&m)[2], float (&l)[2]) {
+  // All rows of (max, sum), a lane reading every eighth, a batch at a time. Behind the last they are empty.
+  KVLAPSE_DEVICE void merge_rows(float (&m)[2], float (&l)[2]) {
+    constexpr int kAtOnce = kDecodeSoftmaxBatch / 8;
     m[0] = m[1] = kNoMax, l[0] = l[1] = kEmptySum;
+    SmemAddress row = softmax_address(lane_ / 4);
     KVLAPSE_NO_UNROLL
-    for (int first = lane_ / 4; first < n; first += 32) {
-      Float4 rows[4];
+    for (int first = 0; first < softmax_rows(); first += kDecodeSoftmaxBatch) {
+      Float4 rows[kAtOnce];
       KVLAPSE_UNROLL
-      for (int u = 0; u < 4; ++u)
-        rows[u] = first + 8 * u < n ? smem_load4(row + static_cast<uint32_t>(first + 8 * u) * kRowBytes)
-                                    : Float4{kNoMax, kEmptySum, kNoMax, kEmptySum};
+      for (int u = 0; u < kAtOnce; ++u, row += 8 * kRowBytes) rows[u] = smem_load4(row);
       if constexpr (Traits::kLeaveOneOut) {
         KVLAPSE_UNROLL
         for (const Float4& v : rows) merge(m[0], l[0], v.x, v.y), merge(m[1], l[1], v.z, v.w);
       } else {
-        const float top[2] = {
-            larger(larger(larger(rows[0].x, rows[1].x), larger(rows[2].x, rows[3].x)), m[0]),
-            larger(larger(larger(rows[0].z, rows[1].z), larger(rows[2].z, rows[3].z)), m[1])};
+        float top[2] = {m[0], m[1]};
+        KVLAPSE_UNROLL
+        for (const Float4& v : rows) top[0] = larger(top[0], v.x), top[1] = larger(top[1], v.z);
         KVLAPSE_UNROLL
         for (int j = 0; j < 2; ++j) l[j] *= exp2_approximate(m[j] - top[j]), m[j] = top[j];
         KVLAPSE_UNROLL
@@ -889,20 +920,22 @@ class DecodeCta {
   KVLAPSE_DEVICE int own_slot() const { return lane_ / 4 + lane_ % 4 * 8; }
   // Where they lie: this lane's slot of the item's first half, and protection bits from there on.
   struct SideRows {
-    int64_t slot;
-    uint16_t* protect;
+    uint32_t slot, protect;
+    KVLAPSE_DEVICE uint32_t slot_at(int first) const { return slot + static_cast<uint32_t>(first); }
+    KVLAPSE_DEVICE uint32_t protect_at(int first) const {
+      return protect + (static_cast<uint32_t>(first) >> 4);
+    }
   };
   KVLAPSE_DEVICE SideRows side_rows(int item) const {
-    return {slot_index(item, own_slot()), args_.protect + protect_index(item, 0)};
+    return {slot_index(item, own_slot()), protect_index(item, 0)};
   }
   // first: of the half; end: of this split's valid slots, none where nothing is scored.
   KVLAPSE_DEVICE SlotSide load_side(const SideRows& rows, int first, int end) const {
     SlotSide side;
-    if (first >= end) return side;
-    side.protect = load_bits(rows.protect + (first >> 4));
-    if (first + own_slot() >= end) return side;
-    if (score_uses_norm(args_.score)) side.norm = (args_.value_l1 + rows.slot)[first];
-    if (score_accumulates(args_.score)) side.accumulated = (args_.accumulated + rows.slot)[first];
+    const bool valid = first + own_slot() < end;
+    if (valid) side.protect = load_bits(args_.protect + rows.protect_at(first));
+    if (valid && score_uses_norm(args_.score)) side.norm = args_.value_l1[rows.slot_at(first)];
+    if (valid && score_accumulates(args_.score)) side.accumulated = args_.accumulated[rows.slot_at(first)];
     return side;
   }
   KVLAPSE_DEVICE int scored_end(const ItemInfo& info, const Tiles& tiles) const {
@@ -910,9 +943,9 @@ class DecodeCta {
     return args_.score == FusedScore::none ? 0 : end < info.n ? end : info.n;
   }
 
-  KVLAPSE_DEVICE uint64_t attend_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
-                                        const NewRows& rows, const Softmax& softmax, SlotSide (&sides)[2],
-                                        float (&output)[Traits::kSteps][4]) {
+  KVLAPSE_DEVICE uint64_t attend_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor& at,
+                                        const Float4& new_row, float new_norm, const Softmax& softmax,
+                                        SlotSide (&sides)[2], float (&output)[Traits::kSteps][4]) {
     const int g = lane_ / 4, t = lane_ % 4;
     const bool scores = !Traits::kLeaveOneOut && args_.score != FusedScore::none;
     uint32_t offsets[Traits::kBoxLoads];
@@ -961,14 +994,14 @@ class DecodeCta {
         };
         if constexpr (!Traits::kFp8) pack(0, 1, 1), pack(1, 1, 1);
 
-        if (half_of_slot(info.slot) == half_of_slot(first)) {
+        if (half_of_slot(info.slot) == first) {
           mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-          write_row(at.stage, info.slot, item, rows.v, 1);
-          note_new_token(at.stage, info, item, sides[visit]);
+          write_row(at.stage, info.slot, item, new_row, 1);
+          if (own_slot() == info.slot % kHalfSlots)
+            sides[visit].norm = new_norm, sides[visit].accumulated = 0;
           wrote = true;
         }
-        // While V is on its way: behind the last tile of an item nothing but the output is left.
-        if (scores) {
+        const auto score = [&] {
           float w[4];
           KVLAPSE_UNROLL
           for (int k = 0; k < 4; ++k)
@@ -976,6 +1009,12 @@ class DecodeCta {
           const uint32_t bits = score_half(lie, info, first, w, sides[visit]);
           if (bits < best) best = bits, best_slot = static_cast<uint32_t>(first + own_slot());
           sides[visit] = load_side(lie, first + ahead, end);
+        };
+        // While the matrix unit is busy, or where bytes are widened then while V is on its way (1 %, H200).
+        constexpr bool kScoresFirst = Traits::kFp8;
+        if (scores) {
+          update_protection(lie, info, first, sides[visit]);
+          if (kScoresFirst) score();
         }
         mbarrier_wait(bar(small_.full[at.stage]), at.phase);
         const SmemAddress data = half_of(at.stage, half);
@@ -1006,30 +1045,11 @@ class DecodeCta {
           keep_heaviest(at.stage, half * kHalfSlots, heaviest[0]);
           keep_heaviest(at.stage, half * kHalfSlots + 16, heaviest[1]);
         }
-        KVLAPSE_UNROLL
-        for (int block = 0; block < 2; ++block) {
-          KVLAPSE_UNROLL
-          for (int i = 0; i < Traits::kLoads; ++i) {
-            uint32_t r[4];
-            load_matrix4_transposed(r, fragment_address(data, offsets, i, block));
-            const auto add = [&](int step, const uint32_t(&a)[4]) {
-              multiply_add_16x8x16<Matrix>(output[step], a, b[block][0], b[block][1]);
-              if constexpr (Traits::kLeaveOneOut)
-                multiply_add_16x8x16<Matrix>(output[step], a, c[block][0], c[block][1]);
-            };
-            if constexpr (Traits::kFp8) {  // pairs of dimensions of slots 2t, 2t + 1; of 16 dimensions, of
-                                           // the next
-              uint32_t low[4], high[4];
-              widen_e4m3_apart(r[0], low[0], low[1]);
-              widen_e4m3_apart(r[2], low[2], low[3]);
-              add(2 * i, low);
-              widen_e4m3_apart(r[1], high[0], high[1]);
-              widen_e4m3_apart(r[3], high[2], high[3]);
-              add(2 * i + 1, high);
-            } else {
-              add(i, r);
-            }
-          }
+        if (scores && !kScoresFirst) {  // in one block of code without a branch
+          add_values(data, offsets, b, c, output);
+          score();
+        } else {
+          add_values(data, offsets, b, c, output);
         }
         release(at, wrote);
         at.step(args_.n_groups, args_.n_stages);
@@ -1041,6 +1061,36 @@ class DecodeCta {
         for (int j = 0; j < 4; ++j) output[i][j] *= bits_float(top);
     }
     return (static_cast<uint64_t>(best) << 32) | best_slot;
+  }
+  // V^T of 32 slots times b, and what is left of it.
+  KVLAPSE_DEVICE static void add_values(SmemAddress data, const uint32_t (&offsets)[Traits::kBoxLoads],
+                                        const uint32_t (&b)[2][2], const uint32_t (&c)[2][2],
+                                        float (&output)[Traits::kSteps][4]) {
+    KVLAPSE_UNROLL
+    for (int block = 0; block < 2; ++block) {
+      KVLAPSE_UNROLL
+      for (int i = 0; i < Traits::kLoads; ++i) {
+        uint32_t r[4];
+        load_matrix4_transposed(r, fragment_address(data, offsets, i, block));
+        const auto add = [&](int step, const uint32_t(&a)[4]) {
+          multiply_add_16x8x16<Matrix>(output[step], a, b[block][0], b[block][1]);
+          if constexpr (Traits::kLeaveOneOut)
+            multiply_add_16x8x16<Matrix>(output[step], a, c[block][0], c[block][1]);
+        };
+        if constexpr (Traits::kFp8) {  // pairs of dimensions of slots 2t, 2t + 1; of 16 dimensions, of the
+                                       // next
+          uint32_t low[4], high[4];
+          widen_e4m3_apart(r[0], low[0], low[1]);
+          widen_e4m3_apart(r[2], low[2], low[3]);
+          add(2 * i, low);
+          widen_e4m3_apart(r[1], high[0], high[1]);
+          widen_e4m3_apart(r[3], high[2], high[3]);
+          add(2 * i + 1, high);
+        } else {
+          add(i, r);
+        }
+      }
+    }
   }
   // What is left of two numbers once they are rounded to the matrix type.
   KVLAPSE_DEVICE static uint32_t pack_rest(float low, float high) {
@@ -1068,34 +1118,32 @@ class DecodeCta {
     warp_sync();
   }
 
-  // By the warp that holds the new slot, all lanes: its norm, position and empty history.
-  KVLAPSE_DEVICE void note_new_token(int stage, const ItemInfo& info, int item, SlotSide& side) {
-    const SmemAddress data = ring_ + static_cast<uint32_t>(stage * Traits::kTileBytes);
-    float norm = 0;
+  // By the warp that holds the new slot, all lanes, while others' softmax is on its way: its position and
+  // norm.
+  KVLAPSE_DEVICE float note_new_token(int item, const ItemInfo& info, const Float4& row) {
+    float norm = 1;
     if (score_uses_norm(args_.score)) {
-      if (lane_ < Traits::kRowChunks) {
-        const Float4 v = smem_load4(data + chunk_offset(info.slot % kTileSlots, lane_));
-        const float words[4] = {v.x, v.y, v.z, v.w};
+      const float words[4] = {row.x, row.y, row.z, row.w};
+      norm = 0;
+      KVLAPSE_UNROLL
+      for (int i = 0; i < (Traits::kFp8 ? 2 : 4); ++i) {
+        uint32_t pairs[2] = {float_bits(words[i]), 0};
+        if constexpr (Traits::kFp8) widen_e4m3(float_bits(words[i]), pairs[0], pairs[1]);
         KVLAPSE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          uint32_t pairs[2] = {float_bits(words[i]), 0};
-          if constexpr (Traits::kFp8) widen_e4m3(float_bits(words[i]), pairs[0], pairs[1]);
-          KVLAPSE_UNROLL
-          for (int pair = 0; pair < (Traits::kFp8 ? 2 : 1); ++pair) {
-            float low, high;
-            unpack2<Matrix>(pairs[pair], low, high);
-            norm += (low < 0 ? -low : low) + (high < 0 ? -high : high);
-          }
+        for (int pair = 0; pair < (Traits::kFp8 ? 2 : 1); ++pair) {
+          float low, high;
+          unpack2<Matrix>(pairs[pair], low, high);
+          norm += magnitude(low) + magnitude(high);
         }
       }
       for (int mask = 16; mask > 0; mask >>= 1) norm += shuffle_xor(norm, mask);
-      if constexpr (Traits::kFp8) norm *= smem_load(scale_address(stage, info.slot % kTileSlots));
+      if constexpr (Traits::kFp8) norm *= shuffle_from(row.z, 0);
     }
-    if (own_slot() == info.slot % kHalfSlots) {
-      side.accumulated = 0;
-      if (score_uses_norm(args_.score)) side.norm = args_.value_l1[slot_index(item, info.slot)] = norm;
+    if (lane_ == 0) {
+      if (score_uses_norm(args_.score)) args_.value_l1[slot_index(item, info.slot)] = norm;
       if (args_.positions != nullptr) args_.positions[slot_index(item, info.slot)] = info.pos;
     }
+    return norm;
   }
 
   static constexpr uint32_t kNoScore = ~uint32_t{0};
@@ -1109,30 +1157,24 @@ class DecodeCta {
     const float a = (upper ? w[2] : w[0]) + shuffle_xor(upper ? w[0] : w[2], 2);
     const float b = (upper ? w[3] : w[1]) + shuffle_xor(upper ? w[1] : w[3], 2);
     float score = (odd ? b : a) + shuffle_xor(odd ? a : b, 1);
-    uint32_t protect = side.protect;
-    if (half_of_slot(info.slot) == half_of_slot(first) || half_of_slot(info.expired) == half_of_slot(first))
-      protect = update_protection(rows, info, first, protect);
     const bool valid = first + own_slot() < info.n;
     score += side.accumulated;
-    if (score_accumulates(args_.score) && valid) (args_.accumulated + rows.slot)[first] = score;
-    score *= side.norm;
-    score *= args_.score_scale;
-    if (args_.importance != nullptr && valid) (args_.importance + rows.slot)[first] = score;
-    return valid && ((protect >> own_slot()) & 1u) == 0 ? float_bits(score) : kNoScore;
+    if (score_accumulates(args_.score) && valid) args_.accumulated[rows.slot_at(first)] = score;
+    score *= side.norm * args_.score_scale;
+    if (args_.importance != nullptr && valid) args_.importance[rows.slot_at(first)] = score;
+    return valid && ((side.protect >> own_slot()) & 1u) == 0 ? float_bits(score) : kNoScore;
   }
 
   // Bits of 32 slots after this step: the new token's set when it is protected, cleared when it is not (it
   // may take the slot of an unprotected victim only, so clear already), the expired one's cleared.
-  KVLAPSE_DEVICE uint32_t update_protection(const SideRows& rows, const ItemInfo& info, int first,
-                                            uint32_t bits) {
-    const bool adds =
-        half_of_slot(info.slot) == half_of_slot(first) && (args_.recent > 0 || info.pos < args_.pinned);
-    const bool removes = half_of_slot(info.expired) == half_of_slot(first);
-    if (!adds && !removes) return bits;
-    if (removes) bits &= ~(1u << (info.expired - first));
-    if (adds) bits |= 1u << (info.slot - first);
-    if (lane_ == 0) store_bits(rows.protect + first / 16, bits);
-    return bits;
+  KVLAPSE_DEVICE void update_protection(const SideRows& rows, const ItemInfo& info, int first,
+                                        SlotSide& side) {
+    const bool has_new = half_of_slot(info.slot) == first, removes = half_of_slot(info.expired) == first;
+    if (!has_new && !removes) return;
+    const bool adds = has_new && (args_.recent > 0 || info.pos < args_.pinned);
+    if (removes) side.protect &= ~(1u << (info.expired - first));
+    if (adds) side.protect |= 1u << (info.slot - first);
+    if (lane_ == 0 && (adds || removes)) store_bits(args_.protect + rows.protect_at(first), side.protect);
   }
 
   // ---- end of an item ----
@@ -1197,12 +1239,14 @@ class DecodeCta {
   KVLAPSE_DEVICE void store_partial(const float (&output)[Traits::kSteps][4]) {
     const int g = lane_ / 4, t = lane_ % 4;
     KVLAPSE_UNROLL
-    for (int i = 0; i < Traits::kSteps; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      if (2 * t + j >= args_.group) break;
+      const SmemAddress to = partial_address(warp_, 2 * t + j, output_dim(0, g, 0));
       KVLAPSE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int head = 2 * t + j % 2;
-        if (head < args_.group)
-          smem_store(partial_address(warp_, head, output_dim(i, g, j / 2)), output[i][j]);
+      for (int i = 0; i < Traits::kSteps; ++i) {
+        KVLAPSE_UNROLL
+        for (int second = 0; second < 2; ++second)
+          smem_store(to + static_cast<uint32_t>(output_dim(i, 0, second) * 4), output[i][2 * second + j]);
       }
     }
   }
@@ -1249,9 +1293,8 @@ class DecodeCta {
     store_output(item, chunk, v, scale);
   }
   KVLAPSE_DEVICE void store_output(int item, int chunk, const Float4& v, float scale) {
-    uint32_t* to = static_cast<uint32_t*>(args_.out) + (static_cast<int64_t>(item) * n_chunks() + chunk) * 2;
-    to[0] = pack_io(v.x * scale, v.y * scale);
-    to[1] = pack_io(v.z * scale, v.w * scale);
+    static_cast<uint64_t*>(args_.out)[static_cast<uint32_t>(item * n_chunks() + chunk)] =
+        static_cast<uint64_t>(pack_io(v.z * scale, v.w * scale)) << 32 | pack_io(v.x * scale, v.y * scale);
   }
 
   KVLAPSE_DEVICE void write_output(int item) {
@@ -1456,7 +1499,7 @@ class DecodeCta {
            static_cast<uint32_t>(((step * args_.group + head) * 4 + lane_ % 4) * 16);
   }
   KVLAPSE_DEVICE OutputScale prepare_operand() {
-    const int t = lane_ % 4, head = operand_head();
+    const int t = lane_ % 4, head = own_head();
     constexpr int kLane = Traits::kFp8 ? 4 : 2, kSecond = Traits::kFp8 ? 2 : 8;
     const auto value = [&](int step, int second, int which) {
       return smem_load(whole_address(head, step * 16 + t * kLane + second * kSecond + which));
@@ -1499,9 +1542,6 @@ class DecodeCta {
     consumer_sync();
     return o;
   }
-  // Columns without a head repeat the last one's.
-  KVLAPSE_DEVICE int operand_head() const { return lane_ / 4 < args_.group ? lane_ / 4 : args_.group - 1; }
-
   // V of slots g and g + 8 at the four dimensions of a step that a lane holds, as prepare_operand orders
   // them.
   KVLAPSE_DEVICE static void unpack_rows(const uint32_t (&a)[4], float (&low)[4], float (&high)[4]) {
@@ -1523,10 +1563,10 @@ class DecodeCta {
   }
 
   // The third pass: every slot's error. Tiles come last first.
-  KVLAPSE_DEVICE uint64_t measure_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor at,
+  KVLAPSE_DEVICE uint64_t measure_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor& at,
                                          const float (&max)[2]) {
     const int group = tile_group(), t = lane_ % 4;
-    NewRows rows = load_new_rows<true>(item, info, tiles);
+    NewRows rows = load_new_rows(item, takes(tiles, info.slot, true));
     const SideRows lie = side_rows(item);
     const int end = scored_end(info, tiles);
     const auto side_of = [&](int tile, int half) {
@@ -1570,7 +1610,7 @@ class DecodeCta {
         }
         if (block == 0) {
           mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-          if (half_of_slot(info.slot) == half_of_slot(first)) {
+          if (half_of_slot(info.slot) == first) {
             if constexpr (Traits::kFp8) rows.v = quantised(rows.v);
             write_row(at.stage, info.slot, item, rows.v, 1);
             wrote = true;
@@ -1582,6 +1622,7 @@ class DecodeCta {
         sums[2 * block] = error[0] + error[1], sums[2 * block + 1] = error[2] + error[3];
       }
       release(at, wrote);
+      update_protection(lie, info, first, side);
       const uint32_t bits = score_half(lie, info, first, sums, side);
       if (bits != kNoScore)
         best = min_key(best, (static_cast<uint64_t>(bits) << 32) | static_cast<uint32_t>(first + own_slot()));
@@ -1605,7 +1646,7 @@ class DecodeCta {
       for (int u = 0; u < kAtOnce; ++u) {
         uint32_t a[4];
         load_rows(data, row, at + u, loaded, a);
-        const Float4 parts = smem_load4(operand_address(at + u, operand_head()));
+        const Float4 parts = smem_load4(operand_address(at + u, own_head()));
         multiply_add_16x8x16<Matrix>(cross, a, float_bits(parts.x), float_bits(parts.y));
         multiply_add_16x8x16<Matrix>(cross_rest, a, float_bits(parts.z), float_bits(parts.w));
         float low[4], high[4];

@@ -161,11 +161,23 @@ KVLAPSE_DEVICE void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 #endif
 }
+// The value is worked out before what follows is waited for.
+KVLAPSE_DEVICE void computed_here(uint32_t& value) {
+  asm volatile("" : "+r"(value));
+}
 // Brings the line at `p` into L2.
 KVLAPSE_DEVICE void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
 // `bytes` in a row, a multiple of 16, from a 16-byte aligned address.
+KVLAPSE_DEVICE void bulk_prefetch_l2(const void* from, uint32_t bytes, uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(__cvta_generic_to_global(from)),
+      "r"(bytes), "l"(policy)
+      : "memory");
+#endif
+}
 KVLAPSE_DEVICE void bulk_prefetch_l2(const void* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes)

@@ -24,6 +24,11 @@ inline constexpr int kMaxDecodeGroup = 8;  // query heads per kv head: the colum
 inline constexpr int kDecodeTileSlots = 64;
 inline constexpr int kDecodeTileWarps = 2;  // that share a tile
 inline constexpr int kMaxDecodeWarps = 10;  // that consume tiles
+// Of each of two blocks a multiprocessor. fp8 keeps more warps busy, as it widens, and fits 128 registers
+// where heads are not wide; bf16 loses by both (5 %, H200).
+constexpr int paired_decode_warps(int head_dim, bool fp8) {
+  return fp8 && head_dim <= 128 ? 6 : 4;
+}
 // Registers are dealt to four warps at a time: from eight to eleven consumers cost the same, and seven leave
 // wide heads as many as they need.
 constexpr int max_decode_warps(int head_dim) {
@@ -31,8 +36,9 @@ constexpr int max_decode_warps(int head_dim) {
 }
 inline constexpr int kMaxDecodeStages = 24;
 // Barriers and exchange buffers behind the ring.
-inline constexpr int kDecodeSmallBytes = 16 * kMaxDecodeStages + 80 * kMaxDecodeWarps + 144;
-inline constexpr int kDecodeSoftmaxBytes = kMaxDecodeGroup * 2 * 4;  // maxima and sums of a warp
+inline constexpr int kDecodeSmallBytes = 16 * kMaxDecodeStages + 16 * kMaxDecodeWarps + 176;
+inline constexpr int kDecodeSoftmaxBytes = kMaxDecodeGroup * 2 * 4;  // a row: maxima and sums of a warp
+inline constexpr int kDecodeSoftmaxBatch = 24;                       // rows that are merged at once
 inline constexpr int kDecodeOutputPad =
     4;  // floats between heads of the output reduction, against bank conflicts
 // Leave one out: others that weigh less than this of the largest together count as nothing.
@@ -101,6 +107,7 @@ struct DecodeArgs {
   int32_t n_items;       // B * H
   int32_t n_kv_heads;    // H
   int32_t group;         // G, query heads per kv head
+  int32_t half_group;    // ceil(G / 2): lanes of a quad that hold two heads each
   int32_t n_slots;       // S, capacity
   int32_t budget;        // <= S
   int32_t recent;        // newest tokens that are never evicted
@@ -110,6 +117,7 @@ struct DecodeArgs {
   int32_t n_stages;      // tiles of the ring in shared memory; a multiple of n_groups
   int32_t warp_bytes;    // of a warp's logits in shared memory, or of its partial output over them
   int32_t logits_bytes;  // of all warps; leave one out: and the output reduction
+  int32_t softmax_rows;  // of all splits' warps, in full batches
   OutputOwners owners;
   int32_t small_offset;  // of the barriers and exchange buffers in shared memory
   float logit_scale;     // log2(e) / sqrt(D)

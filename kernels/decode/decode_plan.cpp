@@ -40,10 +40,13 @@ struct Consumers {
   int warps() const { return kDecodeTileWarps * n_groups; }
 };
 
+int softmax_rows(int n_splits, const Consumers& c) {
+  return ceil_div(n_splits * c.warps(), kDecodeSoftmaxBatch) * kDecodeSoftmaxBatch;
+}
 // What all splits send: of softmax every warp, and of the output.
 int exchange_bytes(const DecodeShape& shape, int n_splits, const Consumers& c) {
   const int output = output_owners(output_chunks(shape), n_splits).most * (shape.leave_one_out ? 32 : 16);
-  return n_splits == 1 ? 0 : n_splits * (c.warps() * kDecodeSoftmaxBytes + output);
+  return softmax_rows(n_splits, c) * kDecodeSoftmaxBytes + (n_splits == 1 ? 0 : n_splits * output);
 }
 
 int partial_bytes(const DecodeShape& shape) {
@@ -81,6 +84,9 @@ void check(const DecodeShape& s) {
          s.n_q_heads, s.n_kv_heads);
   if (s.batch < 1 || s.n_slots < 1)
     fail("decode kernel: expected a batch and slots, found {} and {}", s.batch, s.n_slots);
+  if (static_cast<int64_t>(s.n_items()) * s.n_slots > INT32_MAX)
+    fail("decode kernel: expected at most 2^31 - 1 slots of all heads, found {} x {}", s.n_items(),
+         s.n_slots);
 }
 
 // As many items as keep the device busy with a block each, and no more.
@@ -117,8 +123,9 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
 
   DecodePlan plan;
   plan.bulk = limits.clusters;
-  const int most_warps =
-      per_multiprocessor == 1 && !keeps_much(shape) ? max_decode_warps(shape.head_dim) : kMaxDecodeWarps / 2;
+  const int most_warps = per_multiprocessor > 1 || keeps_much(shape)
+                             ? paired_decode_warps(shape.head_dim, shape.fp8() && !shape.leave_one_out)
+                             : max_decode_warps(shape.head_dim);
   // The system keeps 1 KB of every block's shared memory.
   const int smem_bytes = (limits.smem_bytes + 1024) / per_multiprocessor - 1024;
   auto fixed_bytes = [&](int splits, const Consumers& c) {
@@ -178,6 +185,7 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   plan.n_threads = (consumers.warps() + 1) * 32;
   plan.warp_bytes = warp_bytes(shape, splits, consumers);
   plan.logits_bytes = logits_bytes(shape, splits, consumers);
+  plan.softmax_rows = softmax_rows(splits, consumers);
   plan.partial_offset = shape.leave_one_out ? consumers.warps() * plan.warp_bytes : 0;
   plan.n_stages = stages;
   plan.owners = output_owners(output_chunks(shape), splits);

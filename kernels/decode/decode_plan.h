@@ -50,6 +50,7 @@ struct DecodePlan {
   int n_stages = 0;
   int warp_bytes = 0;
   int logits_bytes = 0;  // with the output reduction
+  int softmax_rows = 0;
   int partial_offset = 0;
   OutputOwners owners;
   int small_offset = 0;

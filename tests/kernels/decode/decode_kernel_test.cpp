@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/base/error.h"
 #include "tests/support/kernels/decode_cases.h"
 #include "tests/support/kernels/emulated_decode.h"
 #include "tests/support/kernels/host_policy.h"
@@ -118,6 +119,24 @@ TEST(DecodePlan, Fp8ItemsThatFillTheDeviceAreHalved) {
   expect_splits({16, 32, 8, 128, 3276, DType::bf16}, 1, 128);
   expect_splits({16, 32, 8, 128, 4608, DType::f8e4m3}, 1, 128);  // long
   expect_splits({32, 32, 8, 128, 3276, DType::f8e4m3}, 1, 128);  // more than once
+}
+
+// Consumers of each of two blocks: what their registers allow.
+TEST(DecodePlan, PairedBlocksHaveAsManyGroupsAsTheirRegistersAllow) {
+  const auto groups = [](int dim, DType dtype, bool leave_one_out = false) {
+    DecodeShape shape{16, 16, 8, dim, 1024, dtype};
+    shape.leave_one_out = leave_one_out;
+    return plan_decode(shape, {.resident_clusters = {}}, {.blocks_per_multiprocessor = 2}).n_groups;
+  };
+  EXPECT_EQ(groups(128, DType::f8e4m3), 3);
+  EXPECT_EQ(groups(128, DType::bf16), 2);
+  EXPECT_EQ(groups(256, DType::f8e4m3), 2);
+  EXPECT_EQ(groups(128, DType::f8e4m3, true), 2);
+}
+
+// Kernels count slots of all heads in 32 bits.
+TEST(DecodePlan, RefusesMoreSlotsThanAreCounted) {
+  EXPECT_THROW(plan_decode({4096, 256, 32, 32, 16384, DType::bf16}, {.resident_clusters = {}}), Error);
 }
 
 TEST(DecodePlan, LeavingOutFitsBesideTheRingAndReadsVTwice) {

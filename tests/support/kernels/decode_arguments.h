@@ -12,6 +12,7 @@ void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, con
   args.n_items = p.shape.n_items();
   args.n_kv_heads = p.shape.n_kv_heads;
   args.group = p.shape.group();
+  args.half_group = (p.shape.group() + 1) / 2;
   args.n_slots = p.shape.n_slots;
   args.budget = p.budget;
   args.recent = p.recent;
@@ -21,6 +22,7 @@ void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, con
   args.warp_bytes = plan.warp_bytes;
   args.n_stages = plan.n_stages;
   args.logits_bytes = plan.logits_bytes;
+  args.softmax_rows = plan.softmax_rows;
   args.partial_offset = plan.partial_offset;
   args.owners = plan.owners;
   args.small_offset = plan.small_offset;

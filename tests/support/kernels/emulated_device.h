@@ -93,8 +93,13 @@ void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, Sme
                   uint64_t policy);
 void bulk_load(SmemAddress to, const void* from, uint32_t bytes, SmemAddress bar, uint64_t policy);
 inline void prefetch_tensor_map(const TensorMap*) {}
+inline void computed_here(uint32_t&) {}
 inline void prefetch_l2(const void*) {}
 inline void bulk_prefetch_l2(const void*, uint32_t) {}
+inline void bulk_prefetch_l2(const void*, uint32_t, uint64_t) {}
+inline Float4 load_once(const Float4* from) {
+  return *from;
+}
 void copy_async4(SmemAddress to, const void* from, bool valid);
 void copy_async8(SmemAddress to, const void* from, bool valid);
 void copy_async16(SmemAddress to, const void* from, bool valid);
