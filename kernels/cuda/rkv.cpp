@@ -6,7 +6,7 @@
 
 namespace kvlapse {
 RkvCompaction::RkvCompaction(const RkvShape& shape) : shape_(shape) {
-  constexpr int kWantedKeyRows = 64, kReservedBytes = 1024;  // of a block, by the driver
+  constexpr int kWantedKeyRows = 128, kReservedBytes = 1024;  // of a block, by the driver
   set_rkv_scalars(scalars_, shape);
   softmax_ = DeviceBuffer<float>(static_cast<size_t>(shape.n_items()) * shape.tiles() * shape.window * 2);
   scalars_.softmax = softmax_.data();

@@ -44,14 +44,14 @@ class RkvFragments {
   static constexpr int kRows = kRkvTileRows / 8;  // of a lane
   static_assert(kRows == 2);
 
-  // row(i): row 8 i + g in chunks.
-  template <class Row>
-  KVLAPSE_DEVICE void load(int lane, Row row) {
+  // row(i): row 8 i + g in chunks; read(p): *p.
+  template <class Row, class Read>
+  KVLAPSE_DEVICE void load(int lane, Row row, Read read) {
     KVLAPSE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const Float4* const from = row(i) + lane % 4;
       KVLAPSE_UNROLL
-      for (int j = 0; j < kLaneChunks; ++j) chunks_[i][j] = from[4 * j];
+      for (int j = 0; j < kLaneChunks; ++j) chunks_[i][j] = read(from + 4 * j);
     }
   }
   // Into kBytes of shared memory and back, by the same lane.
@@ -394,6 +394,7 @@ template <int kHeadDim, class Element>
 class RkvBlock {
  public:
   static constexpr int kWarps = kRkvThreads / 32;
+  static constexpr uint16_t kNoRank = 0xffff;  // of a row that is not there
   static constexpr int kElementBytes = RkvElement<Element>::kBytes;
   static constexpr int kRowChunks = RkvFragments<kHeadDim, Element>::kRowChunks;
   static constexpr int kRowBytes = RkvFragments<kHeadDim, Element>::kRowBytes;
@@ -466,7 +467,7 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
   using Block::args_, Block::shared_, Block::item_, Block::thread_, Block::warp_, Block::lane_,
       Block::know_thread, Block::held_, Block::fixed_, Block::importances, Block::projections,
       Block::forgiven, Block::slot_of, Block::rank_of, Block::kWarps, Block::kRowChunks, Block::at,
-      Block::prefix;
+      Block::prefix, Block::kNoRank;
 
   KVLAPSE_DEVICE void select() {
     know_thread();
@@ -482,45 +483,57 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
   static constexpr uint32_t kSign = 0x80000000u;
   static_assert(kBuckets % (4 * kRkvThreads) == 0);
 
-  KVLAPSE_DEVICE float block_reduce(float v, bool max) const {
+  KVLAPSE_DEVICE float block_sum(float v) const {
     const RkvArray<float> values(shared_ + args_.layout.small, kWarps);
-    v = max ? Block::template warp_reduce<true>(v) : Block::template warp_reduce<false>(v);
+    v = Block::template warp_reduce<false>(v);
     if (lane_ == 0) values[warp_] = v;
     block_sync();
-    v = values[0];
-    for (int w = 1; w < kWarps; ++w) v = max ? larger(v, values[w]) : v + values[w];
-    block_sync();
+    v = 0;
+    KVLAPSE_UNROLL
+    for (int w = 0; w < kWarps; ++w) v += values[w];
     return v;
   }
 
   // Keys that rise: the highest score first.
   KVLAPSE_DEVICE void score() const {
+    KVLAPSE_NO_UNROLL
     for (int i = thread_; i < kBuckets; i += kRkvThreads) bucket_ends()[i] = 0;
     const float scale = 1.0f / static_cast<float>(held_), unit = 1.0f / fixed_;
-    float most = -3.0e38f;
-    for (int i = thread_; i < held_; i += kRkvThreads) {
-      const float mean = (projections()[i] - static_cast<float>(forgiven()[i]) * unit) * scale;
-      projections()[i] = mean;
-      most = larger(most, mean);
-    }
-    most = block_reduce(most, true);
     float sum = 0;
-    for (int i = thread_; i < held_; i += kRkvThreads) {
-      const float weight = exponential(projections()[i] - most);
+    for (int i = thread_; i < held_; i += kRkvThreads) {  // a mean of cosines: softmax needs no maximum
+      const float mean = (projections()[i] - static_cast<float>(forgiven()[i]) * unit) * scale;
+      const float weight = exponential(mean);
       projections()[i] = weight;
       sum += weight;
     }
-    const float redundancy = (1.0f - args_.lambda) / block_reduce(sum, false);
+    const float redundancy = (1.0f - args_.lambda) / block_sum(sum);
+    constexpr int kAtOnce = 3;
     const int n = prefix(), half = args_.kernel / 2;
-    for (int i = thread_; i < n; i += kRkvThreads) {
-      float most_important = importances()[i];
-      const int first = i - half > 0 ? i - half : 0, end = i + half < n ? i + half + 1 : n;
-      for (int j = first; j < end; ++j) most_important = larger(most_important, importances()[j]);
-      const float z = most_important * args_.lambda - projections()[i] * redundancy;
-      if (args_.scores != nullptr) args_.scores[at(i)] = z;
-      keys_by_rank()[i] = key_of(z);
+    KVLAPSE_NO_UNROLL
+    for (int first = thread_; first < n; first += kAtOnce * kRkvThreads) {
+      float pooled[kAtOnce];
+      KVLAPSE_UNROLL
+      for (float& v : pooled) v = 0;  // no importance is below
+      KVLAPSE_NO_UNROLL
+      for (int offset = -half; offset <= half; ++offset) {
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {  // behind an end the outermost
+          const int i = first + u * kRkvThreads + offset;
+          pooled[u] = larger(pooled[u], importances()[i < 0 ? 0 : i < n ? i : n - 1]);
+        }
+      }
+      KVLAPSE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = first + u * kRkvThreads;
+        if (i >= n) break;
+        const float z = pooled[u] * args_.lambda - projections()[i] * redundancy;
+        if (args_.scores != nullptr) args_.scores[at(i)] = z;
+        keys_by_rank()[i] = key_of(z);
+      }
     }
     block_sync();
+    KVLAPSE_NO_UNROLL
+    for (int i = thread_; i < held_ - args_.budget; i += kRkvThreads) tail_rank()[i] = kNoRank;
   }
   KVLAPSE_DEVICE static uint32_t key_of(float z) {
     const uint32_t bits = float_bits(z);
@@ -558,22 +571,34 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
     fill_buckets(n);
     block_sync();
     end_buckets();
+    KVLAPSE_NO_UNROLL
     for (int i = thread_; i < n; i += kRkvThreads) {
       const auto place = static_cast<int>(shared_append(&bucket_ends()[buckets()[i]]));
       bucket_keys()[place] = keys_by_rank()[i];
       bucket_ranks()[place] = static_cast<uint16_t>(i);
     }
     block_sync();
+    KVLAPSE_NO_UNROLL
     for (int i = thread_; i < n; i += kRkvThreads) {
+      constexpr int kAtOnce = 4;
       const uint32_t key = bucket_keys()[i];
       const uint16_t rank = bucket_ranks()[i];
       const int bucket = buckets()[rank];
       const int begin = bucket == 0 ? 0 : static_cast<int>(bucket_ends()[bucket - 1]),
                 end = static_cast<int>(bucket_ends()[bucket]);
       int place = begin;
-      for (int j = begin; j < end; ++j) {
-        const uint32_t other = bucket_keys()[j];
-        place += other < key || (other == key && bucket_ranks()[j] < rank) ? 1 : 0;
+      KVLAPSE_NO_UNROLL
+      for (int first = begin; first < end; first += kAtOnce) {
+        uint32_t others[kAtOnce];
+        uint16_t ranks[kAtOnce];
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {  // behind the end the key itself, which counts for nothing
+          const int j = first + u < end ? first + u : i;
+          others[u] = bucket_keys()[j], ranks[u] = bucket_ranks()[j];
+        }
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u)
+          place += others[u] < key || (others[u] == key && ranks[u] < rank) ? 1 : 0;
       }
       sorted_ranks()[place] = rank;
     }
@@ -666,18 +691,16 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
     const int n = args_.n_slots - args_.budget;
     return {shared_ + args_.layout.importance + i * n * 2, n};
   }
+  // By slot behind the budget: the new rank of its token.
+  KVLAPSE_DEVICE RkvArray<uint16_t> tail_rank() const { return drop_list(0); }
   KVLAPSE_DEVICE int32_t& n_moves() const { return RkvArray<int32_t>(shared_ + args_.layout.small, 16)[15]; }
 
   KVLAPSE_DEVICE void rearrange() const {
-    constexpr uint16_t kNone = 0xffff;
     const int n = prefix(), kept = args_.budget - args_.window, drops = held_ - args_.budget;
     const RkvArray<uint16_t> ranks = sorted_ranks(), slots = bucket_ranks();
-    // By slot behind the budget: the new rank of its token. Slots: of victims, the lowest score last; that
-    // are left and taken by moves.
-    const RkvArray<uint16_t> tail_rank = drop_list(0), victims = drop_list(1), holes = drop_list(2),
-                             movers = drop_list(3);
-    for (int i = thread_; i < drops; i += kRkvThreads) tail_rank[i] = kNone;
-    block_sync();
+    // Slots: of victims, the lowest score last; that are left and taken by moves.
+    const RkvArray<uint16_t> victims = drop_list(1), holes = drop_list(2), movers = drop_list(3);
+    KVLAPSE_NO_UNROLL
     for (int i = thread_; i < held_; i += kRkvThreads) {  // survivors, victims, the window
       const uint16_t slot = slot_of()[i < n ? ranks[i] : i];
       if (i >= kept && i < n) {
@@ -686,7 +709,7 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
       }
       const int rank = i < kept ? i : i - drops;
       slots[rank] = slot;
-      if (slot >= args_.budget) tail_rank[slot - args_.budget] = static_cast<uint16_t>(rank);
+      if (slot >= args_.budget) tail_rank()[slot - args_.budget] = static_cast<uint16_t>(rank);
     }
     block_sync();
     if (args_.evicted != nullptr)
@@ -695,25 +718,38 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
             i < drops ? args_.positions[at(victims[i])] : -1;
     if (warp_ == 0) {
       // As many holes below the budget as survivors behind it, both in the order that they are met.
+      constexpr int kAtOnce = 4;
       int n_holes = 0, n_movers = 0;
-      for (int first = 0; first < drops; first += 32) {
-        const int i = first + lane_;
-        const int slot = i < drops ? victims[i] : args_.n_slots;
-        const uint32_t hole_bits = warp_ballot(slot < args_.budget);
-        if (slot < args_.budget) holes[n_holes + bits_below(hole_bits, lane_)] = static_cast<uint16_t>(slot);
-        n_holes += bits_below(hole_bits, 32);
-        const bool moves = i < drops && tail_rank[i] != kNone;
-        const uint32_t mover_bits = warp_ballot(moves);
-        if (moves) movers[n_movers + bits_below(mover_bits, lane_)] = static_cast<uint16_t>(args_.budget + i);
-        n_movers += bits_below(mover_bits, 32);
+      KVLAPSE_NO_UNROLL
+      for (int first = lane_; first - lane_ < drops; first += kAtOnce * 32) {
+        int slot[kAtOnce];
+        bool moves[kAtOnce];
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+          const int i = first + u * 32;
+          slot[u] = i < drops ? victims[i] : args_.n_slots;
+          moves[u] = i < drops && tail_rank()[i] != kNoRank;
+        }
+        KVLAPSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+          const bool is_hole = slot[u] < args_.budget;
+          const uint32_t hole_bits = warp_ballot(is_hole), mover_bits = warp_ballot(moves[u]);
+          if (is_hole) holes[n_holes + bits_below(hole_bits, lane_)] = static_cast<uint16_t>(slot[u]);
+          if (moves[u])
+            movers[n_movers + bits_below(mover_bits, lane_)] =
+                static_cast<uint16_t>(args_.budget + first + u * 32);
+          n_holes += bits_below(hole_bits, 32), n_movers += bits_below(mover_bits, 32);
+        }
       }
       if (lane_ == 0) n_moves() = n_movers;
     }
     block_sync();
     const int n_movers = n_moves();
+    KVLAPSE_NO_UNROLL
     for (int i = thread_; i < n_movers; i += kRkvThreads)
-      slots[tail_rank[movers[i] - args_.budget]] = holes[i];
+      slots[tail_rank()[movers[i] - args_.budget]] = holes[i];
     block_sync();
+    KVLAPSE_NO_UNROLL
     for (int i = thread_; i < args_.n_slots; i += kRkvThreads)
       args_.order[at(i)] = i < args_.budget ? slots[i] : i;  // tokens come next behind the budget
     if (thread_ == 0) args_.count[item_] = args_.budget;
@@ -730,6 +766,7 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
       bulk_prefetch_l2(static_cast<const Float4*>(args_.k) + first * kRowChunks, bytes);
     }
     constexpr int kLine = 32;  // words
+    KVLAPSE_NO_UNROLL
     for (int i = thread_ * kLine; i < n; i += kRkvThreads * kLine) {
       if (args_.positions != nullptr) prefetch_l2(args_.positions + first + i);
       if (args_.value_l1 != nullptr) prefetch_l2(args_.value_l1 + first + i);
@@ -737,7 +774,7 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
   }
   // Nobody reads what another move writes: all loads of a thread are in flight together.
   KVLAPSE_DEVICE void move_rows() const {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 6;
     const RkvArray<uint16_t> holes = drop_list(2), movers = drop_list(3);
     Float4* const k = static_cast<Float4*>(args_.k);
     Float4* const v = static_cast<Float4*>(args_.v);
@@ -768,6 +805,7 @@ class RkvSelect : protected RkvBlock<kHeadDim, Element> {
         k[to] = moved[u][0], v[to] = moved[u][1];
       }
     }
+    KVLAPSE_NO_UNROLL
     for (int i = thread_; i < n_movers; i += kRkvThreads) {
       if (i != thread_) load_scalars(i);
       if (args_.positions != nullptr) args_.positions[at(holes[i])] = position;
@@ -802,7 +840,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     gather();
     block_sync();
     know_thread();
-    if (searched && mine > 0) load_tile(tile_of(mine - 1));
+    if (searched && mine > 0) load_tile<kLast>(tile_of(mine - 1));
     KVLAPSE_NO_UNROLL
     while (--mine >= 0) weigh(mine, searched);
     meet();
@@ -813,10 +851,9 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   using Block::args_, Block::shared_, Block::item_, Block::block_, Block::thread_, Block::warp_, Block::lane_,
       Block::g_, Block::t_, Block::know_thread, Block::held_, Block::fixed_, Block::importances,
       Block::projections, Block::forgiven, Block::slot_of, Block::rank_of, Block::kWarps, Block::kRowChunks,
-      Block::kRowBytes, Block::at, Block::prefix;
+      Block::kRowBytes, Block::at, Block::prefix, Block::kNoRank;
   static constexpr int kRows = Fragments::kRows;
   static constexpr float kNothing = -1e30f;
-  static constexpr uint16_t kNoRank = 0xffff;  // of a row that is not there
 
   KVLAPSE_DEVICE SmemAddress address(int offset) const { return smem_address(shared_ + offset); }
   KVLAPSE_DEVICE SmemAddress queries() const { return address(0); }
@@ -871,15 +908,26 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   KVLAPSE_DEVICE const Float4* row(int slot) const {
     return static_cast<const Float4*>(args_.k) + at(slot) * kRowChunks;
   }
+  enum Reading { kFirst, kLast };
+  template <Reading kReading>
   KVLAPSE_DEVICE void load_tile(int tile) {
-    rows_.load(lane_, [&](int i) {  // behind the end the last row, which counts for nothing
-      return row(slot_in(tile, i) < held_ ? slot_in(tile, i) : held_ - 1);
-    });
+    rows_.load(
+        lane_,
+        [&](int i) {  // behind the end the last row, which counts for nothing
+          return row(slot_in(tile, i) < held_ ? slot_in(tile, i) : held_ - 1);
+        },
+        [](const Float4* from) { return kReading == kLast ? load_once(from) : *from; });
   }
   // Into L2.
+  template <Reading kReading>
   KVLAPSE_DEVICE void prefetch_tile(int tile) const {
     const int first = tile * kRkvTileRows, n = held_ - first < kRkvTileRows ? held_ - first : kRkvTileRows;
-    if (lane_ == 0) bulk_prefetch_l2(row(first), static_cast<uint32_t>(n * kRowBytes));
+    const auto bytes = static_cast<uint32_t>(n * kRowBytes);
+    if (lane_ != 0) return;
+    if constexpr (kReading == kLast)
+      bulk_prefetch_l2(row(first), bytes, evict_first_policy());
+    else
+      bulk_prefetch_l2(row(first), bytes);
   }
   // Tiles that stay in shared memory for the second reading, behind the first keys.
   KVLAPSE_DEVICE bool is_kept(int mine) const {
@@ -907,10 +955,12 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     const int n_chunks = rkv_query_rows(args_.window, args_.group) * kRowChunks;
     load_slots(slots, thread_);
     load_queries(chunks, thread_, n_chunks);
-    if (is_tile(tile_of(0))) load_tile(tile_of(0));
+    if (is_tile(tile_of(0))) load_tile<kFirst>(tile_of(0));
 
+    KVLAPSE_NO_UNROLL
     for (int i = thread_; i < kHeadDim; i += kRkvThreads) sums()[i] = 0, totals()[i] = 0;
     if (thread_ < 2) left()[thread_] = 0;
+    KVLAPSE_NO_UNROLL
     for (int i = held_ + thread_; i < rkv_padded(held_); i += kRkvThreads)
       inverses()[i] = 0, rank_of()[i] = kNoRank;
     KVLAPSE_NO_UNROLL
@@ -958,9 +1008,12 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     for (int u = 0; u < n; ++u) {
       const int i = first + u * kRkvThreads;
       if (i >= n_chunks) break;
-      const int of = i / kRowChunks, part = of / 16 / groups;
+      const int of = i / kRowChunks;
+      int part = 0, group = of / 16;  // a few: no division
+      KVLAPSE_NO_UNROLL
+      for (; group >= groups; ++part) group -= groups;
       int query = part * 8 + (of & ((1 << bits) - 1)),
-          head = (of / 16 - part * groups) * 2 * heads + of / 8 % 2 * heads + (of % 8 >> bits);
+          head = group * 2 * heads + of / 8 % 2 * heads + (of % 8 >> bits);
       query = query < args_.window ? query : args_.window - 1;
       head = head < args_.group ? head : args_.group - 1;
       const int64_t from =
@@ -989,7 +1042,11 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
       if (chunk == 0) key_inverses()[key] = first + key < end ? inverse_of(square) : bits_float(0x7fffffffu);
     }
   }
-  KVLAPSE_DEVICE static float inverse_of(float square) { return 1.0f / (square_root(square) + 1e-8f); }
+  // 1 / (length + 1e-8).
+  KVLAPSE_DEVICE static float inverse_of(float square) {
+    const float inverse = inverse_square_root(larger(square, 1e-38f));
+    return inverse * reciprocal_approximate(1 + 1e-8f * inverse);
+  }
 
   // ---- measure ----
   // What a lane knows of rows 8 i + 2t + e, [2 i + e].
@@ -1000,7 +1057,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
   KVLAPSE_DEVICE void measure(int mine) {
     const int tile = tile_of(mine);
     const bool goes_on = is_tile(tile_of(mine + 1));
-    if (goes_on) prefetch_tile(tile_of(mine + 1));
+    if (goes_on) prefetch_tile<kFirst>(tile_of(mine + 1));
     if (is_kept(mine)) rows_.save(kept_tile(mine), lane_);
     const float square = rows_.square(lane_);
     const int slot = slot_in(tile, t_);
@@ -1018,7 +1075,6 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
       rows.rank[i] = rank_of()[other];
     }
     float likeness[kRows][4], logit[2 * kRows];
-    rows_.products(likeness, keys(), lane_);
     int part = 0;
     KVLAPSE_NO_UNROLL
     for (;; ++part) {
@@ -1026,8 +1082,9 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
       if ((part + 1) * 8 >= args_.window) break;
       weigh_window(mine, part, logit, rows);
     }
+    rows_.products(likeness, keys(), lane_);
     know_thread();
-    if (goes_on) load_tile(tile_of(mine + 1));  // meanwhile this tile's numbers
+    if (goes_on) load_tile<kFirst>(tile_of(mine + 1));  // meanwhile this tile's numbers
     weigh_window(mine, part, logit, rows);
     know_thread();
     const int own = tile * kRkvTileRows + Fragments::own_row(lane_);
@@ -1201,10 +1258,13 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
       rows.rank[i] = slot >= 0 ? rank_of()[slot] : kNoRank;
       rows.inverse[i] = slot >= 0 ? inverses()[slot] : 0.0f;
     }
-    rows_.load(lane_, [&](int i) {
-      const int slot = slot_at(8 * i + g_);
-      return row(slot >= 0 ? slot : 0);
-    });
+    rows_.load(
+        lane_,
+        [&](int i) {
+          const int slot = slot_at(8 * i + g_);
+          return row(slot >= 0 ? slot : 0);
+        },
+        [](const Float4* from) { return *from; });
     const int own = Fragments::owns_row(lane_) ? slot_at(Fragments::own_row(lane_)) : -1;
     uint32_t found = 0;
     KVLAPSE_NO_UNROLL
@@ -1267,7 +1327,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
     know_thread();
     const int tile = tile_of(mine);
     const bool reads = mine > 0 && (again || !is_kept(mine - 1));
-    if (reads) prefetch_tile(tile_of(mine - 1));
+    if (reads) prefetch_tile<kLast>(tile_of(mine - 1));
     const float dot = rows_.dot(vector(), lane_);
     know_thread();
     float sum[2 * kRows] = {};
@@ -1282,7 +1342,7 @@ class RkvHead : RkvSelect<kHeadDim, Element> {
       }
       if ((part + 1) * 8 >= args_.window && mine > 0) {
         if (reads)
-          load_tile(tile_of(mine - 1));
+          load_tile<kLast>(tile_of(mine - 1));
         else
           rows_.restore(kept_tile(mine - 1), lane_);
       }

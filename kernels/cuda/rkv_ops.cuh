@@ -39,6 +39,18 @@ KVLAPSE_DEVICE void multiply_add_16x8x8<Bf16>(float (&c)[4], uint32_t a0, uint32
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(b));
 }
+// What is read for the last time: L2 keeps everything else before it.
+KVLAPSE_DEVICE Float4 load_once(const Float4* from) {
+#if __CUDA_ARCH__ >= 900
+  Float4 v;
+  asm volatile("ld.global.L2::cache_hint.v4.f32 {%0,%1,%2,%3}, [%4], %5;"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(__cvta_generic_to_global(from)), "l"(evict_first_policy()));
+  return v;
+#else
+  return *from;
+#endif
+}
 // As thread_index(), asked anew: the answer of before is not kept in a register.
 KVLAPSE_DEVICE uint32_t thread_index_again() {
   uint32_t thread;
