@@ -519,8 +519,7 @@ class DecodeCta {
   // Who arrives when a warp has read a stage. Every lane where threads write the next tile: race detectors do
   // not follow a lane that speaks for its warp.
   static constexpr int kReleases = Traits::kBulk ? 1 : 32;
-  KVLAPSE_DEVICE void release(const RingCursor& at, bool wrote) {
-    if (wrote) fence_proxy_async();
+  KVLAPSE_DEVICE void release(const RingCursor& at) {
     warp_sync();
     if (lane_ < kReleases) mbarrier_arrive(bar(small_.empty[at.stage]));
   }
@@ -608,6 +607,7 @@ class DecodeCta {
       smem_store4(tile + chunk_offset(slot % kTileSlots, lane_), row);
       reinterpret_cast<Float4*>(to)[lane_] = row;
     }
+    fence_proxy_async();  // the next tile comes over it
     warp_sync();
   }
 
@@ -689,12 +689,10 @@ class DecodeCta {
     KVLAPSE_NO_UNROLL
     for (; tile < tiles.end; tile += args_.n_groups) {
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-      bool wrote = false;
       const int first = tile * kTileSlots + half * kHalfSlots;
       if (half_of_slot(info.slot) == first) {
         if constexpr (Traits::kFp8) quantise(rows);
         write_row(at.stage, info.slot, item, rows.k, 0);
-        wrote = true;
       }
       const SmemAddress data = half_of(at.stage, half);
       float even[2][4] = {}, odd[2][4] = {};
@@ -721,7 +719,7 @@ class DecodeCta {
       if constexpr (Traits::kFp8)
         for (int k = 0; k < 4; ++k)
           slot_scale[k] = smem_load(scale_address(at.stage, half * kHalfSlots + g + k * 8));
-      release(at, wrote);
+      release(at);
 
       float s[2][4];
       KVLAPSE_UNROLL
@@ -962,7 +960,6 @@ class DecodeCta {
       for (int visit = 0; visit < 2; ++visit) {  // so that sides[] are registers that nobody copies
         const int tile = pair + visit * args_.n_groups;
         if (tile >= tiles.end) break;
-        bool wrote = false;
         const int first = tile * kTileSlots + half * kHalfSlots;
         float p[2][4];
         bool heaviest[2][4];  // leave one out: outweighs the head's others
@@ -994,12 +991,15 @@ class DecodeCta {
         };
         if constexpr (!Traits::kFp8) pack(0, 1, 1), pack(1, 1, 1);
 
-        if (half_of_slot(info.slot) == first) {
-          mbarrier_wait(bar(small_.full[at.stage]), at.phase);
-          write_row(at.stage, info.slot, item, new_row, 1);
-          if (own_slot() == info.slot % kHalfSlots)
+        // One test where there is nothing special about a half.
+        const bool has_new = half_of_slot(info.slot) == first, is_cut = first + kHalfSlots > info.n;
+        if (has_new || is_cut || half_of_slot(info.expired) == first) {
+          if (has_new && own_slot() == info.slot % kHalfSlots)
             sides[visit].norm = new_norm, sides[visit].accumulated = 0;
-          wrote = true;
+          if (scores) update_protection(lie, info, first, sides[visit]);
+          mbarrier_wait(bar(small_.full[at.stage]), at.phase);
+          if (has_new) write_row(at.stage, info.slot, item, new_row, 1);
+          if (is_cut) clear_rows(at.stage, half, info.n - first);
         }
         const auto score = [&] {
           float w[4];
@@ -1012,16 +1012,9 @@ class DecodeCta {
         };
         // While the matrix unit is busy, or where bytes are widened then while V is on its way (1 %, H200).
         constexpr bool kScoresFirst = Traits::kFp8;
-        if (scores) {
-          update_protection(lie, info, first, sides[visit]);
-          if (kScoresFirst) score();
-        }
+        if (scores && kScoresFirst) score();
         mbarrier_wait(bar(small_.full[at.stage]), at.phase);
         const SmemAddress data = half_of(at.stage, half);
-        if (first + kHalfSlots > info.n) {
-          clear_rows(at.stage, half, info.n - first);
-          wrote = true;
-        }
         if constexpr (Traits::kFp8) {
           float scale[4], largest = 0;
           KVLAPSE_UNROLL
@@ -1051,7 +1044,7 @@ class DecodeCta {
         } else {
           add_values(data, offsets, b, c, output);
         }
-        release(at, wrote);
+        release(at);
         at.step(args_.n_groups, args_.n_stages);
       }
     }
@@ -1115,6 +1108,7 @@ class DecodeCta {
           {0, 0, 0, 0});
     if constexpr (Traits::kFp8)
       if (lane_ >= from) smem_store(scale_address(stage, half * kHalfSlots + lane_), 0);
+    fence_proxy_async();
     warp_sync();
   }
 
@@ -1587,7 +1581,6 @@ class DecodeCta {
     uint64_t best = ~uint64_t{0};
     KVLAPSE_NO_UNROLL
     for (int tile = tiles.end - 1 - group; tile >= tiles.begin; tile -= args_.n_groups) {
-      bool wrote = false;
       const int first = tile * kTileSlots + half * kHalfSlots;
       const SlotSide next = side_of(tile - args_.n_groups, half);
       const SmemAddress data = ring_ + static_cast<uint32_t>(at.stage * Traits::kTileBytes);
@@ -1613,7 +1606,6 @@ class DecodeCta {
           if (half_of_slot(info.slot) == first) {
             if constexpr (Traits::kFp8) rows.v = quantised(rows.v);
             write_row(at.stage, info.slot, item, rows.v, 1);
-            wrote = true;
           }
         }
         const int first_row = half * kHalfSlots + block * 16;
@@ -1621,7 +1613,7 @@ class DecodeCta {
         measure_block(info, tile * kTileSlots, first_row, at.stage, o, factor, known, data, error);
         sums[2 * block] = error[0] + error[1], sums[2 * block + 1] = error[2] + error[3];
       }
-      release(at, wrote);
+      release(at);
       update_protection(lie, info, first, side);
       const uint32_t bits = score_half(lie, info, first, sums, side);
       if (bits != kNoScore)

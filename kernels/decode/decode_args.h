@@ -38,7 +38,7 @@ inline constexpr int kMaxDecodeStages = 24;
 // Barriers and exchange buffers behind the ring.
 inline constexpr int kDecodeSmallBytes = 16 * kMaxDecodeStages + 16 * kMaxDecodeWarps + 176;
 inline constexpr int kDecodeSoftmaxBytes = kMaxDecodeGroup * 2 * 4;  // a row: maxima and sums of a warp
-inline constexpr int kDecodeSoftmaxBatch = 24;                       // rows that are merged at once
+inline constexpr int kDecodeSoftmaxBatch = 40;                       // rows that are merged at once
 inline constexpr int kDecodeOutputPad =
     4;  // floats between heads of the output reduction, against bank conflicts
 // Leave one out: others that weigh less than this of the largest together count as nothing.
