@@ -6,7 +6,7 @@
 
 namespace kvlapse {
 RkvCompaction::RkvCompaction(const RkvShape& shape) : shape_(shape) {
-  constexpr int kWantedKeyRows = 128, kReservedBytes = 1024;  // of a block, by the driver
+  constexpr int kReservedBytes = 1024;  // of a block, by the driver
   set_rkv_scalars(scalars_, shape);
   softmax_ = DeviceBuffer<float>(static_cast<size_t>(shape.n_items()) * shape.tiles() * shape.window * 2);
   scalars_.softmax = softmax_.data();
@@ -16,11 +16,8 @@ RkvCompaction::RkvCompaction(const RkvShape& shape) : shape_(shape) {
   const int n_multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount),
             most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
             of_two = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - kReservedBytes;
-  const auto fit = [&](int bytes, int least) {
-    return fit_rkv(scalars_, shape.head_dim, element, bytes, least);
-  };
   // Two blocks a multiprocessor, which hide each other's waits, where their registers and memory allow it.
-  const bool two = element < 4 && fit(of_two, kWantedKeyRows);
+  const bool two = element < 4 && fit_rkv_pair(scalars_, shape.head_dim, element, of_two);
   if (!overlaps_) {
     scalars_.blocks = 1;
   } else if (shape.blocks == 0) {
@@ -28,7 +25,8 @@ RkvCompaction::RkvCompaction(const RkvShape& shape) : shape_(shape) {
            shape.n_items() * scalars_.blocks * 2 <= (two ? 2 : 1) * n_multiprocessors)
       scalars_.blocks *= 2;
   }
-  if (two ? !fit(of_two, kWantedKeyRows) : !fit(most, kRkvFirstKeys))
+  if (two ? !fit_rkv_pair(scalars_, shape.head_dim, element, of_two)
+          : !fit_rkv(scalars_, shape.head_dim, element, most, kRkvFirstKeys))
     fail("rkv kernel: {} slots, window {} x {}: do not fit into {} bytes of shared memory", shape.n_slots,
          shape.window, scalars_.group, most);
   scalars_.layout = rkv_layout(scalars_, shape.head_dim, element);

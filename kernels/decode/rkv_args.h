@@ -114,6 +114,9 @@ constexpr RkvLayout rkv_layout(const RkvArgs& a, int head_dim, int element_bytes
 }
 // Shares `bytes` of shared memory out: key_rows, at least `least`, and logit_tiles. False: they do not fit.
 bool fit_rkv(RkvArgs& args, int head_dim, int element_bytes, int bytes, int least);
+// The same for a block of two a multiprocessor: with as many keys as searches are fastest by, or with half of
+// them, as the second block is worth more.
+bool fit_rkv_pair(RkvArgs& args, int head_dim, int element_bytes, int bytes);
 
 // Fills what follows from the shape. Throws Error when it is not supported.
 void set_rkv_scalars(RkvArgs& args, const RkvShape& shape);

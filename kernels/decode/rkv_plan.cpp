@@ -50,6 +50,12 @@ bool fit_rkv(RkvArgs& args, int head_dim, int element_bytes, int bytes, int leas
   return false;
 }
 
+bool fit_rkv_pair(RkvArgs& args, int head_dim, int element_bytes, int bytes) {
+  constexpr int kManyKeys = 128, kFewKeys = 64;
+  return fit_rkv(args, head_dim, element_bytes, bytes, kManyKeys) ||
+         fit_rkv(args, head_dim, element_bytes, bytes, kFewKeys);
+}
+
 uint64_t rkv_bytes(const RkvShape& s, int held) {
   const uint64_t row = static_cast<uint64_t>(s.head_dim) * dtype_bytes(s.dtype);
   const auto items = static_cast<uint64_t>(s.n_items());

@@ -107,5 +107,23 @@ TEST(RkvKernels, RefuseWhatDoesNotFit) {
   EXPECT_THROW(set_rkv_scalars(args, {1, 4, 2, 64, 9000, DType::f16, 8000}), Error);
 }
 
+// Many slots cost a search half of its keys before they cost the second block of a multiprocessor.
+TEST(RkvKernels, PairsOfBlocksFitWithFewerKeys) {
+  constexpr int kHalfOfH200 = 233472 / 2 - 1024;
+  const auto fit = [](int slots, RkvArgs& args) {
+    set_rkv_scalars(args, {64, 32, 8, 128, slots, DType::bf16, slots - 128});
+    return fit_rkv_pair(args, 128, 2, kHalfOfH200);
+  };
+  for (const auto& [slots, keys] : {std::pair{1152, 128}, {3404, 128}, {3700, 64}, {4300, 64}}) {
+    RkvArgs args{};
+    ASSERT_TRUE(fit(slots, args)) << slots;
+    EXPECT_EQ(args.key_rows >= 128, keys == 128) << slots;
+    EXPECT_GE(args.key_rows, keys) << slots;
+    EXPECT_LE(rkv_layout(args, 128, 2).bytes, kHalfOfH200) << slots;
+  }
+  RkvArgs args{};
+  EXPECT_FALSE(fit(4500, args));
+}
+
 }  // namespace
 }  // namespace kvlapse
