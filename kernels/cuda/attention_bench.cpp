@@ -81,7 +81,7 @@ class Layers {
       args.split_softmax = split_softmax_.data();
       args.split_output = split_output_.data();
       args.split_barrier = barrier_.data();
-      args.recent = variant.score == FusedScore::none ? 0 : 1;
+      args.recent = divisor_of(variant.score == FusedScore::none ? 0 : 1);
       args.early_state = variant.overlapped;
       args_.push_back(args);
     }

@@ -121,6 +121,8 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.half_group = (shape_.group() + 1) / 2;
   args.n_slots = args.budget = shape_.n_slots;
   args.n_splits = plan_.n_splits;
+  args.by_kv_heads = divisor_of(args.n_kv_heads);
+  args.by_splits = divisor_of(args.n_splits);
   args.n_groups = plan_.n_groups;
   args.warp_bytes = plan_.warp_bytes;
   args.n_stages = plan_.n_stages;
@@ -129,6 +131,7 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.partial_offset = plan_.partial_offset;
   args.owners = plan_.owners;
   args.small_offset = plan_.small_offset;
+  args.next_early = plan_.next_early;
   args.state_ahead = plan_.state_ahead;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape_.head_dim)));
   const int heads = shared ? shape_.n_q_heads : shape_.group();
@@ -154,13 +157,14 @@ void DecodeKernel::launch(cudaStream_t stream, const CudaDecodeArgs& args, Launc
     require(!args.shared || (args.importance != nullptr && args.arrivals != nullptr), "importance, arrivals");
   }
   require(!shape_.fp8() || (args.k_scale != nullptr && args.v_scale != nullptr), "k_scale, v_scale");
-  require(args.recent == 0 || args.recent_slots != nullptr, "recent_slots");
+  require(args.recent.divisor == 0 || args.recent_slots != nullptr, "recent_slots");
   require(split_softmax_floats() == 0 || (args.split_softmax != nullptr && args.split_output != nullptr &&
                                           args.split_barrier != nullptr),
           "split_softmax, split_output, split_barrier");
 
   LaunchShape shape;
-  shape.n_blocks = plan_.n_ctas;
+  shape.n_blocks = plan_.n_splits;
+  shape.n_rows = plan_.n_ctas / plan_.n_splits;
   shape.n_threads = plan_.n_threads;
   shape.smem_bytes = plan_.smem_bytes;
   shape.cluster = plan_.bulk ? plan_.n_splits : 1;

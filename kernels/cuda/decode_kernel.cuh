@@ -48,6 +48,7 @@ inline constexpr int kOutputPad = kDecodeOutputPad;
 inline constexpr float kNoMax = -1e30f;         // finite, so that an empty row gives 2^(x - x) and no NaN
 inline constexpr float kCancelled = 1.0f / 64;  // of |o|^2 + |v|^2: less is computed by subtraction
 inline constexpr int kConsumerBarrier = 1;
+inline constexpr int kFirstTiles = 2;  // that are asked for before the rest of the state is here
 
 // Small shared memory behind the ring, the logits and what other splits send.
 struct alignas(16) DecodeSmall {
@@ -160,30 +161,29 @@ class DecodeCta {
         n_threads_(args.n_groups * kTileWarps * 32),
         warp_(thread_index() / 32),
         lane_(thread_index() % 32),
-        rank_(block_index() % args.n_splits),
-        first_item_(block_index() / args.n_splits),
-        item_stride_(block_count() / args.n_splits) {}
+        rank_(block_index()),
+        first_item_(block_row()),
+        item_stride_(block_rows()) {}
 
   KVLAPSE_DEVICE void run() {
-    if (warp_ == consumer_warps()) {
+    const bool produces = warp_ == consumer_warps();
+    ItemState first;
+    if (produces) {  // its state is on its way while barriers are made
+      if (!args_.early_state) wait_for_previous_kernel();
+      read_state(first_item_, first);
       if (Traits::kBulk && lane_ == 0) {
         prefetch_tensor_map(&args_.k_map);
         prefetch_tensor_map(&args_.v_map);
       }
-      if (!args_.early_state) wait_for_previous_kernel();
-      ItemState first;
-      read_state(first_item_, first);  // on its way while barriers are made
-      block_sync();
-      if (clustered()) cluster_arrive();
-      produce(first);
-    } else {
-      if (warp_ == 0) init_barriers();
-      for (int i = thread_index(); i < args_.softmax_rows * 4; i += n_threads_)
-        smem_store4(softmax_ + static_cast<uint32_t>(i * 16), {kNoMax, kEmptySum, kNoMax, kEmptySum});
-      block_sync();
-      if (clustered()) cluster_arrive();
-      consume();
     }
+    init_barriers();
+    if (!produces) clear_padding();
+    block_sync();
+    if (clustered()) cluster_arrive_relaxed();
+    if (produces)
+      produce(first);
+    else
+      consume();
   }
 
  private:
@@ -215,7 +215,7 @@ class DecodeCta {
   KVLAPSE_DEVICE int half_group() const { return args_.half_group; }  // lanes of a quad that hold heads
   KVLAPSE_DEVICE Tiles tiles_of(int n) const {
     const int tiles = (n + kTileSlots - 1) / kTileSlots;
-    return {tiles * rank_ / args_.n_splits, tiles * (rank_ + 1) / args_.n_splits};
+    return {quotient(tiles * rank_, args_.by_splits), quotient(tiles * rank_ + tiles, args_.by_splits)};
   }
   // 16-byte chunk of a row in a tile, as the copy engine swizzles rows of 128 bytes (address bits 4..6 ^=
   // bits 7..9), of 64 bytes (bits 4..5 ^= bits 7..8: 8 rows of one column lie in 8 different bank groups) and
@@ -244,24 +244,34 @@ class DecodeCta {
     return static_cast<uint32_t>(item * ((args_.n_slots + kTileSlots - 1) / kTileSlots * 4) + group16);
   }
 
-  // All lanes of a warp.
+  // Every warp makes some: one thread makes one after another, and each takes it about 40 clocks.
   KVLAPSE_DEVICE void init_barriers() {
-    const uint32_t fills = Traits::kBulk ? 1 : 32;
-    for (int i = lane_; i < args_.n_stages; i += 32) {
-      mbarrier_init(bar(small_.full[i]), fills);
-      mbarrier_init(bar(small_.empty[i]), static_cast<uint32_t>(kTileWarps * kReleases));
-    }
-    if (lane_ < 2) {
-      mbarrier_init(bar(small_.info_full[lane_]), 1);
-      mbarrier_init(bar(small_.info_empty[lane_]), static_cast<uint32_t>(consumer_warps()));
-    }
-    if (lane_ == 0) {
-      mbarrier_init(bar(small_.softmax_bar), 1);
-      mbarrier_init(bar(small_.output_bar), 1);
-      mbarrier_init(bar(small_.drained_bar), static_cast<uint32_t>(consumer_warps()));
-      if constexpr (Traits::kLeaveOneOut) mbarrier_init(bar(small_.gather_bar), 1);
+    constexpr uint32_t kFills = Traits::kBulk ? 1 : 32;
+    const int n_warps = consumer_warps() + 1;
+    KVLAPSE_NO_UNROLL
+    for (int i = warp_; i < args_.n_stages + 4 && lane_ == 0; i += n_warps) {
+      const int other = i - args_.n_stages;
+      if (other < 0) {
+        mbarrier_init(bar(small_.full[i]), kFills);
+        mbarrier_init(bar(small_.empty[i]), static_cast<uint32_t>(kTileWarps * kReleases));
+      } else if (other < 2) {
+        mbarrier_init(bar(small_.info_full[other]), 1);
+        mbarrier_init(bar(small_.info_empty[other]), static_cast<uint32_t>(consumer_warps()));
+      } else if (other == 2) {
+        mbarrier_init(bar(small_.softmax_bar), 1);
+        mbarrier_init(bar(small_.output_bar), 1);
+      } else {
+        mbarrier_init(bar(small_.drained_bar), static_cast<uint32_t>(consumer_warps()));
+        if constexpr (Traits::kLeaveOneOut) mbarrier_init(bar(small_.gather_bar), 1);
+      }
     }
     fence_barrier_init();
+  }
+
+  // Rows of softmax behind the last, which nobody sends.
+  KVLAPSE_DEVICE void clear_padding() {
+    for (int i = softmax_rows() * 4 + thread_index(); i < args_.softmax_rows * 4; i += n_threads_)
+      smem_store4(softmax_ + static_cast<uint32_t>(i * 16), {kNoMax, kEmptySum, kNoMax, kEmptySum});
   }
 
   // ---- producer ----
@@ -285,12 +295,14 @@ class DecodeCta {
       const int n = valid_slots(state);
       const Tiles tiles = tiles_of(n);
       int tile = tiles.begin;
-      if (turn == 0)  // the ring is empty: K is on its way before all of the state is here
-        for (; tile < tiles.end && tile - tiles.begin < args_.n_stages; ++tile) {
+      if (!ahead || turn == 0) read_oldest(item, state);
+      if (turn == 0) {  // the ring is empty: K is on its way before all of the state is here
+        const int at_once = args_.n_stages < kFirstTiles ? args_.n_stages : kFirstTiles;
+        for (; tile < tiles.end && tile - tiles.begin < at_once; ++tile) {
           load_tile(0, item, tile, n, ring, policy);
           ring.step(1, args_.n_stages);
         }
-      if (!ahead || turn == 0) read_oldest(item, state);
+      }
       const ItemInfo info = resolve(state, n, tiles);
       if (lane_ == 0) publish(info, turn);
       prefetch_side(item, tiles, n);
@@ -323,8 +335,9 @@ class DecodeCta {
   // All that does not hang on the position, in flight together.
   KVLAPSE_DEVICE void read_state(int item, ItemState& state) const {
     if (item >= args_.n_items) return;
-    const int key_item = shared() ? item / args_.n_kv_heads * args_.n_kv_heads : item;
-    state.pos = args_.step_pos[item / args_.n_kv_heads];
+    const int sequence = quotient(item, args_.by_kv_heads);
+    const int key_item = shared() ? sequence * args_.n_kv_heads : item;
+    state.pos = args_.step_pos[sequence];
     state.key = ~uint64_t{0};
     if (args_.k_new != nullptr && lane_ < args_.n_splits)
       state.key = args_.victim_keys[key_item * kMaxDecodeSplits + lane_];
@@ -332,9 +345,12 @@ class DecodeCta {
   }
   KVLAPSE_DEVICE void read_oldest(int item, ItemState& state) const {
     state.oldest = -1;
-    if (item < args_.n_items && args_.k_new != nullptr && args_.recent > 0 &&
-        state.pos - args_.recent >= args_.pinned)
-      state.oldest = args_.recent_slots[static_cast<int64_t>(item) * args_.recent + state.pos % args_.recent];
+    if (item < args_.n_items && args_.k_new != nullptr && args_.recent.divisor > 0 &&
+        state.pos - args_.recent.divisor >= args_.pinned)
+      state.oldest = args_.recent_slots[recent_index(item, state.pos)];
+  }
+  KVLAPSE_DEVICE int64_t recent_index(int item, int pos) const {
+    return static_cast<int64_t>(item) * args_.recent.divisor + remainder(pos, args_.recent);
   }
   KVLAPSE_DEVICE int held_before(const ItemState& state) const {
     if (args_.count != nullptr) return state.held;
@@ -450,8 +466,11 @@ class DecodeCta {
     RingCursor ring;
     int turn = 0;
     LayerChoice choice;
+    if (clustered()) cluster_wait();
     KVLAPSE_NO_UNROLL
     for (int item = first_item_; item < args_.n_items; item += item_stride_, ++turn) {
+      uint32_t query = query_index(item);
+      computed_here(query);
       const ItemInfo info = take_info(turn);  // behind the kernel in front, unless state may be read early
       const Tiles tiles = info.tiles;
       Softmax softmax{{kNoMax, kNoMax}, {0, 0}, {1, 1}};
@@ -463,12 +482,11 @@ class DecodeCta {
         sides[0] = load_side(side_rows(item), first, end);
         sides[1] = load_side(side_rows(item), first + args_.n_groups * kTileSlots, end);
       }
-      uint32_t query = query_index(item), has_new = takes(tiles, info.slot) ? 1 : 0;
+      uint32_t has_new = takes(tiles, info.slot) ? 1 : 0;
       if (turn == 0) {
-        if (clustered()) cluster_wait();
-        computed_here(query), computed_here(has_new);
+        computed_here(has_new);
         wait_for_previous_kernel();
-        allow_next_kernel();
+        if (args_.next_early) allow_next_kernel();
       }
       NewRows rows;
       if constexpr (Traits::kLeaveOneOut) clear_heaviest();
@@ -476,6 +494,7 @@ class DecodeCta {
       at.step(group, args_.n_stages);
       // How far behind the split's last tile this group's next one would be.
       const int over = attend_keys(item, turn, info, tiles, at, query, has_new != 0, rows, softmax);
+      if (item + item_stride_ >= args_.n_items) allow_next_kernel();
       arrive_again(choice);
       send_softmax(softmax);
       const float new_norm = has_new != 0 ? note_new_token(item, info, rows.v) : 0;
@@ -1165,7 +1184,7 @@ class DecodeCta {
                                         SlotSide& side) {
     const bool has_new = half_of_slot(info.slot) == first, removes = half_of_slot(info.expired) == first;
     if (!has_new && !removes) return;
-    const bool adds = has_new && (args_.recent > 0 || info.pos < args_.pinned);
+    const bool adds = has_new && (args_.recent.divisor > 0 || info.pos < args_.pinned);
     if (removes) side.protect &= ~(1u << (info.expired - first));
     if (adds) side.protect |= 1u << (info.slot - first);
     if (lane_ == 0 && (adds || removes)) store_bits(args_.protect + rows.protect_at(first), side.protect);
@@ -1211,8 +1230,7 @@ class DecodeCta {
   // State that all splits have read by now. A sequence that is skipped keeps its own.
   KVLAPSE_DEVICE void note_item(int item, const ItemInfo& info) {
     if (info.slot < 0) return;
-    if (args_.recent > 0)
-      args_.recent_slots[static_cast<int64_t>(item) * args_.recent + info.pos % args_.recent] = info.slot;
+    if (args_.recent.divisor > 0) args_.recent_slots[recent_index(item, info.pos)] = info.slot;
     if (args_.count != nullptr) args_.count[item] = info.n;
   }
 
@@ -1726,13 +1744,14 @@ class DecodeCta {
   // one that arrives twice has.
   KVLAPSE_DEVICE bool arrive_at_layer(int item) {
     const uint32_t last = static_cast<uint32_t>(args_.n_kv_heads - (twice_at_layer(item) < 0 ? 1 : 0));
-    return count_arrival(args_.arrivals + item / args_.n_kv_heads * kMaxDecodeSplits + rank_, last) == last;
+    return count_arrival(args_.arrivals + quotient(item, args_.by_kv_heads) * kMaxDecodeSplits + rank_,
+                         last) == last;
   }
   // The item of a layer whose CTA arrives once more amid its next item, by turns: where blocks take many
   // items the slowest would be the last to arrive, and become slower still, in every layer. -1: none, as
   // there is no next item.
   KVLAPSE_DEVICE int twice_at_layer(int item) const {
-    const int layer = item / args_.n_kv_heads, first = layer * args_.n_kv_heads;
+    const int layer = quotient(item, args_.by_kv_heads), first = layer * args_.n_kv_heads;
     const int twice = first + (first / item_stride_ + layer) % args_.n_kv_heads;
     return twice + item_stride_ < args_.n_items ? twice : -1;
   }
@@ -1753,7 +1772,7 @@ class DecodeCta {
     if (!choice.due || !small_.last_arrival) return;
     const int item = choice.item;
     const Tiles tiles = tiles_of(choice.n);
-    const int first_item = item / args_.n_kv_heads * args_.n_kv_heads;
+    const int first_item = quotient(item, args_.by_kv_heads) * args_.n_kv_heads;
     const int end = tiles.end * kTileSlots < choice.n ? tiles.end * kTileSlots : choice.n;
     uint64_t best = ~uint64_t{0};
     const auto protection = [&](int slot) -> uint32_t {

@@ -40,6 +40,13 @@ KVLAPSE_DEVICE int block_index() {
 KVLAPSE_DEVICE int block_count() {
   return static_cast<int>(gridDim.x);
 }
+// Of a grid with rows of blocks.
+KVLAPSE_DEVICE int block_row() {
+  return static_cast<int>(blockIdx.y);
+}
+KVLAPSE_DEVICE int block_rows() {
+  return static_cast<int>(gridDim.y);
+}
 
 // ---- shared memory ----
 KVLAPSE_DEVICE SmemAddress smem_address(const void* pointer) {
@@ -393,6 +400,12 @@ KVLAPSE_DEVICE void named_barrier(int id, int n_threads) {
 KVLAPSE_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+// Orders nothing but barriers behind fence_barrier_init: a release waits for device memory first.
+KVLAPSE_DEVICE void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 KVLAPSE_DEVICE void cluster_wait() {

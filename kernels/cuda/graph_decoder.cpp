@@ -280,7 +280,7 @@ struct GraphDecoder::Impl {
       a.split_softmax = split_softmax.data();
       a.split_output = split_output.data();
       a.split_barrier = barrier.data();
-      a.recent = chooses ? options.recent : 0;
+      a.recent = divisor_of(chooses ? options.recent : 0);
       a.early_state = true;
     }
     fill(0, 0);

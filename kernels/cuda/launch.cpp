@@ -46,7 +46,7 @@ void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShap
                    void** args) {
   cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(shape.n_blocks));
+  config.gridDim = dim3(static_cast<unsigned>(shape.n_blocks), static_cast<unsigned>(shape.n_rows));
   config.blockDim = dim3(static_cast<unsigned>(shape.n_threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.smem_bytes);
   config.stream = stream;
@@ -67,8 +67,8 @@ void launch_kernel(cudaStream_t stream, const LaunchInfo& info, const LaunchShap
   }
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel, args);
   if (error != cudaSuccess)
-    fail("CUDA: launch of {} ({} blocks of {} threads, cluster {}, {} bytes of shared memory): {}", info.name,
-         shape.n_blocks, shape.n_threads, shape.cluster, shape.smem_bytes, cudaGetErrorString(error));
+    fail("CUDA: launch of {} ({} x {} blocks of {} threads, cluster {}, {} bytes of shared memory): {}", info.name,
+         shape.n_blocks, shape.n_rows, shape.n_threads, shape.cluster, shape.smem_bytes, cudaGetErrorString(error));
   if (info.log != nullptr) info.log->add(info.name, info.expected_bytes);
 }
 

@@ -10,12 +10,13 @@
 namespace kvlapse {
 
 struct LaunchShape {
-  int n_blocks = 1;
+  int n_blocks = 1;  // of a row of the grid
   int n_threads = 32;
   int smem_bytes = 0;
   int cluster = 1;
   bool cooperative = false;  // all blocks resident at once
   bool dependent = false;    // may start before the kernel in front of it ends (griddepcontrol)
+  int n_rows = 1;
 };
 
 struct LaunchInfo {

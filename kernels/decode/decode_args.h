@@ -71,6 +71,27 @@ struct OutputOwners {
   static constexpr int kScaleBits = 20;
 };
 
+// A divisor that the host knows: quotients of numbers from 0 to 2^31 - 1 as products, exact.
+struct Divisor {
+  int32_t divisor = 1;
+  uint32_t inverse = 0;  // 2^32 / divisor, rounded up; 0: the divisor is one (or none)
+};
+constexpr Divisor divisor_of(int divisor) {
+  if (divisor <= 1) return {divisor, 0};
+  return {divisor, static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint32_t>(divisor)) + 1};
+}
+constexpr int quotient(int x, Divisor by) {
+  if (by.inverse == 0) return x;
+  const auto above = static_cast<int>(static_cast<uint64_t>(x) * by.inverse >> 32);  // or one more
+  return static_cast<uint32_t>(above) * static_cast<uint32_t>(by.divisor) > static_cast<uint32_t>(x)
+             ? above - 1
+             : above;
+}
+constexpr int remainder(int x, Divisor by) {
+  return x - quotient(x, by) * by.divisor;
+}
+
+// The grid has a row for every cluster of n_splits blocks.
 template <class TensorMap>
 struct DecodeArgs {
   // Tensor maps over k and v: dims {D, S, B*H}, box {min(D,64), 64, 1}, swizzle of the box width. Unused by
@@ -104,15 +125,16 @@ struct DecodeArgs {
   float* split_output;      // [B*H, n_splits, G*D]; twice that for leave one out
   uint32_t* split_barrier;  // [B*H]
 
-  int32_t n_items;       // B * H
-  int32_t n_kv_heads;    // H
-  int32_t group;         // G, query heads per kv head
-  int32_t half_group;    // ceil(G / 2): lanes of a quad that hold two heads each
-  int32_t n_slots;       // S, capacity
-  int32_t budget;        // <= S
-  int32_t recent;        // newest tokens that are never evicted
-  int32_t pinned;        // positions below it are never evicted (sinks, prompt)
-  int32_t n_splits;      // CTAs that share one (b, h)
+  int32_t n_items;     // B * H
+  int32_t n_kv_heads;  // H
+  int32_t group;       // G, query heads per kv head
+  int32_t half_group;  // ceil(G / 2): lanes of a quad that hold two heads each
+  int32_t n_slots;     // S, capacity
+  int32_t budget;      // <= S
+  Divisor recent;      // how many of the newest tokens are never evicted
+  int32_t pinned;      // positions below it are never evicted (sinks, prompt)
+  int32_t n_splits;    // CTAs that share one (b, h)
+  Divisor by_kv_heads, by_splits;
   int32_t n_groups;      // pairs of consumer warps of a block, which take tiles in turn
   int32_t n_stages;      // tiles of the ring in shared memory; a multiple of n_groups
   int32_t warp_bytes;    // of a warp's logits in shared memory, or of its partial output over them
@@ -126,6 +148,7 @@ struct DecodeArgs {
   bool io_bf16;      // q, new rows and out of an fp8 cache are bf16, otherwise fp16
   bool shared;       // the layer's heads share one victim
   bool early_state;  // the kernel just before this one in the stream does not write this state or K, V
+  bool next_early;   // the next kernel may start before this one has read its keys
   bool state_ahead;  // the next item's state is read while this one streams (copy engine only)
   // Leave one out: of the output reduction, which lies behind the logits there. Last, so that the others'
   // code does not change.

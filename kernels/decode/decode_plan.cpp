@@ -14,6 +14,8 @@ constexpr double kEnoughBlocks =
 constexpr int kShortItem = 16;  // tiles: an item's fixed cost is about as long as its copies
 constexpr int kBriefItem = 64;  // tiles: launches that overlap save more than another split
 constexpr int kBriefSplits = 9;  // of two blocks a multiprocessor: more were slower (H200)
+constexpr uint64_t kBriefBytes =
+    20 << 20;  // of a launch that leaves the memory idle for the next one's first loads
 
 int ceil_div(int a, int b) {
   return (a + b - 1) / b;
@@ -198,6 +200,8 @@ DecodePlan plan_decode(const DecodeShape& shape, const DecodeLimits& limits, con
   const bool shorts = ceil_div(tiles, splits) <= kShortItem;
   plan.state_ahead =
       plan.bulk && (tuning.ahead == ReadAhead::chosen ? shorts : tuning.ahead == ReadAhead::yes);
+
+  plan.next_early = shape.kv_bytes(shape.n_slots) <= kBriefBytes;
 
   const int at_once = resident(splits, plan.smem_bytes);
   if (at_once < 1)

@@ -55,6 +55,7 @@ struct DecodePlan {
   OutputOwners owners;
   int small_offset = 0;
   int smem_bytes = 0;
+  bool next_early = false;
   bool state_ahead = false;
 };
 

@@ -15,9 +15,11 @@ void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, con
   args.half_group = (p.shape.group() + 1) / 2;
   args.n_slots = p.shape.n_slots;
   args.budget = p.budget;
-  args.recent = p.recent;
+  args.recent = divisor_of(p.recent);
   args.pinned = p.pinned;
   args.n_splits = plan.n_splits;
+  args.by_kv_heads = divisor_of(args.n_kv_heads);
+  args.by_splits = divisor_of(args.n_splits);
   args.n_groups = plan.n_groups;
   args.warp_bytes = plan.warp_bytes;
   args.n_stages = plan.n_stages;
@@ -26,6 +28,7 @@ void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, con
   args.partial_offset = plan.partial_offset;
   args.owners = plan.owners;
   args.small_offset = plan.small_offset;
+  args.next_early = plan.next_early;
   args.state_ahead = plan.state_ahead;
   args.logit_scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(p.shape.head_dim)));
   args.score_scale = p.score_scale();

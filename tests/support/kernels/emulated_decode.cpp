@@ -15,6 +15,7 @@ template <int kHeadDim, class Element, bool kBulk, bool kLeaveOneOut, bool kShar
 void run_kernel(const DecodeArgs<device::TensorMap>& args, const DecodePlan& plan, uint64_t seed) {
   device::EmulatedLaunch launch;
   launch.n_blocks = plan.n_ctas;
+  launch.n_columns = plan.n_splits;
   launch.n_threads = plan.n_threads;
   launch.cluster = plan.bulk ? plan.n_splits : 1;
   launch.smem_bytes = plan.smem_bytes;

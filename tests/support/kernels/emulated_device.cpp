@@ -219,28 +219,42 @@ void run_emulated(const EmulatedLaunch& launch, const std::function<void(unsigne
 int thread_index() {
   return machine->current->thread;
 }
-int block_index() {
+namespace {
+int linear_block() {
   return machine->current->block;
 }
+int columns() {
+  return machine->launch.n_columns > 0 ? machine->launch.n_columns : machine->launch.n_blocks;
+}
+}  // namespace
+int block_index() {
+  return linear_block() % columns();
+}
 int block_count() {
-  return machine->launch.n_blocks;
+  return columns();
+}
+int block_row() {
+  return linear_block() / columns();
+}
+int block_rows() {
+  return machine->launch.n_blocks / columns();
 }
 int lane_index() {
   return thread_index() % 32;
 }
 
 SmemAddress smem_address(const void* pointer) {
-  const auto offset = static_cast<const unsigned char*>(pointer) - machine->smem[block_index()];
+  const auto offset = static_cast<const unsigned char*>(pointer) - machine->smem[linear_block()];
   if (offset < 0 || offset >= machine->launch.smem_bytes)
     fail("emulator: pointer outside this block's shared memory");
-  return (static_cast<uint32_t>(block_index() + 1) << kBlockShift) | static_cast<uint32_t>(offset);
+  return (static_cast<uint32_t>(linear_block() + 1) << kBlockShift) | static_cast<uint32_t>(offset);
 }
 void check_index(int i, int n) {
   if (i < 0 || i >= n)
-    fail("emulator: block {} thread {}: index {} of an array of {}", block_index(), thread_index(), i, n);
+    fail("emulator: block {} thread {}: index {} of an array of {}", linear_block(), thread_index(), i, n);
 }
 void* smem_pointer(SmemAddress at, int bytes) {
-  if (static_cast<int>(at >> kBlockShift) - 1 != block_index())
+  if (static_cast<int>(at >> kBlockShift) - 1 != linear_block())
     fail("emulator: plain access to another block's memory");
   return pointer_in(at, bytes);
 }
@@ -426,21 +440,21 @@ void meet(NamedBarrier& bar, int n_threads) {
 }  // namespace
 
 void named_barrier(int id, int n_threads) {
-  meet(machine->named[{block_index(), id}], n_threads);
+  meet(machine->named[{linear_block(), id}], n_threads);
 }
 void block_sync() {
-  meet(machine->named[{block_index(), 0}], machine->launch.n_threads);
+  meet(machine->named[{linear_block(), 0}], machine->launch.n_threads);
 }
 void cluster_arrive() {
-  ++machine->cluster_barriers[block_index() / machine->launch.cluster].arrived;
+  ++machine->cluster_barriers[linear_block() / machine->launch.cluster].arrived;
 }
 void cluster_wait() {
-  NamedBarrier& bar = machine->cluster_barriers[block_index() / machine->launch.cluster];
+  NamedBarrier& bar = machine->cluster_barriers[linear_block() / machine->launch.cluster];
   const int wanted = ++machine->current->cluster_rounds * machine->launch.cluster * machine->launch.n_threads;
   wait_until([&bar, wanted] { return bar.arrived >= wanted; });
 }
 SmemAddress remote_address(SmemAddress local, int rank) {
-  const int first = block_index() / machine->launch.cluster * machine->launch.cluster;
+  const int first = linear_block() / machine->launch.cluster * machine->launch.cluster;
   return (static_cast<uint32_t>(first + rank + 1) << kBlockShift) | (local & ((1u << kBlockShift) - 1));
 }
 void remote_store(SmemAddress to, uint32_t v) {

@@ -27,6 +27,7 @@ struct EmulatedLaunch {
   int cluster = 1;
   int smem_bytes = 0;
   uint64_t seed = 0;
+  int n_columns = 0;  // blocks of a row of the grid; 0: there is one row
 };
 // Runs `body(shared memory)` in every thread. Throws Error on deadlock, divergence or an access out of
 // bounds.
@@ -48,6 +49,8 @@ struct alignas(16) Float4 {
 int thread_index();
 int block_index();
 int block_count();
+int block_row();
+int block_rows();
 SmemAddress smem_address(const void* pointer);
 void* smem_pointer(SmemAddress at, int bytes);  // of this block; checks bounds
 
@@ -250,6 +253,9 @@ void named_barrier(int id, int n_threads);
 void block_sync();
 
 void cluster_arrive();
+inline void cluster_arrive_relaxed() {
+  cluster_arrive();
+}
 void cluster_wait();
 SmemAddress remote_address(SmemAddress local, int rank);
 void remote_store(SmemAddress to, uint32_t v);
