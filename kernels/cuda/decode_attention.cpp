@@ -126,6 +126,7 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.n_groups = plan_.n_groups;
   args.warp_bytes = plan_.warp_bytes;
   args.n_stages = plan_.n_stages;
+  args.group_stages = plan_.n_stages / plan_.n_groups;
   args.logits_bytes = plan_.logits_bytes;
   args.softmax_rows = plan_.softmax_rows;
   args.partial_offset = plan_.partial_offset;

@@ -48,7 +48,6 @@ inline constexpr int kOutputPad = kDecodeOutputPad;
 inline constexpr float kNoMax = -1e30f;         // finite, so that an empty row gives 2^(x - x) and no NaN
 inline constexpr float kCancelled = 1.0f / 64;  // of |o|^2 + |v|^2: less is computed by subtraction
 inline constexpr int kConsumerBarrier = 1;
-inline constexpr int kFirstTiles = 2;  // that are asked for before the rest of the state is here
 
 // Small shared memory behind the ring, the logits and what other splits send.
 struct alignas(16) DecodeSmall {
@@ -190,8 +189,9 @@ class DecodeCta {
   using Matrix = typename MatrixElement<typename Traits::Element>::Type;
   using Tiles = DecodeTiles;
   struct Softmax {
-    float max[2];      // of query heads 2t, 2t+1
-    float inverse[2];  // 1 / sum; 0 for heads that do not exist
+    float max[2];      // of query heads 2t, 2t + 1 over the slots of this warp; leave one out: over all
+    float inverse[2];  // 2^(this max - that over all) / sum; 0 for heads that do not exist
+    float rescale[2];  // 2^(this max - that over all)
     float gain[2];     // leave one out: where the largest outweighs the others, -1 / their sum or 0; else 1
   };
   static constexpr float kEmptySum = Traits::kLeaveOneOut ? -1.0f : 0.0f;
@@ -286,7 +286,7 @@ class DecodeCta {
     const uint64_t policy = Traits::kBulk ? evict_first_policy() : 0;
     // V that is read again shall stay in L2, before K and what has been read twice.
     const uint64_t keeps = Traits::kBulk && Traits::kLeaveOneOut ? evict_normal_policy() : policy;
-    RingCursor ring;
+    RingCursor ring{lane_ * args_.group_stages, 0};  // of the group of this lane's number
     int turn = 0;
     const bool ahead = Traits::kBulk && args_.state_ahead;
     KVLAPSE_NO_UNROLL
@@ -294,38 +294,23 @@ class DecodeCta {
       if (!ahead && turn > 0) read_state(item, state);
       const int n = valid_slots(state);
       const Tiles tiles = tiles_of(n);
-      int tile = tiles.begin;
       if (!ahead || turn == 0) read_oldest(item, state);
-      if (turn == 0) {  // the ring is empty: K is on its way before all of the state is here
-        const int at_once = args_.n_stages < kFirstTiles ? args_.n_stages : kFirstTiles;
-        for (; tile < tiles.end && tile - tiles.begin < at_once; ++tile) {
-          load_tile(0, item, tile, n, ring, policy);
-          ring.step(1, args_.n_stages);
-        }
-      }
+      // The ring is empty: K is on its way before all of the state is here.
+      int loaded = 0;
+      if (turn == 0) loaded = load_tiles(0, item, tiles, 0, args_.n_groups, n, ring, policy);
       const ItemInfo info = resolve(state, n, tiles);
       if (lane_ == 0) publish(info, turn);
       prefetch_side(item, tiles, n);
       KVLAPSE_NO_UNROLL
-      for (int plane = 0; plane < 2; ++plane, tile = tiles.begin) {
+      for (int plane = 0; plane < Traits::kPlanes; ++plane, loaded = 0) {
         if (ahead) {
           if (plane == 0)
             read_state(item + item_stride_, state);
-          else
+          else if (plane == 1)
             read_oldest(item + item_stride_, state);
         }
-        KVLAPSE_NO_UNROLL
-        for (; tile < tiles.end; ++tile) {
-          load_tile(plane, item, tile, n, ring, Traits::kLeaveOneOut && plane == 1 ? keeps : policy);
-          ring.step(1, args_.n_stages);
-        }
-      }
-      if constexpr (Traits::kLeaveOneOut) {
-        KVLAPSE_NO_UNROLL
-        for (tile = tiles.end - 1; tile >= tiles.begin; --tile) {
-          load_tile(1, item, tile, n, ring, policy);
-          ring.step(1, args_.n_stages);
-        }
+        load_tiles(plane, item, tiles, loaded, tiles.count(), n, ring,
+                   Traits::kLeaveOneOut && plane == 1 ? keeps : policy);
       }
       warp_sync();
     }
@@ -407,6 +392,24 @@ class DecodeCta {
     mbarrier_arrive(bar(small_.info_full[i]));
   }
 
+  // A group of consumers has stages of its own, one behind the other.
+  KVLAPSE_DEVICE void next_stage(RingCursor& at, int group) const {
+    if (++at.stage == (group + 1) * args_.group_stages) at.stage -= args_.group_stages, at.phase ^= 1;
+  }
+  // Tiles [first, end) of a split, counted in the order in which they are taken: V is read again from its
+  // end. first: a multiple of the groups. Returns where it stopped.
+  KVLAPSE_DEVICE int load_tiles(int plane, int item, const Tiles& tiles, int first, int end, int n,
+                                RingCursor& ring, uint64_t policy) {
+    if (end > tiles.count()) end = tiles.count();
+    KVLAPSE_NO_UNROLL
+    for (int i = first, group = 0; i < end; ++i, group = group + 1 < args_.n_groups ? group + 1 : 0) {
+      const RingCursor at{shuffle_from(ring.stage, group), shuffle_from(ring.phase, group)};
+      load_tile(plane, item, Traits::kLeaveOneOut && plane == 2 ? tiles.end - 1 - i : tiles.begin + i, n, at,
+                policy);
+      if (lane_ == group) next_stage(ring, group);
+    }
+    return end;
+  }
   KVLAPSE_DEVICE void load_tile(int plane, int item, int tile, int n, const RingCursor& ring,
                                 uint64_t policy) {
     const SmemAddress to = ring_ + static_cast<uint32_t>(ring.stage * Traits::kTileBytes);
@@ -463,7 +466,7 @@ class DecodeCta {
 
   KVLAPSE_DEVICE void consume() {
     const int group = tile_group();
-    RingCursor ring;
+    RingCursor at{group * args_.group_stages, 0};
     int turn = 0;
     LayerChoice choice;
     if (clustered()) cluster_wait();
@@ -473,7 +476,7 @@ class DecodeCta {
       computed_here(query);
       const ItemInfo info = take_info(turn);  // behind the kernel in front, unless state may be read early
       const Tiles tiles = info.tiles;
-      Softmax softmax{{kNoMax, kNoMax}, {0, 0}, {1, 1}};
+      Softmax softmax{{kNoMax, kNoMax}, {0, 0}, {1, 1}, {1, 1}};
       // Early: their latency is hidden by K, and by the kernel in front.
       SlotSide sides[2];
       if constexpr (!Traits::kLeaveOneOut) {
@@ -490,34 +493,28 @@ class DecodeCta {
       }
       NewRows rows;
       if constexpr (Traits::kLeaveOneOut) clear_heaviest();
-      RingCursor at = ring;
-      at.step(group, args_.n_stages);
-      // How far behind the split's last tile this group's next one would be.
-      const int over = attend_keys(item, turn, info, tiles, at, query, has_new != 0, rows, softmax);
+      attend_keys(item, turn, info, tiles, at, query, has_new != 0, rows, softmax);
       if (item + item_stride_ >= args_.n_items) allow_next_kernel();
       arrive_again(choice);
       send_softmax(softmax);
       const float new_norm = has_new != 0 ? note_new_token(item, info, rows.v) : 0;
-      combine_softmax(item, turn, softmax);
-      choose_for_layer(choice);
+      const auto combine = [&] { combine_softmax(item, turn, softmax); };
+      if constexpr (Traits::kLeaveOneOut) combine();
 
       float output[Traits::kSteps][4];
       KVLAPSE_UNROLL
       for (int i = 0; i < Traits::kSteps; ++i)
         for (int j = 0; j < 4; ++j) output[i][j] = 0;
-      at.shift(group - over, args_.n_stages);
-      uint64_t key = attend_values(item, info, tiles, at, rows.v, new_norm, softmax, sides, output);
+      uint64_t key = attend_values(item, info, tiles, at, rows.v, new_norm, softmax, combine, sides, output);
+      choose_for_layer(choice);
       if constexpr (Traits::kLeaveOneOut) {
         combine_output(item, turn, output);
-        at.shift(group - over, args_.n_stages);
         key = measure_values(item, info, tiles, at, softmax.max);
         finish_choice(item, turn, info, key);
       } else {
-        finish(item, turn, info, key, output);
+        finish(item, turn, info, key, output, softmax.rescale);
       }
       choice = {item, info.n, keeper(turn), args_.score != FusedScore::none && info.pos >= 0 && shared()};
-      at.shift(-over, args_.n_stages);
-      ring = at;
     }
     if (choice.due) {
       consumer_sync();
@@ -691,8 +688,9 @@ class DecodeCta {
     }
   }
 
-  KVLAPSE_DEVICE int attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles, RingCursor& at,
-                                 uint32_t query_at, bool has_new, NewRows& rows, Softmax& softmax) {
+  KVLAPSE_DEVICE void attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles,
+                                  RingCursor& at, uint32_t query_at, bool has_new, NewRows& rows,
+                                  Softmax& softmax) {
     const int g = lane_ / 4, t = lane_ % 4;
     uint32_t query[Traits::kSteps][2], offsets[Traits::kBoxLoads];
     float query_scale[2];
@@ -704,9 +702,8 @@ class DecodeCta {
     SmemAddress logits = logit_address(warp_, 0);
     const int half = own_half();
     bool waits = !Traits::kLeaveOneOut && turn > 0;
-    int tile = tiles.begin + tile_group();
     KVLAPSE_NO_UNROLL
-    for (; tile < tiles.end; tile += args_.n_groups) {
+    for (int tile = tiles.begin + tile_group(); tile < tiles.end; tile += args_.n_groups) {
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
       const int first = tile * kTileSlots + half * kHalfSlots;
       if (half_of_slot(info.slot) == first) {
@@ -778,10 +775,9 @@ class DecodeCta {
           softmax.max[j] = top;
         }
       }
-      at.step(args_.n_groups, args_.n_stages);
+      next_stage(at, tile_group());
     }
     softmax.inverse[0] = sum[0], softmax.inverse[1] = sum[1];  // sums until combine_softmax
-    return tile - tiles.end;
   }
 
   // In: max and sum (in `inverse`) of this lane. Every warp's row goes to every split's own memory, with the
@@ -801,16 +797,19 @@ class DecodeCta {
     } else if (g == 0) {
       smem_store4(softmax_address(warp_), row);
     }
+    if (!Traits::kLeaveOneOut && lane_ % 4 >= half_group())
+      m[0] = m[1] = kInfinity;  // so that every probability of theirs is zero
+    warp_sync();                // they read logits of others
   }
   KVLAPSE_DEVICE int softmax_rows() const {
     return clustered() ? args_.n_splits * consumer_warps() : consumer_warps();
   }
 
-  // Out: max and 1/sum of the whole row.
+  // Out: the whole row's max and sum. Behind the first product with V, which is relative to what the warp
+  // knows itself: meanwhile the others' rows arrive.
   KVLAPSE_DEVICE void combine_softmax(int item, int turn, Softmax& softmax) {
     const int g = lane_ / 4, t = lane_ % 4;
-    float(&m)[2] = softmax.max;
-    float(&l)[2] = softmax.inverse;
+    float m[2] = {softmax.max[0], softmax.max[1]}, l[2] = {softmax.inverse[0], softmax.inverse[1]};
     if (clustered())
       mbarrier_wait(bar(small_.softmax_bar), static_cast<uint32_t>(turn) & 1);
     else
@@ -819,18 +818,15 @@ class DecodeCta {
       merge_rows(m, l);
     else
       exchange_softmax_in_memory(item, m, l);
-    if (clustered()) {
-      if (turn > 0 || Traits::kLeaveOneOut)
-        consumer_sync();  // all have read of the item in front (choose_for_layer is behind one), or cleared
-      else
-        warp_sync();  // lanes without heads read logits of others
-    }
+    // All have read of the item in front (choose_for_layer is behind one), or cleared.
+    if (clustered() && (turn > 0 || Traits::kLeaveOneOut)) consumer_sync();
     if constexpr (Traits::kLeaveOneOut) {
       KVLAPSE_UNROLL
       for (int j = 0; j < 2; ++j) {
         const float rest = l[j];
         l[j] = 2 * t + j < args_.group && rest > kEmptySum ? 1 / (1 + rest) : 0;
         softmax.gain[j] = l[j] == 0 || rest >= 1 ? 1 : rest > kLeastRest ? -1 / rest : 0;
+        softmax.max[j] = m[j], softmax.inverse[j] = l[j];
         if (warp_ == 0 && g == 0) {
           small_.inverse_sum[2 * t + j] = l[j];
           smem_store(rest_address(2 * t + j), rest);
@@ -838,10 +834,12 @@ class DecodeCta {
       }
     } else {
       KVLAPSE_UNROLL
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < 2; ++j) {
         l[j] = 2 * t + j < args_.group && l[j] > 0 ? reciprocal_approximate(l[j]) : 0.0f;
+        softmax.rescale[j] = t < half_group() ? exp2_approximate(softmax.max[j] - m[j]) : 0.0f;
+        softmax.inverse[j] = l[j] * softmax.rescale[j];
+      }
       if (warp_ == 0 && g == 0) small_.inverse_sum[2 * t] = l[0], small_.inverse_sum[2 * t + 1] = l[1];
-      if (t >= half_group()) m[0] = m[1] = kInfinity;  // so that every probability of theirs is zero
     }
   }
   static constexpr uint32_t kRowBytes = kDecodeSoftmaxBytes;
@@ -960,9 +958,12 @@ class DecodeCta {
     return args_.score == FusedScore::none ? 0 : end < info.n ? end : info.n;
   }
 
+  // combine: combine_softmax.
+  template <class Combine>
   KVLAPSE_DEVICE uint64_t attend_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor& at,
                                         const Float4& new_row, float new_norm, const Softmax& softmax,
-                                        SlotSide (&sides)[2], float (&output)[Traits::kSteps][4]) {
+                                        const Combine& combine, SlotSide (&sides)[2],
+                                        float (&output)[Traits::kSteps][4]) {
     const int g = lane_ / 4, t = lane_ % 4;
     const bool scores = !Traits::kLeaveOneOut && args_.score != FusedScore::none;
     uint32_t offsets[Traits::kBoxLoads];
@@ -973,6 +974,7 @@ class DecodeCta {
     uint32_t top = 0;  // fp8: power of two above the scales that this warp has met, as bits
     SmemAddress logits = logit_address(warp_, 0);
     const int half = own_half();
+    bool waits = !Traits::kLeaveOneOut;  // for softmax of all slots
     KVLAPSE_NO_UNROLL
     for (int pair = tiles.begin + tile_group(); pair < tiles.end; pair += 2 * args_.n_groups) {
       KVLAPSE_UNROLL
@@ -1031,7 +1033,8 @@ class DecodeCta {
         };
         // While the matrix unit is busy, or where bytes are widened then while V is on its way (1 %, H200).
         constexpr bool kScoresFirst = Traits::kFp8;
-        if (scores && kScoresFirst) score();
+        const bool is_first = visit == 0 && waits;
+        if (scores && kScoresFirst && !is_first) score();
         mbarrier_wait(bar(small_.full[at.stage]), at.phase);
         const SmemAddress data = half_of(at.stage, half);
         if constexpr (Traits::kFp8) {
@@ -1057,16 +1060,21 @@ class DecodeCta {
           keep_heaviest(at.stage, half * kHalfSlots, heaviest[0]);
           keep_heaviest(at.stage, half * kHalfSlots + 16, heaviest[1]);
         }
-        if (scores && !kScoresFirst) {  // in one block of code without a branch
+        if (is_first) {
           add_values(data, offsets, b, c, output);
-          score();
+          release(at);
+          combine();
+          waits = false;
+          if (scores) score();
         } else {
           add_values(data, offsets, b, c, output);
+          if (scores && !kScoresFirst) score();  // in one block of code without a branch
+          release(at);
         }
-        release(at);
-        at.step(args_.n_groups, args_.n_stages);
+        next_stage(at, tile_group());
       }
     }
+    if (waits) combine();  // there was no tile
     if constexpr (Traits::kFp8) {
       KVLAPSE_UNROLL
       for (int i = 0; i < Traits::kSteps; ++i)
@@ -1192,11 +1200,11 @@ class DecodeCta {
 
   // ---- end of an item ----
   KVLAPSE_DEVICE void finish(int item, int turn, const ItemInfo& info, uint64_t key,
-                             const float (&output)[Traits::kSteps][4]) {
+                             const float (&output)[Traits::kSteps][4], const float (&rescale)[2]) {
     if (clustered() && thread_index() == 0)
       mbarrier_arrive_expect(bar(small_.output_bar),
                              static_cast<uint32_t>(args_.n_splits * own_chunks() * 16));
-    store_partial(output);  // over the warp's own logits
+    store_partial(output, rescale);  // over the warp's own logits
     key = warp_min(key);
     if (lane_ == 0) small_.keys[warp_] = key;
     consumer_sync();                 // global scores are written
@@ -1248,7 +1256,7 @@ class DecodeCta {
     return Traits::kLeaveOneOut ? static_cast<uint32_t>(args_.group * (Traits::kHeadDim + kOutputPad) * 4)
                                 : static_cast<uint32_t>(args_.warp_bytes);
   }
-  KVLAPSE_DEVICE void store_partial(const float (&output)[Traits::kSteps][4]) {
+  KVLAPSE_DEVICE void store_partial(const float (&output)[Traits::kSteps][4], const float (&rescale)[2]) {
     const int g = lane_ / 4, t = lane_ % 4;
     KVLAPSE_UNROLL
     for (int j = 0; j < 2; ++j) {
@@ -1258,7 +1266,8 @@ class DecodeCta {
       for (int i = 0; i < Traits::kSteps; ++i) {
         KVLAPSE_UNROLL
         for (int second = 0; second < 2; ++second)
-          smem_store(to + static_cast<uint32_t>(output_dim(i, 0, second) * 4), output[i][2 * second + j]);
+          smem_store(to + static_cast<uint32_t>(output_dim(i, 0, second) * 4),
+                     output[i][2 * second + j] * rescale[j]);
       }
     }
   }
@@ -1436,7 +1445,7 @@ class DecodeCta {
       mbarrier_arrive_expect(bar(small_.output_bar), static_cast<uint32_t>(args_.n_splits) * own);
       mbarrier_arrive_expect(bar(small_.gather_bar), static_cast<uint32_t>(n_chunks()) * 32 - own);
     }
-    store_partial(output);
+    store_partial(output, {1, 1});
     consumer_sync();
     if (args_.n_splits == 1) {
       for (int chunk = thread_index(); chunk < n_chunks(); chunk += n_threads_) {
@@ -1637,7 +1646,7 @@ class DecodeCta {
       if (bits != kNoScore)
         best = min_key(best, (static_cast<uint64_t>(bits) << 32) | static_cast<uint32_t>(first + own_slot()));
       side = next;
-      at.step(args_.n_groups, args_.n_stages);
+      next_stage(at, tile_group());
     }
     return best;
   }

@@ -22,12 +22,6 @@ struct RingCursor {
       phase ^= static_cast<uint32_t>(turns & 1);
     }
   }
-  // Either way, by less than the whole ring.
-  KVLAPSE_DEVICE void shift(int n, int n_stages) {
-    stage += n;
-    if (stage >= n_stages) stage -= n_stages, phase ^= 1;
-    if (stage < 0) stage += n_stages, phase ^= 1;
-  }
 };
 
 }  // namespace kvlapse::device

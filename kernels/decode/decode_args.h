@@ -136,7 +136,8 @@ struct DecodeArgs {
   int32_t n_splits;    // CTAs that share one (b, h)
   Divisor by_kv_heads, by_splits;
   int32_t n_groups;      // pairs of consumer warps of a block, which take tiles in turn
-  int32_t n_stages;      // tiles of the ring in shared memory; a multiple of n_groups
+  int32_t n_stages;      // tiles of the ring in shared memory
+  int32_t group_stages;  // of them a group's own
   int32_t warp_bytes;    // of a warp's logits in shared memory, or of its partial output over them
   int32_t logits_bytes;  // of all warps; leave one out: and the output reduction
   int32_t softmax_rows;  // of all splits' warps, in full batches
