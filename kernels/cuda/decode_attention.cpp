@@ -25,18 +25,20 @@ decltype(&cuTensorMapEncodeTiled) encode_function() {
 
 CUtensorMap plane_map(const DecodeShape& s, void* plane) {
   const uint64_t row = s.row_bytes();
-  const cuuint64_t dims[] = {static_cast<cuuint64_t>(s.head_dim), static_cast<cuuint64_t>(s.n_slots),
+  const auto element = static_cast<uint32_t>(dtype_bytes(s.dtype)),
+             box_bytes = static_cast<uint32_t>(std::min<uint64_t>(row, 128)),
+             boxes = static_cast<uint32_t>(row / box_bytes);
+  const cuuint64_t dims[] = {box_bytes / element, static_cast<cuuint64_t>(s.n_slots), boxes,
                              static_cast<cuuint64_t>(s.n_items())};
-  const cuuint64_t strides[] = {row, row * static_cast<uint64_t>(s.n_slots)};
-  const int element = static_cast<int>(dtype_bytes(s.dtype)), box_bytes = std::min(s.head_dim * element, 128);
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_bytes / element), kDecodeTileSlots, 1};
-  const cuuint32_t step[] = {1, 1, 1};
+  const cuuint64_t strides[] = {row, box_bytes, row * static_cast<uint64_t>(s.n_slots)};
+  const cuuint32_t box[] = {box_bytes / element, kDecodeTileSlots, boxes, 1};
+  const cuuint32_t step[] = {1, 1, 1, 1};
   CUtensorMap map{};
   const CUresult result = encode_function()(&map,
                                             s.fp8()                 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                             : s.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                            3, plane, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                            4, plane, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                             box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                             : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                               : CU_TENSOR_MAP_SWIZZLE_32B,
@@ -126,7 +128,7 @@ CudaDecodeArgs DecodeKernel::arguments(void* k, void* v, FusedScore score, bool 
   args.n_groups = plan_.n_groups;
   args.warp_bytes = plan_.warp_bytes;
   args.n_stages = plan_.n_stages;
-  args.group_stages = plan_.n_stages / plan_.n_groups;
+  args.by_groups = divisor_of(plan_.n_groups);
   args.logits_bytes = plan_.logits_bytes;
   args.softmax_rows = plan_.softmax_rows;
   args.partial_offset = plan_.partial_offset;

@@ -286,7 +286,7 @@ class DecodeCta {
     const uint64_t policy = Traits::kBulk ? evict_first_policy() : 0;
     // V that is read again shall stay in L2, before K and what has been read twice.
     const uint64_t keeps = Traits::kBulk && Traits::kLeaveOneOut ? evict_normal_policy() : policy;
-    RingCursor ring{lane_ * args_.group_stages, 0};  // of the group of this lane's number
+    RingCursor ring;
     int turn = 0;
     const bool ahead = Traits::kBulk && args_.state_ahead;
     KVLAPSE_NO_UNROLL
@@ -297,7 +297,8 @@ class DecodeCta {
       if (!ahead || turn == 0) read_oldest(item, state);
       // The ring is empty: K is on its way before all of the state is here.
       int loaded = 0;
-      if (turn == 0) loaded = load_tiles(0, item, tiles, 0, args_.n_groups, n, ring, policy);
+      if (turn == 0 && tiles.count() > 0)
+        loaded = load_tiles(0, item, tiles, 0, args_.n_groups, n, ring, policy);
       const ItemInfo info = resolve(state, n, tiles);
       if (lane_ == 0) publish(info, turn);
       prefetch_side(item, tiles, n);
@@ -309,7 +310,7 @@ class DecodeCta {
           else if (plane == 1)
             read_oldest(item + item_stride_, state);
         }
-        load_tiles(plane, item, tiles, loaded, tiles.count(), n, ring,
+        load_tiles(plane, item, tiles, loaded, whole_rounds(tiles), n, ring,
                    Traits::kLeaveOneOut && plane == 1 ? keeps : policy);
       }
       warp_sync();
@@ -392,39 +393,35 @@ class DecodeCta {
     mbarrier_arrive(bar(small_.info_full[i]));
   }
 
-  // A group of consumers has stages of its own, one behind the other.
-  KVLAPSE_DEVICE void next_stage(RingCursor& at, int group) const {
-    if (++at.stage == (group + 1) * args_.group_stages) at.stage -= args_.group_stages, at.phase ^= 1;
+  // Tiles of a split, and empty ones up to where all groups have taken as many: a stage always serves the
+  // same group, and groups need not wait for each other between K and V.
+  KVLAPSE_DEVICE int whole_rounds(const Tiles& tiles) const {
+    return quotient(tiles.count() + args_.n_groups - 1, args_.by_groups) * args_.n_groups;
   }
-  // Tiles [first, end) of a split, counted in the order in which they are taken: V is read again from its
-  // end. first: a multiple of the groups. Returns where it stopped.
+  // Tiles [first, end) in the order in which they are taken: V is read again from its end. Returns where it
+  // stopped.
   KVLAPSE_DEVICE int load_tiles(int plane, int item, const Tiles& tiles, int first, int end, int n,
                                 RingCursor& ring, uint64_t policy) {
-    if (end > tiles.count()) end = tiles.count();
     KVLAPSE_NO_UNROLL
-    for (int i = first, group = 0; i < end; ++i, group = group + 1 < args_.n_groups ? group + 1 : 0) {
-      const RingCursor at{shuffle_from(ring.stage, group), shuffle_from(ring.phase, group)};
-      load_tile(plane, item, Traits::kLeaveOneOut && plane == 2 ? tiles.end - 1 - i : tiles.begin + i, n, at,
-                policy);
-      if (lane_ == group) next_stage(ring, group);
-    }
+    for (int i = first; i < end; ++i, ring.step(1, args_.n_stages))
+      load_tile(plane, item, Traits::kLeaveOneOut && plane == 2 ? tiles.end - 1 - i : tiles.begin + i,
+                i < tiles.count(), n, ring, policy);
     return end;
   }
-  KVLAPSE_DEVICE void load_tile(int plane, int item, int tile, int n, const RingCursor& ring,
+  KVLAPSE_DEVICE void load_tile(int plane, int item, int tile, bool is_there, int n, const RingCursor& ring,
                                 uint64_t policy) {
     const SmemAddress to = ring_ + static_cast<uint32_t>(ring.stage * Traits::kTileBytes);
     const SmemAddress full = bar(small_.full[ring.stage]);
     if constexpr (Traits::kBulk) {
-      if (lane_ != 0) return;
       mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1);
-      mbarrier_arrive_expect(full, Traits::kTileBytes + Traits::kScaleBytes);
-      for (int box = 0; box < Traits::kBoxes; ++box)
-        bulk_load_3d(to + static_cast<uint32_t>(box * Traits::kBoxBytes),
-                     plane == 0 ? &args_.k_map : &args_.v_map, box * Traits::kBoxElements, tile * kTileSlots,
-                     item, full, policy);
+      const bool first_lane = lane_ == 0, issues = first_lane && is_there;
+      mbarrier_arrive_expect(first_lane, full, is_there ? Traits::kTileBytes + Traits::kScaleBytes : 0);
+      bulk_load_tile(issues, to, plane == 0 ? &args_.k_map : &args_.v_map, tile * kTileSlots, item, full,
+                     policy);
       if constexpr (Traits::kFp8)
-        bulk_load(scale_address(ring.stage, 0), scales_of(plane) + scale_index(item, tile * kTileSlots),
-                  Traits::kScaleBytes, full, policy);
+        if (issues)
+          bulk_load(scale_address(ring.stage, 0), scales_of(plane) + scale_index(item, tile * kTileSlots),
+                    Traits::kScaleBytes, full, policy);
     } else {
       mbarrier_wait(bar(small_.empty[ring.stage]), ring.phase ^ 1);
       const unsigned char* from = row_of(plane == 0 ? args_.k : args_.v, item, tile * kTileSlots);
@@ -443,7 +440,7 @@ class DecodeCta {
         }
       }
       if constexpr (Traits::kFp8)
-        if (lane_ < Traits::kScaleBytes / 16)
+        if (lane_ < Traits::kScaleBytes / 16 && is_there)
           copy_async16(scale_address(ring.stage, lane_ * 4),
                        scales_of(plane) + scale_index(item, tile * kTileSlots + lane_ * 4), true);
       copy_async_arrive(full);
@@ -466,7 +463,7 @@ class DecodeCta {
 
   KVLAPSE_DEVICE void consume() {
     const int group = tile_group();
-    RingCursor at{group * args_.group_stages, 0};
+    RingCursor at{group, 0};
     int turn = 0;
     LayerChoice choice;
     if (clustered()) cluster_wait();
@@ -493,7 +490,7 @@ class DecodeCta {
       }
       NewRows rows;
       if constexpr (Traits::kLeaveOneOut) clear_heaviest();
-      attend_keys(item, turn, info, tiles, at, query, has_new != 0, rows, softmax);
+      const bool idles = attend_keys(item, turn, info, tiles, at, query, has_new != 0, rows, softmax);
       if (item + item_stride_ >= args_.n_items) allow_next_kernel();
       arrive_again(choice);
       send_softmax(softmax);
@@ -506,10 +503,12 @@ class DecodeCta {
       for (int i = 0; i < Traits::kSteps; ++i)
         for (int j = 0; j < 4; ++j) output[i][j] = 0;
       uint64_t key = attend_values(item, info, tiles, at, rows.v, new_norm, softmax, combine, sides, output);
+      pass_tile(idles, at);
       choose_for_layer(choice);
       if constexpr (Traits::kLeaveOneOut) {
         combine_output(item, turn, output);
         key = measure_values(item, info, tiles, at, softmax.max);
+        pass_tile(idles, at);
         finish_choice(item, turn, info, key);
       } else {
         finish(item, turn, info, key, output, softmax.rescale);
@@ -538,6 +537,16 @@ class DecodeCta {
   KVLAPSE_DEVICE void release(const RingCursor& at) {
     warp_sync();
     if (lane_ < kReleases) mbarrier_arrive(bar(small_.empty[at.stage]));
+  }
+
+  // An empty tile, if there is one.
+  KVLAPSE_DEVICE bool pass_tile(bool is_there, RingCursor& at) {
+    if (is_there) {
+      mbarrier_wait(bar(small_.full[at.stage]), at.phase);
+      release(at);
+      at.step(args_.n_groups, args_.n_stages);
+    }
+    return is_there;
   }
 
   // Where this lane keeps the logits (heads 2t, 2t + 1) of slots g and g + 8, and behind them of the next 16
@@ -688,7 +697,8 @@ class DecodeCta {
     }
   }
 
-  KVLAPSE_DEVICE void attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles,
+  // Returns whether the last round has no tile for this group.
+  KVLAPSE_DEVICE bool attend_keys(int item, int turn, const ItemInfo& info, const Tiles& tiles,
                                   RingCursor& at, uint32_t query_at, bool has_new, NewRows& rows,
                                   Softmax& softmax) {
     const int g = lane_ / 4, t = lane_ % 4;
@@ -702,8 +712,9 @@ class DecodeCta {
     SmemAddress logits = logit_address(warp_, 0);
     const int half = own_half();
     bool waits = !Traits::kLeaveOneOut && turn > 0;
+    int tile = tiles.begin + tile_group();
     KVLAPSE_NO_UNROLL
-    for (int tile = tiles.begin + tile_group(); tile < tiles.end; tile += args_.n_groups) {
+    for (; tile < tiles.end; tile += args_.n_groups) {
       mbarrier_wait(bar(small_.full[at.stage]), at.phase);
       const int first = tile * kTileSlots + half * kHalfSlots;
       if (half_of_slot(info.slot) == first) {
@@ -775,9 +786,10 @@ class DecodeCta {
           softmax.max[j] = top;
         }
       }
-      next_stage(at, tile_group());
+      at.step(args_.n_groups, args_.n_stages);
     }
     softmax.inverse[0] = sum[0], softmax.inverse[1] = sum[1];  // sums until combine_softmax
+    return pass_tile(tile - tile_group() < tiles.end, at);
   }
 
   // In: max and sum (in `inverse`) of this lane. Every warp's row goes to every split's own memory, with the
@@ -1071,7 +1083,7 @@ class DecodeCta {
           if (scores && !kScoresFirst) score();  // in one block of code without a branch
           release(at);
         }
-        next_stage(at, tile_group());
+        at.step(args_.n_groups, args_.n_stages);
       }
     }
     if (waits) combine();  // there was no tile
@@ -1646,7 +1658,7 @@ class DecodeCta {
       if (bits != kNoScore)
         best = min_key(best, (static_cast<uint64_t>(bits) << 32) | static_cast<uint32_t>(first + own_slot()));
       side = next;
-      next_stage(at, tile_group());
+      at.step(args_.n_groups, args_.n_stages);
     }
     return best;
   }

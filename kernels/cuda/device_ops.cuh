@@ -101,6 +101,17 @@ KVLAPSE_DEVICE void mbarrier_arrive_expect(SmemAddress bar, uint32_t bytes) {
                : "memory");
 #endif
 }
+// By the lane that arrives; all lanes come here.
+KVLAPSE_DEVICE void mbarrier_arrive_expect(bool arrives, SmemAddress bar, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .pred p; .reg .b64 state; setp.ne.u32 p, %2, 0; @p mbarrier.arrive.expect_tx.shared::cta.b64 "
+      "state, "
+      "[%0], %1; }" ::"r"(bar),
+      "r"(bytes), "r"(static_cast<uint32_t>(arrives))
+      : "memory");
+#endif
+}
 KVLAPSE_DEVICE void mbarrier_wait(SmemAddress bar, uint32_t parity) {
   uint32_t done = 0;
   while (!done) {
@@ -140,15 +151,17 @@ KVLAPSE_DEVICE uint64_t evict_normal_policy() {
 #endif
   return policy;
 }
-// One box of a 3-D tensor map; completes on `bar` by bytes.
-KVLAPSE_DEVICE void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar,
-                                 uint64_t policy) {
+// 64 rows from y on of plane w of a 4-D tensor map, in boxes that lie behind one another; completes on `bar`
+// by bytes. By the lane that issues; all lanes come here: a branch around it costs the issuing lane a loop
+// over lanes.
+KVLAPSE_DEVICE void bulk_load_tile(bool issues, SmemAddress to, const TensorMap* map, int y, int w,
+                                   SmemAddress bar, uint64_t policy) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
-      "{%3, %4, "
-      "%5}], [%2], %6;" ::"r"(to),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(bar), "r"(x), "r"(y), "r"(z), "l"(policy)
+      "{ .reg .pred p; setp.ne.u32 p, %7, 0; @p cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier"
+      "::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %3, %5}], [%2], %6; }" ::"r"(to),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(bar), "r"(0), "r"(y), "r"(w), "l"(policy),
+      "r"(static_cast<uint32_t>(issues))
       : "memory");
 #endif
 }

@@ -94,8 +94,8 @@ constexpr int remainder(int x, Divisor by) {
 // The grid has a row for every cluster of n_splits blocks.
 template <class TensorMap>
 struct DecodeArgs {
-  // Tensor maps over k and v: dims {D, S, B*H}, box {min(D,64), 64, 1}, swizzle of the box width. Unused by
-  // the cp.async path.
+  // Tensor maps over k and v: dims {d, S, D / d, B*H} with d of at most 128 bytes, box {d, 64, D / d, 1},
+  // swizzle of d. Unused by the cp.async path.
   TensorMap k_map;
   TensorMap v_map;
 
@@ -134,10 +134,9 @@ struct DecodeArgs {
   Divisor recent;      // how many of the newest tokens are never evicted
   int32_t pinned;      // positions below it are never evicted (sinks, prompt)
   int32_t n_splits;    // CTAs that share one (b, h)
-  Divisor by_kv_heads, by_splits;
+  Divisor by_kv_heads, by_splits, by_groups;
   int32_t n_groups;      // pairs of consumer warps of a block, which take tiles in turn
-  int32_t n_stages;      // tiles of the ring in shared memory
-  int32_t group_stages;  // of them a group's own
+  int32_t n_stages;      // tiles of the ring in shared memory; a multiple of n_groups
   int32_t warp_bytes;    // of a warp's logits in shared memory, or of its partial output over them
   int32_t logits_bytes;  // of all warps; leave one out: and the output reduction
   int32_t softmax_rows;  // of all splits' warps, in full batches

@@ -23,7 +23,7 @@ void set_decode_scalars(DecodeArgs<TensorMap>& args, const DecodeProblem& p, con
   args.n_groups = plan.n_groups;
   args.warp_bytes = plan.warp_bytes;
   args.n_stages = plan.n_stages;
-  args.group_stages = plan.n_stages / plan.n_groups;
+  args.by_groups = divisor_of(plan.n_groups);
   args.logits_bytes = plan.logits_bytes;
   args.softmax_rows = plan.softmax_rows;
   args.partial_offset = plan.partial_offset;

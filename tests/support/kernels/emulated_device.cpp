@@ -276,25 +276,29 @@ void mbarrier_wait(SmemAddress bar, uint32_t parity) {
   wait_until([=] { return (barrier_at(bar).phase & 1u) != parity; });
 }
 
-void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar, uint64_t) {
-  const int row_bytes = map->box_x * map->element_bytes;
+void bulk_load_tile(bool issues, SmemAddress to, const TensorMap* map, int y, int w, SmemAddress bar,
+                    uint64_t) {
+  if (!issues) return;
+  const int row_bytes = map->box_x * map->element_bytes, box_bytes = 64 * row_bytes,
+            boxes = map->nx / map->box_x;
   if ((to & 1023u) != 0) fail("emulator: bulk copy to {:#x}: expected a multiple of 1024", to);
-  pointer_in(to + 64 * static_cast<uint32_t>(row_bytes) - 16, 16);
+  pointer_in(to + static_cast<uint32_t>(boxes * box_bytes) - 16, 16);
   machine->pending.push_back([=] {
-    for (int row = 0; row < 64; ++row)
-      for (int chunk = 0; chunk < row_bytes / 16; ++chunk) {
-        const uint32_t at = static_cast<uint32_t>(row * row_bytes + chunk * 16);
-        const uint32_t swizzle = row_bytes == 128 ? 0x70u : row_bytes == 64 ? 0x30u : 0x10u;
-        void* target = pointer_in(to + (at ^ ((at >> 3) & swizzle)), 16);
-        const size_t element = (static_cast<size_t>(z) * map->ny + y + row) * map->nx + x;
-        if (y + row < map->ny)
-          std::memcpy(
-              target,
-              static_cast<const unsigned char*>(map->base) + element * map->element_bytes + chunk * 16, 16);
-        else
-          std::memset(target, 0, 16);
-      }
-    complete_bytes(bar, 64 * row_bytes);
+    for (int at = 0; at < boxes * box_bytes; at += 16) {
+      const int box = at / box_bytes, row = at % box_bytes / row_bytes;
+      const auto in_box = static_cast<uint32_t>(at % box_bytes);
+      const uint32_t swizzle = row_bytes == 128 ? 0x70u : row_bytes == 64 ? 0x30u : 0x10u;
+      void* target =
+          pointer_in(to + static_cast<uint32_t>(box * box_bytes) + (in_box ^ ((in_box >> 3) & swizzle)), 16);
+      const size_t element = (static_cast<size_t>(w) * map->ny + y + row) * map->nx + box * map->box_x;
+      if (y + row < map->ny)
+        std::memcpy(
+            target,
+            static_cast<const unsigned char*>(map->base) + element * map->element_bytes + at % row_bytes, 16);
+      else
+        std::memset(target, 0, 16);
+    }
+    complete_bytes(bar, boxes * box_bytes);
   });
 }
 void bulk_load(SmemAddress to, const void* from, uint32_t bytes, SmemAddress bar, uint64_t) {

@@ -36,10 +36,11 @@ void run_emulated(const EmulatedLaunch& launch, const std::function<void(unsigne
 struct F16 {};
 struct Bf16 {};
 struct E4m3 {};
-// A 3-D array of elements [z][y][x], read in boxes {box_x, 64, 1}.
+// An array of elements [w][y][x], read 64 rows at a time in boxes of box_x elements that lie behind one
+// another.
 struct TensorMap {
   const void* base = nullptr;
-  int nx = 0, ny = 0, nz = 0, box_x = 0, element_bytes = 2;
+  int nx = 0, ny = 0, nw = 0, box_x = 0, element_bytes = 2;
 };
 using SmemAddress = uint32_t;
 struct alignas(16) Float4 {
@@ -84,6 +85,9 @@ void mbarrier_init(SmemAddress bar, uint32_t count);
 inline void fence_barrier_init() {}
 void mbarrier_arrive(SmemAddress bar);
 void mbarrier_arrive_expect(SmemAddress bar, uint32_t bytes);
+inline void mbarrier_arrive_expect(bool arrives, SmemAddress bar, uint32_t bytes) {
+  if (arrives) mbarrier_arrive_expect(bar, bytes);
+}
 void mbarrier_wait(SmemAddress bar, uint32_t parity);
 inline void fence_proxy_async() {}
 inline uint64_t evict_first_policy() {
@@ -92,8 +96,8 @@ inline uint64_t evict_first_policy() {
 inline uint64_t evict_normal_policy() {
   return 0;
 }
-void bulk_load_3d(SmemAddress to, const TensorMap* map, int x, int y, int z, SmemAddress bar,
-                  uint64_t policy);
+void bulk_load_tile(bool issues, SmemAddress to, const TensorMap* map, int y, int w, SmemAddress bar,
+                    uint64_t policy);
 void bulk_load(SmemAddress to, const void* from, uint32_t bytes, SmemAddress bar, uint64_t policy);
 inline void prefetch_tensor_map(const TensorMap*) {}
 inline void computed_here(uint32_t&) {}
