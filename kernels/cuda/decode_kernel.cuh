@@ -8,12 +8,20 @@
 // time: two independent rows of matrix instructions, and whatever is paid once a tile is paid by few warps.
 //   1. logits: K tile x Q^T on the matrix unit (slots are the rows, query heads the 8 columns); logits go to
 //      shared memory private to the lane, which keeps a running (max, sum) of its heads.
-//   2. (max, sum) are merged over lanes, warps and splits: probabilities are final before V is touched.
-//   3. values: O^T += V^T x P^T; the same lane turns its probabilities into the slot's exact score and
-//      minimum.
-//   4. O is summed over warps and splits in fixed order; the victim is an integer minimum. Nothing depends on
-//      timing: the result is bitwise repeatable for a given plan.
-// Probabilities enter the matrix unit as 2^(s - max), so fp16 keeps them normal; 1/sum is applied in fp32.
+//   2. Every warp sends its (max, sum) to all splits of the item.
+//   3. values: O^T += V^T x P^T, P relative to the warp's own max, which is known at once: others' sums
+//   arrive
+//      while the first tile of V is multiplied. Behind it probabilities are final, and the same lane turns
+//      its own into the slot's exact score and minimum.
+//   4. O is brought to the common max and summed over warps and splits in fixed order; the victim is an
+//   integer
+//      minimum. Nothing depends on timing: the result is bitwise repeatable for a given plan.
+//
+// The producer's instructions are time: its tiles leave one after another, and a warp that issues among
+// eleven takes 6 clocks for each. So a tile is one copy, told without a branch, and a block that starts asks
+// for its first tiles before anything that it can do later (H200: half the instructions a tile are 3 % at
+// 16384 slots). Probabilities enter the matrix unit as 2^(s - max), so fp16 keeps them normal; 1/sum is
+// applied in fp32.
 //
 // The error that leaving a slot out makes (FusedScore::leave_one_out) asks for the output first. Instances of
 // their own read V again, last tile first, because that is what L2 still holds:
@@ -83,7 +91,6 @@ struct DecodeTraits {
       kBulkCopy;  // copy engine and clusters (sm_90), otherwise cp.async and global memory
   static constexpr int kBoxRowBytes = kRowBytes < 128 ? kRowBytes : 128;
   static constexpr int kBoxes = kRowBytes / kBoxRowBytes;
-  static constexpr int kBoxElements = kHeadDim / kBoxes;
   static constexpr int kBoxChunks = kBoxRowBytes / 16;  // 16-byte chunks of a row inside a box
   static constexpr int kRowChunks = kRowBytes / 16;
   static constexpr int kLoads = kRowChunks / 2;     // of fragments over a row: 32 bytes each
@@ -296,9 +303,8 @@ class DecodeCta {
       const Tiles tiles = tiles_of(n);
       if (!ahead || turn == 0) read_oldest(item, state);
       // The ring is empty: K is on its way before all of the state is here.
-      int loaded = 0;
-      if (turn == 0 && tiles.count() > 0)
-        loaded = load_tiles(0, item, tiles, 0, args_.n_groups, n, ring, policy);
+      int loaded = turn == 0 && tiles.count() > 0 ? args_.n_groups : 0;
+      load_tiles(0, item, tiles, 0, loaded, n, ring, policy);
       const ItemInfo info = resolve(state, n, tiles);
       if (lane_ == 0) publish(info, turn);
       prefetch_side(item, tiles, n);
@@ -398,15 +404,13 @@ class DecodeCta {
   KVLAPSE_DEVICE int whole_rounds(const Tiles& tiles) const {
     return quotient(tiles.count() + args_.n_groups - 1, args_.by_groups) * args_.n_groups;
   }
-  // Tiles [first, end) in the order in which they are taken: V is read again from its end. Returns where it
-  // stopped.
-  KVLAPSE_DEVICE int load_tiles(int plane, int item, const Tiles& tiles, int first, int end, int n,
-                                RingCursor& ring, uint64_t policy) {
+  // Tiles [first, end) in the order in which they are taken: V is read again from its end.
+  KVLAPSE_DEVICE void load_tiles(int plane, int item, const Tiles& tiles, int first, int end, int n,
+                                 RingCursor& ring, uint64_t policy) {
     KVLAPSE_NO_UNROLL
     for (int i = first; i < end; ++i, ring.step(1, args_.n_stages))
       load_tile(plane, item, Traits::kLeaveOneOut && plane == 2 ? tiles.end - 1 - i : tiles.begin + i,
                 i < tiles.count(), n, ring, policy);
-    return end;
   }
   KVLAPSE_DEVICE void load_tile(int plane, int item, int tile, bool is_there, int n, const RingCursor& ring,
                                 uint64_t policy) {
@@ -970,7 +974,7 @@ class DecodeCta {
     return args_.score == FusedScore::none ? 0 : end < info.n ? end : info.n;
   }
 
-  // combine: combine_softmax.
+  // combine() sets softmax to what all slots say, as combine_softmax does; once, behind the first tile.
   template <class Combine>
   KVLAPSE_DEVICE uint64_t attend_values(int item, const ItemInfo& info, const Tiles& tiles, RingCursor& at,
                                         const Float4& new_row, float new_norm, const Softmax& softmax,

@@ -134,6 +134,32 @@ TEST(DecodePlan, PairedBlocksHaveAsManyGroupsAsTheirRegistersAllow) {
   EXPECT_EQ(groups(128, DType::f8e4m3, true), 2);
 }
 
+// Short launches leave the memory idle for the first loads of the next one; of others those would be in the
+// way.
+TEST(DecodePlan, TheNextKernelStartsEarlyBehindShortLaunches) {
+  const auto early = [](int batch, int slots, DType dtype) {
+    return plan_decode({batch, 32, 8, 128, slots, dtype}, {.resident_clusters = {}}).next_early;
+  };
+  EXPECT_TRUE(early(1, 3276, DType::bf16));
+  EXPECT_TRUE(early(8, 1024, DType::f8e4m3));
+  EXPECT_FALSE(early(8, 1024, DType::bf16));
+  EXPECT_FALSE(early(1, 16384, DType::bf16));
+}
+
+TEST(Divisor, QuotientsAndRemaindersAreExact) {
+  for (int divisor : {1, 2, 3, 5, 7, 8, 9, 16, 40, 333, 1024, 65535, 1 << 20, 2147483647}) {
+    const Divisor by = divisor_of(divisor);
+    for (int64_t near : {int64_t{0}, int64_t{divisor}, int64_t{2} * divisor, int64_t{1000} * divisor,
+                         int64_t{1} << 30, int64_t{2147483647}})
+      for (int64_t x : {near - 1, near, near + 1}) {
+        if (x < 0 || x > 2147483647) continue;
+        EXPECT_EQ(quotient(static_cast<int>(x), by), x / divisor) << x << " / " << divisor;
+        EXPECT_EQ(remainder(static_cast<int>(x), by), x % divisor) << x << " % " << divisor;
+      }
+  }
+  EXPECT_EQ(divisor_of(0).divisor, 0);
+}
+
 // Kernels count slots of all heads in 32 bits.
 TEST(DecodePlan, RefusesMoreSlotsThanAreCounted) {
   EXPECT_THROW(plan_decode({4096, 256, 32, 32, 16384, DType::bf16}, {.resident_clusters = {}}), Error);
